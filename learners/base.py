@@ -1,0 +1,280 @@
+"""The life of a task. A learner is this class with a few hooks replaced; none of them needs super()."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from models.heads import CosineHead, LinearHead
+from models.incremental import IncrementalNet
+from models.options import BackboneOptions
+from models.timm_backbone import build_backbone
+from torch import Tensor
+
+from synth.bank import Bank
+from synth.base import ReplaySource
+from utils import seeding
+from utils.batches import Batch, Batches, ImageBatches, test_batches
+from utils.config import RunConfig
+from utils.data_manager import DataManager, Task
+from utils.datasets import Dataset
+from utils.images import ImageSet
+from utils.memory import ExemplarMemory, class_mean, herding
+from utils.run import Run
+from utils.training import TrainConfig, fit
+from utils.transforms import classifier_transform
+
+log = logging.getLogger("reprise")
+EVAL_BATCH = 256
+
+
+def backbone_options(config: RunConfig, dataset: Dataset) -> BackboneOptions:
+    """How the backbone of a run is built; the stem follows PyCIL where the config leaves it open."""
+    stem = config.stem
+    if stem == "auto" and dataset.in_memory:
+        stem = "cifar"
+    elif stem == "auto":
+        stem = "imagenet" if config.init_cls == config.increment else "imagenet_small"
+    return BackboneOptions(
+        stem=stem, image_size=dataset.image_size, pretrained=config.pretrained,
+        weights=config.backbone_weights, offline=config.offline,
+    )  # fmt: skip
+
+
+class Learner(ABC):
+    """A class-incremental classifier and what it carries from task to task.
+
+    Subclasses register themselves with `LEARNERS.register(name)`, extend ``Config`` with the keys of their method,
+    and replace hooks. `learn_task` calls the hooks in one fixed order.
+
+    Args:
+        config: the frozen Config of this very class.
+        data: tasks and their images.
+        run: folder, device, random keys.
+        source: plays the past back; None for a learner without replay.
+        bank: keeps the source's images on disk; given exactly if there is a source.
+    """
+
+    class Config(RunConfig):
+        pass
+
+    accepts: frozenset[str] = frozenset({"images"})  # kinds of replay that this learner can use
+    needs_source = False
+    upper_bound = False  # trains on real images of all seen classes
+    uses_exemplars = False
+    head = "linear"
+
+    def __init__(
+        self, config, data: DataManager, run: Run, source: ReplaySource | None = None, bank: Bank | None = None
+    ):
+        self.config, self.data, self.run, self.source, self.bank = config, data, run, source, bank
+        self.transform = classifier_transform(data.dataset, config.replay_resize)
+        self.memory = ExemplarMemory(config.memory_size, config.memory_per_class, config.fixed_memory)
+        self.network = self.build_network()
+        self.old_network: IncrementalNet | None = None
+        self.replay = ImageSet()
+        self.class_means: dict[int, Tensor] = {}
+
+    # ------------------------------------------------------------------ the fixed order
+
+    def learn_task(self, task: Task) -> None:
+        """Learn one task. The order is fixed; every step is a hook with a complete default."""
+        images = self.data.train_images(task)
+        self.grow_network(task)
+        if self.source is not None:
+            with self.run.timed("fit_source"):
+                self.source.fit_before(task, images)
+            self._keep_replay(task)
+        self.before_training(task)
+        self.replay = self.make_replay(task)
+        with self.run.timed("train"):
+            self.train(task)
+            self.after_training(task)
+        if self.source is not None:
+            if task.num_seen < self.data.num_classes or self.config.synth.fit_after_last_task:
+                with self.run.timed("fit_source"):
+                    self.source.fit_after(task, images, self.replay, self.memory.images, self.network)
+                self._keep_replay(task)
+            self.after_source_fit(task)
+        self.old_network = self.network.frozen_copy()
+
+    def _keep_replay(self, task: Task) -> None:
+        """With `replay: keep`, draw this task's classes as soon as the source has learned them."""
+        if self.config.synth.replay == "keep" and self.source.fitted_classes.issuperset(task.classes):
+            with self.run.timed("generate"):
+                self.bank.draw(self.source, task, task.classes)
+
+    # ------------------------------------------------------------------ hooks, in order of their call
+
+    def build_network(self) -> IncrementalNet:
+        """A new network without classes, on the device, drawn from the run's seed."""
+        seeding.seed_everything(self.run.seed, "network")
+        backbone = build_backbone(self.config.convnet_type, backbone_options(self.config, self.data.dataset))
+        head = CosineHead(backbone.num_features) if self.head == "cosine" else LinearHead(backbone.num_features)
+        network = IncrementalNet(backbone, head).to(self.run.device)
+        return network.to(memory_format=torch.channels_last).eval()
+
+    def grow_network(self, task: Task) -> None:
+        """Add outputs for the task's classes."""
+        seeding.seed_everything(self.run.seed, task.index, "grow")
+        self.network.grow(task.num_seen)
+
+    def before_training(self, task: Task) -> None:
+        """Called after the source has looked at the new images and before replay is made."""
+
+    def current_images(self, task: Task) -> ImageSet:
+        """What stands for the present in training: the task's real images."""
+        return self.data.train_images(task)
+
+    def make_replay(self, task: Task) -> ImageSet:
+        """Generated images of the old classes; empty without a source and in the first task."""
+        if self.source is None or task.num_old == 0:
+            return ImageSet()
+        with self.run.timed("generate"):
+            if self.config.synth.replay == "keep":
+                return self.bank.stored(range(task.num_old))
+            return self.bank.redraw(self.source, task)
+
+    def batches(self, task: Task) -> Batches:
+        """Real images, exemplars and replay, shuffled together."""
+        return self.make_batches(task, self.current_images(task) + self.memory.images, self.replay)
+
+    @abstractmethod
+    def train_config(self, task: Task) -> TrainConfig:
+        """Length, rate and optimiser of this task's training; each family of learners has its own keys for it."""
+
+    def before_epoch(self, task: Task, epoch: int) -> None:
+        """Called before the first step of an epoch."""
+
+    def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
+        """Named scalar terms, which are summed: cross-entropy over all seen classes."""
+        return {"cross_entropy": F.cross_entropy(self.network(batch.images), batch.labels)}
+
+    def after_backward(self, task: Task, batch: Batch) -> None:
+        """Called with reduced, unclipped gradients."""
+
+    def after_step(self, task: Task, step: int) -> None:
+        """Called with the number of steps done."""
+
+    def train(self, task: Task) -> None:
+        """Train the network on the task's batches."""
+        self.fit(task, "train", self.network, self.batches(task), partial(self.compute_loss, task=task),
+                 self.train_config(task))  # fmt: skip
+
+    def after_training(self, task: Task) -> None:
+        """Align, keep exemplars, compute prototypes. The default keeps exemplars if the learner uses them."""
+        if self.uses_exemplars:
+            self.keep_herded_exemplars(task)
+
+    def after_source_fit(self, task: Task) -> None:
+        """Called after the source has learned the task, for learners that retrain their head then."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must hold beside network and exemplars."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what ``extra_state`` gave."""
+
+    @torch.no_grad()
+    def predict(self, images: ImageSet) -> dict[str, Tensor]:
+        """Scores of every image.
+
+        Args:
+            images: N images, as stored.
+
+        Returns:
+            "cnn": logits (N, num_seen) on the CPU; "nme", if the learner has class means: negative squared distances
+            of normalised features to them, (N, num_seen).
+        """
+        features = self.extract_features(images)
+        head = self.network.head.float()
+        logits = torch.cat([head(chunk.to(self.run.device)).cpu() for chunk in features.split(4096)])
+        if len(self.class_means) < self.network.num_classes:
+            return {"cnn": logits}
+        means = torch.stack([self.class_means[label] for label in sorted(self.class_means)])
+        unit = features / (features.norm(dim=1, keepdim=True) + 1e-8)
+        return {"cnn": logits, "nme": -torch.cdist(unit, means).square()}
+
+    # ------------------------------------------------------------------ what a checkpoint holds
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
+        """Everything that the next task needs but the source: file stem -> tensors, and JSON."""
+        exemplars, layout = self.memory.state()
+        tensors = {
+            "network": self.network.state_dict(),
+            "exemplars": exemplars,
+            "class_means": {str(label): mean for label, mean in self.class_means.items()},
+            "extra": self.extra_state(),
+        }
+        return tensors, {"num_seen": self.network.num_classes, "exemplars": layout}
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+        """Take over what ``state`` gave; the learner must be new."""
+        self.network.grow(state["num_seen"])
+        self.network.load_state_dict(tensors["network"])
+        self.old_network = self.network.frozen_copy()
+        self.memory.load(tensors["exemplars"], state["exemplars"])
+        self.class_means = {int(label): mean for label, mean in tensors["class_means"].items()}
+        self.load_extra_state(tensors["extra"])
+
+    # ------------------------------------------------------------------ parts for hooks to use
+
+    def fit(self, task: Task, purpose: str, module, batches: Batches, loss_fn, config: TrainConfig):
+        """`utils.training.fit` with this learner's hooks."""
+        return fit(
+            module, batches, loss_fn, config, run=self.run, task=task.index, purpose=purpose,
+            before_epoch=partial(self.before_epoch, task), after_backward=partial(self.after_backward, task),
+            after_step=partial(self.after_step, task), stateful={"learner": _Extra(self)},
+        )  # fmt: skip
+
+    def make_batches(self, task: Task, images: ImageSet, replay: ImageSet, purpose: str = "train") -> ImageBatches:
+        """Batches of real images and replay under this run's random key."""
+        return ImageBatches(
+            images, replay, transform=self.transform, batch_size=self.config.batch_size,
+            key=(self.run.seed, task.index, purpose), device=self.run.device, num_workers=self.run.num_workers,
+            shard=self.run.runtime.shard,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def extract_features(self, images: ImageSet) -> Tensor:
+        """Features of un-augmented images, float32 (N, D) on the CPU, in stored order."""
+        self.network.eval()
+        pieces = []
+        for batch in test_batches(images, self.transform, EVAL_BATCH, self.run.device, self.run.num_workers):
+            with self.run.runtime.autocast():
+                pieces.append(self.network.features(batch).float().cpu())
+        return torch.cat(pieces)
+
+    def keep_herded_exemplars(self, task: Task) -> None:
+        """Trim old classes to their share and add the herded best of the new ones (PyCIL 4.1)."""
+        budget = self.memory.budget(task.num_seen)
+        if not self.config.fixed_memory:
+            self.memory.trim(budget)
+        images = self.data.train_images(task)
+        for label in task.classes:
+            own = images.select([label])
+            if len(own) < budget and task.index == 0 and label == 0:
+                log.info("Class %d has %d images, fewer than its share of %d: all are kept", label, len(own), budget)
+            self.memory.add(own.take(herding(self.extract_features(own), budget)))
+
+    def update_class_means(self) -> None:
+        """Nearest-mean prototypes of all classes from their exemplars, by the present network."""
+        for label in self.memory.images.classes:
+            self.class_means[label] = class_mean(self.extract_features(self.memory.images.select([label])))
+
+
+class _Extra:
+    """A learner's extra state in the form that `fit` saves."""
+
+    def __init__(self, learner: Learner):
+        self.learner = learner
+
+    def state_dict(self) -> dict:
+        return self.learner.extra_state()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.learner.load_extra_state(state)

@@ -1,0 +1,68 @@
+"""From an experiment file to the frozen Config of its learner and its source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from learners import LEARNERS
+from synth import SOURCES
+from utils.config import DEAD_KEYS, RunConfig, SourceConfig, merge_aliases
+from utils.errors import ConfigError
+from utils.registry import nearest
+
+
+def build_config(raw: dict[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The checked Config of the learner that `model_name` picks, and the keys that it does not use.
+
+    A key that another registered learner knows is unused, so that one file serves several learners; a key that
+    nobody knows is an error.
+
+    Raises:
+        ConfigError: for an unknown learner, source or key, for a wrong value, and for a learner and a source that
+            do not go together.
+    """
+    raw = merge_aliases(raw)
+    name = raw.get("model_name")
+    if name is None:
+        raise ConfigError(f"the key 'model_name' is missing: choose one of {', '.join(LEARNERS.names())}")
+    learner = LEARNERS[str(name).lower()]
+    raw["model_name"] = str(name).lower()
+    known_elsewhere = {key for other in LEARNERS.names() for key in LEARNERS[other].Config.model_fields}
+    unused = sorted(
+        key
+        for key, value in raw.items()
+        if key not in learner.Config.model_fields and (key in known_elsewhere or key in DEAD_KEYS)
+    )
+    used = {key: value for key, value in raw.items() if key not in unused}
+    for key in used:
+        if key not in learner.Config.model_fields:
+            raise ConfigError(f"unknown key {key!r}{nearest(key, known_elsewhere)}")
+    if used.get("synth") is not None:
+        used["synth"] = build_source_config(used["synth"])
+    config = learner.Config.parse(used)
+    _check_pair(learner, config)
+    return config, unused
+
+
+def build_source_config(raw: Any) -> SourceConfig:
+    """The checked Config of the source that `synth.name` picks."""
+    if not isinstance(raw, dict) or "name" not in raw:
+        raise ConfigError(f"synth={raw!r}: must be an object with a name, one of {', '.join(SOURCES.names())}")
+    return SOURCES[str(raw["name"]).lower()].Config.parse({**raw, "name": str(raw["name"]).lower()}, where="synth.")
+
+
+def _check_pair(learner: type, config: RunConfig) -> None:
+    if config.synth is None:
+        if learner.needs_source:
+            raise ConfigError(
+                f"the learner {config.model_name!r} replays generated images and needs a source: add "
+                f'"synth": {{"name": ...}} with one of {", ".join(SOURCES.names())}'
+            )
+        return
+    kind = SOURCES[config.synth.name].kind
+    if kind not in learner.accepts:
+        can_use = f"it can use {' or '.join(sorted(learner.accepts))}" if learner.accepts else "it uses no source"
+        raise ConfigError(
+            f"the source {config.synth.name!r} makes {kind}, which the learner {config.model_name!r} cannot replay "
+            f"({can_use}): choose another source or another learner"
+        )

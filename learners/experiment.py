@@ -1,0 +1,263 @@
+"""One seed of an experiment from its data to its report, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learners import LEARNERS
+from learners.base import Learner
+from learners.predict import describe_data
+from synth import SOURCES
+from synth.bank import Bank
+from utils.checkpoint import Checkpoints, folder_bytes, write_json
+from utils.config import RunConfig
+from utils.data_manager import DataManager
+from utils.datasets import Dataset
+from utils.errors import CheckpointError, ConfigError
+from utils.report import GalleryRow, write_report
+from utils.results import Results
+from utils.run import Run, log_to_file
+from utils.runtime import Runtime
+
+log = logging.getLogger("reprise")
+GALLERY_IMAGES = 8
+ENVIRONMENT = "environment.json"
+
+
+def make_data(config: RunConfig, seed: int, dataset: Dataset) -> DataManager:
+    """The tasks of one seed."""
+    return DataManager(
+        dataset,
+        init_cls=config.init_cls,
+        increment=config.increment,
+        shuffle=config.shuffle,
+        order_seed=config.order_seed(seed),
+        run_seed=config.train_seed(seed),
+        kshot=config.kshot,
+        few_shot_draw=config.few_shot_draw,
+        imb_factor=config.imb_factor,
+        imb_type=config.imb_type,
+        val_share=config.val_share,
+        upper_bound=LEARNERS[config.model_name].upper_bound,
+    )
+
+
+def bank_folder(config: RunConfig, name: str, seed: int) -> Path:
+    """Where the replay images of this seed lie."""
+    if config.synth.syn_image_path is not None:
+        return Path(config.synth.syn_image_path)
+    return Path(config.output_dir) / f"syn_image_{name}_{config.seed_tag(seed).replace('_', '', 1)}"
+
+
+def make_learner(config: RunConfig, name: str, seed: int, data: DataManager, run: Run) -> Learner:
+    """The learner of this run with its source and its bank."""
+    source = bank = None
+    if config.synth is not None:
+        source = SOURCES[config.synth.name](config.synth, run, data.num_classes, data.class_names, data.dataset)
+        bank = Bank(bank_folder(config, name, seed), config.synth, data, run)
+    return LEARNERS[config.model_name](config, data, run, source, bank)
+
+
+class Experiment:
+    """The run of one seed: learn, evaluate, write, checkpoint, task after task.
+
+    Args:
+        config: of learner and source.
+        name: of the run.
+        seed: one of ``config.seed``.
+        dataset: already read.
+        runtime: the machine.
+    """
+
+    def __init__(self, config: RunConfig, name: str, seed: int, dataset: Dataset, runtime: Runtime):
+        self.config, self.name, self.seed, self.runtime = config, name, seed, runtime
+        self.data = make_data(config, seed, dataset)
+        self.folder = Path(config.output_dir) / name / config.seed_tag(seed)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The results of a run that has ended before, or None."""
+        path = self.folder / "results.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        return results if results.get("finished") else None
+
+    def run(self) -> dict[str, Any]:
+        """Learn all tasks that are not learned yet and return the content of `results.json`."""
+        with log_to_file(self.folder / "log.txt"):
+            self._log_header()
+            self.work = Run(
+                self.folder, self.config.train_seed(self.seed), self.runtime,
+                num_workers=self.config.num_workers, checkpoint_every=self.config.checkpoint_every,
+            )  # fmt: skip
+            self.learner = make_learner(self.config, self.name, self.seed, self.data, self.work)
+            describe_data(self.folder, self.data)
+            self.results = Results(
+                self._header(), self.data, few_shot=self.config.kshot > 0, long_tailed=self.config.imb_factor < 1
+            )
+            for task in self.data.tasks(self._restore()):
+                with self.work.timed("total"):
+                    self._learn(task)
+                self._save(task)
+            self.results.log_end()
+            return self._write()
+
+    def _learn(self, task) -> None:
+        log.info("Task %d: learning on %d-%d (%s)", task.index, task.num_old, task.num_seen - 1, _names(task))
+        self.learner.learn_task(task)
+        with self.work.timed("evaluate"):
+            images = self.data.test_images(range(task.num_seen))
+            self.results.add(task, self.learner.predict(images), images.labels)
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return self.work.checkpoints("task")
+
+    def _save(self, task) -> None:
+        """Everything that the next task needs, then the results so far."""
+        if self.runtime.is_main:
+            learner = self.learner
+            tensors, state = learner.state()
+            state |= {"results": self.results.state(), "seconds": self.work.seconds}
+            save_source = None if learner.source is None else lambda folder: _save_source(learner.source, folder)
+            self._checkpoints.save(task.index, tensors, state, save_source)
+            self.work.forget_fits()
+            self._write()
+        self.runtime.accelerator.wait_for_everyone()
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint that is whole; returns the number of the next task."""
+        found = self._checkpoints.load_newest(log)
+        if found is None:
+            return 0
+        index, tensors, state = found
+        learner = self.learner
+        learner.restore(tensors, state)
+        if learner.source is not None and (self._checkpoints.path(index) / "source").exists():
+            learner.source.load(self._checkpoints.path(index) / "source")
+        self.results.load(state["results"])
+        self.work.seconds.update(state["seconds"])
+        log.info("Task %d was learned before: continuing after it", index)
+        return index + 1
+
+    def _write(self) -> dict[str, Any]:
+        """Write `results.json` and `report.html`; returns the former's content."""
+        seconds = {
+            name: self.work.seconds.get(name, 0.0) for name in ("train", "fit_source", "generate", "evaluate", "total")
+        }
+        results = self.results.to_dict(self._memory_bytes(), seconds)
+        if self.runtime.is_main:
+            write_json(self.folder / "results.json", results)
+            config = self.config.model_dump(mode="json", exclude_none=True)
+            environment = json.loads((self.folder.parent / ENVIRONMENT).read_text())
+            write_report(self.folder / "report.html", results, config, self._gallery(), environment)
+        return results
+
+    def _memory_bytes(self) -> dict[str, int]:
+        """Bytes on disk of what the next task needs, as the newest checkpoint holds them."""
+        numbers = self._checkpoints.numbers()
+        folder = self._checkpoints.path(numbers[0]) if numbers else Path("nowhere")
+        kept = self.learner.memory.images
+        paths = [path for part in kept.parts if not isinstance(part.images, torch.Tensor) for path in part.images]
+        stored = (folder / "exemplars.safetensors").stat().st_size if len(kept) else 0
+        return {
+            "exemplars": stored + sum(os.path.getsize(path) for path in paths),
+            "bank": 0 if self.learner.bank is None else self.learner.bank.memory_bytes(),
+            "source": folder_bytes(folder / "source"),
+            "network": (folder / "network.safetensors").stat().st_size if numbers else 0,
+            "all_real_data": self.data.all_real_bytes,
+        }
+
+    def _gallery(self) -> list[GalleryRow]:
+        rows = []
+        for label in range(len(self.results.per_class_accuracy)):
+            real = self.data.test_images([label])
+            synthetic = [] if self.learner.bank is None else self.learner.bank.newest(label)[:GALLERY_IMAGES]
+            picks = [real.image(position) for position in range(min(GALLERY_IMAGES, len(real)))]
+            task = next(task.index for task in map(self.data.task, range(self.data.num_tasks)) if label in task.classes)
+            rows.append(GalleryRow(label, self.data.class_names[label], task, picks, synthetic))
+        return rows
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "model_name": self.config.model_name,
+            "source": None if self.config.synth is None else self.config.synth.name,
+            "dataset": self.config.dataset,
+            "seed": self.seed,
+            "upper_bound": self.learner.upper_bound,
+            "eval_logits": self.config.eval_logits,
+            "command": " ".join(["python", *sys.argv]),
+        }
+
+    def _log_header(self) -> None:
+        for key, value in self.config.model_dump(mode="json", exclude_none=True).items():
+            log.info("%s: %s", key, value)
+        log.info("Data: %s", self.data.dataset.source)
+        log.info("Class order: %s", self.data.class_order)
+        if LEARNERS[self.config.model_name].upper_bound:
+            log.info("%s is an upper bound: it sees real images of all seen classes", self.config.model_name)
+
+
+def _save_source(source, folder: Path) -> None:
+    (folder / "source").mkdir()
+    source.save(folder / "source")
+
+
+def _names(task) -> str:
+    names = ", ".join(task.class_names[:5])
+    return names if task.num_new <= 5 else f"{names}, ..."
+
+
+def claim_folder(config: RunConfig, name: str, overwrite: bool) -> Path:
+    """The run's folder with its config.json; a folder of another experiment is refused.
+
+    Raises:
+        ConfigError: if the folder holds another setting; the keys that differ are named.
+    """
+    folder = Path(config.output_dir) / name
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+        if config.synth is not None and config.synth.syn_image_path is None:
+            for seed in config.seed:
+                shutil.rmtree(bank_folder(config, name, seed), ignore_errors=True)
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())["identity"]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}; give --overwrite or another --name") from error
+        here = config.identity()
+        differ = [key for key in {**here, **stored} if here.get(key) != stored.get(key)]
+        if differ:
+            changes = ", ".join(f"{key} was {stored.get(key)!r} and is {here.get(key)!r}" for key in sorted(differ)[:4])
+            raise ConfigError(f"{folder} holds another experiment: {changes}. Give another --name, or --overwrite")
+    else:
+        write_json(path, {"identity": config.identity(), "config": config.model_dump(mode="json")})
+    return folder
+
+
+def claim_threads(folder: Path, runtime: Runtime) -> None:
+    """Write `environment.json` at the first start; later starts take its thread count, to which the bits are tied."""
+    path = folder / ENVIRONMENT
+    if path.exists():
+        torch.set_num_threads(json.loads(path.read_text())["threads"])
+        return
+    import platform
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")
+    environment = {
+        "python": platform.python_version(), **{package: version(package) for package in packages},
+        "machine": platform.machine(), "device": str(runtime.device), "threads": torch.get_num_threads(),
+        "precision": "bf16" if runtime.bf16 else "fp32",
+    }  # fmt: skip
+    if runtime.device.type == "cuda":
+        environment["gpu"] = torch.cuda.get_device_name(runtime.device)
+    write_json(path, environment)

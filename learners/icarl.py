@@ -1,0 +1,42 @@
+"""iCaRL: exemplars, distillation and nearest-mean classification."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from learners import LEARNERS
+from learners.losses import distillation_loss
+from learners.pycil import PyCILLearner
+from utils.batches import Batch
+from utils.data_manager import Task
+
+
+@LEARNERS.register("icarl")
+class ICaRL(PyCILLearner):
+    """Cross-entropy and distillation on new images and herded exemplars; CNN and nearest-mean (NME) predictions.
+
+    Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017, arXiv:1611.07725, in the
+    softmax form of PyCIL.
+    """
+
+    class Config(PyCILLearner.Config):
+        T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")
+
+    uses_exemplars = True
+
+    def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
+        logits = self.network(batch.images)  # (B, num_seen)
+        cross_entropy = F.cross_entropy(logits, batch.labels)
+        if self.old_network is None:
+            return {"cross_entropy": cross_entropy}
+        with torch.no_grad():
+            old_logits = self.old_network(batch.images)  # (B, num_old)
+        distill = distillation_loss(logits[:, : task.num_old], old_logits, self.config.T)
+        return {"cross_entropy": cross_entropy, "distill": distill}
+
+    def after_training(self, task: Task) -> None:
+        self.keep_herded_exemplars(task)
+        self.update_class_means()

@@ -1,0 +1,34 @@
+"""Joint training: all real images of all seen classes, a declared upper bound."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from learners import LEARNERS
+from learners.pycil import PyCILLearner
+from utils.data_manager import Task
+from utils.images import ImageSet
+from utils.training import TrainConfig
+
+
+@LEARNERS.register("joint")
+class Joint(PyCILLearner):
+    """Trains on the real images of every class seen so far; no memory limit, so no method competes with it."""
+
+    class Config(PyCILLearner.Config):
+        warm_start: bool = Field(False, description="go on from the last task's network instead of a new one")
+
+    accepts = frozenset()
+    upper_bound = True
+
+    def grow_network(self, task: Task) -> None:
+        if not self.config.warm_start:
+            self.network = self.build_network()
+        self.network.grow(task.num_seen)
+
+    def current_images(self, task: Task) -> ImageSet:
+        return self.data.all_seen_images(task)
+
+    def train_config(self, task: Task) -> TrainConfig:
+        """A new network takes the first task's schedule every time."""
+        return self.schedule(first=task.num_old == 0 or not self.config.warm_start)

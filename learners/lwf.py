@@ -1,0 +1,39 @@
+"""Learning without Forgetting: the old network's answers on new images stand for the past."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from learners import LEARNERS
+from learners.losses import distillation_loss, new_class_cross_entropy
+from learners.pycil import PyCILLearner
+from utils.batches import Batch
+from utils.data_manager import Task
+
+
+@LEARNERS.register("lwf")
+class LearningWithoutForgetting(PyCILLearner):
+    """Distillation of the old outputs on whatever is trained on, no exemplars.
+
+    Li and Hoiem, "Learning without Forgetting", TPAMI 2017, arXiv:1606.09282.
+    """
+
+    class Config(PyCILLearner.Config):
+        epochs: int = Field(250, ge=1, description="epochs of every later task")
+        milestones: list[int] = Field([60, 120, 180, 220], description="epochs where lrate decays")
+        T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")
+        lamda: float = Field(3.0, ge=0, description="weight of the distillation term")
+
+    def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
+        logits = self.network(batch.images)  # (B, num_seen)
+        if self.old_network is None:
+            return {"cross_entropy": F.cross_entropy(logits, batch.labels)}
+        with torch.no_grad():
+            old_logits = self.old_network(batch.images)  # (B, num_old)
+        distill = self.config.lamda * distillation_loss(logits[:, : task.num_old], old_logits, self.config.T)
+        if len(self.replay):
+            return {"cross_entropy": F.cross_entropy(logits, batch.labels), "distill": distill}
+        return {"cross_entropy": new_class_cross_entropy(logits, batch.labels, task.num_old), "distill": distill}

@@ -1,0 +1,79 @@
+"""What a run would do and need, without doing it (`--plan`), and what there is to choose from (`--list`)."""
+
+from __future__ import annotations
+
+from learners import LEARNERS
+from learners.base import backbone_options
+from learners.experiment import bank_folder, make_data
+from synth import SOURCES
+from utils.config import RunConfig
+from utils.datasets import DATASETS, find_dataset, load_dataset
+from utils.errors import DataError
+
+
+def _summary(entry: type) -> str:
+    return (entry.__doc__ or "").strip().splitlines()[0]
+
+
+def describe_all() -> str:
+    """Learners, sources, data sets and backbones, a line each."""
+    from models.timm_backbone import backbone_names
+
+    lines = ["Learners (model_name):"]
+    lines += [f"  {name:<20} {_summary(LEARNERS[name])}" for name in LEARNERS.names()]
+    lines += ["", "Replay sources (synth.name):"]
+    lines += [f"  {name:<20} {_summary(SOURCES[name])}" for name in SOURCES.names()]
+    lines += ["", "Data sets (dataset):", f"  {', '.join(DATASETS.names())}"]
+    lines += ["  or any folder <data_dir>/<name>/<train|test>/<class>/<image>, by its name"]
+    lines += ["", "Backbones (convnet_type):", f"  {', '.join(backbone_names())}"]
+    lines += ["  or any timm model with its weight tag, such as vit_small_patch16_224.augreg_in21k_ft_in1k"]
+    return "\n".join(lines)
+
+
+def describe_run(config: RunConfig, name: str) -> str:
+    """Task schedule, what will be trained and generated, data and weights, and what it takes on disk."""
+    lines = [f"Run {name}: {config.model_name}, {len(config.seed)} seed(s) {config.seed}"]
+    found = find_dataset(config.dataset, config.data_dir)
+    lines.append(f"Data: {found.text}" if found.present else f"Data, not on this machine yet: {found.text}")
+    if not found.present:
+        return "\n".join([*lines, "The schedule follows once the data is here."])
+    try:
+        dataset = load_dataset(config.dataset, config.data_dir, offline=True)
+    except DataError as error:
+        return "\n".join([*lines, f"It cannot be read: {error}"])
+    data = make_data(config, config.seed[0], dataset)
+    lines += _schedule(config, data)
+    options = backbone_options(config, dataset)
+    weights = f", weights {options.weights}" if options.weights else ""
+    lines.append(f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}")
+    if config.synth is not None:
+        lines += _replay(config, name, data)
+    return "\n".join(lines)
+
+
+def _schedule(config: RunConfig, data) -> list[str]:
+    counts = data.class_counts
+    lines = [f"Tasks: {data.num_tasks}, real training data {data.all_real_bytes / 1e6:.1f} MB"]
+    learner = LEARNERS[config.model_name]
+    for index in range(data.num_tasks):
+        task = data.task(index)
+        images = sum(counts[label] for label in task.classes)
+        line = f"  task {index}: classes {task.num_old}-{task.num_seen - 1}, {images} images"
+        if learner.uses_exemplars and index:
+            per_class = config.memory_per_class if config.fixed_memory else config.memory_size // task.num_old
+            line += f", up to {per_class} exemplars of each old class"
+        lines.append(line)
+    return lines
+
+
+def _replay(config: RunConfig, name: str, data) -> list[str]:
+    synth, side = config.synth, data.dataset.image_size
+    counts = data.class_counts
+    per_class = [synth.syn_per_class or counts[label] for label in range(data.num_classes)]
+    old = [data.task(index).num_old for index in range(data.num_tasks)]
+    drawn = sum(per_class[: old[-1]]) if synth.replay == "keep" else sum(sum(per_class[:count]) for count in old)
+    size = drawn * side * side * data.dataset.channels
+    return [
+        f"Replay: {synth.name}, {synth.replay}: about {drawn} images to draw per seed, at most {size / 1e6:.1f} MB",
+        f"  in {bank_folder(config, name, config.seed[0])}",
+    ]

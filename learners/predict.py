@@ -1,0 +1,107 @@
+"""Classify images with a finished run: `python -m learners.predict --run outputs/digits --images folder`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from learners import LEARNERS
+from learners.base import Learner
+from learners.configure import build_config
+from utils.checkpoint import Checkpoints, write_json
+from utils.data_manager import DataManager
+from utils.datasets import Dataset
+from utils.errors import CheckpointError, DataError, RepriseError
+from utils.images import IMAGE_SUFFIXES, ImageSet, Part
+from utils.run import Run, log
+from utils.runtime import Runtime
+
+DESCRIPTION = "data.json"  # beside a seed's results: what the network expects of its images
+
+
+def describe_data(folder: Path, data: DataManager) -> None:
+    """Write what classifying needs to know of the data, so that the data itself need not be there."""
+    fields = {field.name: getattr(data.dataset, field.name) for field in dataclasses.fields(Dataset)}
+    plain = {name: value for name, value in fields.items() if not isinstance(value, ImageSet)}
+    write_json(folder / DESCRIPTION, {"dataset": plain, "class_names": data.class_names})
+
+
+def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner, list[str]]:
+    """A finished run's classifier and the names of the classes that it has seen, in learning order.
+
+    Args:
+        folder: `outputs/<run>/seed_<s>`.
+        device: null for the device that the run's config names.
+
+    Raises:
+        CheckpointError: if the folder holds no checkpoint that is whole.
+    """
+    try:
+        raw = json.loads((folder.parent / "config.json").read_text())["config"]
+        description = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no run of Reprise: {error}") from error
+    here = {"device": device or raw["device"], "pretrained": False, "backbone_weights": None}
+    config, _ = build_config({**raw, **here})
+    dataset = Dataset(**description["dataset"], train=ImageSet(), test=ImageSet())
+    data: Any = SimpleNamespace(dataset=dataset, num_classes=len(description["class_names"]))
+    run = Run(folder, 0, Runtime(config.device, config.precision), progress=False)
+    learner = LEARNERS[config.model_name](config, data, run)
+    found = Checkpoints(folder / "checkpoints", "task").load_newest(log)
+    if found is None:
+        raise CheckpointError(f"{folder / 'checkpoints'} holds no checkpoint: let the run finish its first task")
+    learner.restore(found[1], found[2])
+    return learner, description["class_names"]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted."""
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise DataError(f"no images below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def classify(learner: Learner, names: list[str], paths: list[Path]) -> list[dict[str, Any]]:
+    """One row per image: path, the best class's name and label, and its softmax probability in [0, 1]."""
+    # A part for each file: the images of a folder need not have one size.
+    label = torch.zeros(1, dtype=torch.int64)
+    images = ImageSet(Part((str(path),), label) for path in paths)
+    probabilities = learner.predict(images)["cnn"].softmax(1)
+    best = probabilities.max(1)
+    return [
+        {"image": str(path), "class": names[label], "label": label, "probability": round(value, 4)}
+        for path, label, value in zip(paths, best.indices.tolist(), best.values.tolist())
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print CSV; exit code 2 after one message about a mistake that the user can repair."""
+    parser = argparse.ArgumentParser(prog="python -m learners.predict", description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="a run's folder, or one of its seed folders")
+    parser.add_argument("--images", required=True, type=Path, help="folder of images, searched with its subfolders")
+    parser.add_argument("--device", help="other than the one that the run was trained on")
+    args = parser.parse_args(argv)
+    try:
+        seeds = sorted(args.run.glob("seed_*"))
+        learner, names = load_learner(seeds[0] if seeds else args.run, [args.device] if args.device else None)
+        rows = classify(learner, names, find_images(args.images))
+    except RepriseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

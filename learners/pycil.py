@@ -1,0 +1,51 @@
+"""PyCIL's optimisation keys, shared by the learners that come from there."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from learners.base import Learner
+from utils.config import RunConfig
+from utils.data_manager import Task
+from utils.training import TrainConfig
+
+
+class PyCILLearner(Learner):
+    """A learner that trains by SGD with two step schedules: one for the first task, one for all later ones.
+
+    Zhou et al., "PyCIL: A Python Toolbox for Class-Incremental Learning", 2021, arXiv:2112.12533.
+    """
+
+    class Config(RunConfig):
+        init_epoch: int = Field(200, ge=1, description="epochs of the first task")
+        init_lr: float = Field(0.1, gt=0, description="learning rate of the first task")
+        init_milestones: list[int] = Field([60, 120, 170], description="epochs where init_lr decays")
+        init_lr_decay: float = Field(0.1, gt=0, le=1, description="factor at init_milestones")
+        init_weight_decay: float = Field(5e-4, ge=0, description="weight decay of the first task")
+        epochs: int = Field(170, ge=1, description="epochs of every later task")
+        lrate: float = Field(0.1, gt=0, description="learning rate of later tasks")
+        milestones: list[int] = Field([80, 120], description="epochs where lrate decays")
+        lrate_decay: float = Field(0.1, gt=0, le=1, description="factor at milestones")
+        weight_decay: float = Field(2e-4, ge=0, description="weight decay of later tasks")
+        batch_size: int = Field(128, ge=1, description="images per step, replay and exemplars included")
+        scheduler: str = Field("steplr", pattern="^(steplr|cosine|constant)$", description="of the learning rate")
+        momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+        clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: any")
+
+    def train_config(self, task: Task) -> TrainConfig:
+        """The first task's schedule, or the later tasks'."""
+        return self.schedule(first=task.num_old == 0)
+
+    def schedule(self, first: bool) -> TrainConfig:
+        """One of the two schedules."""
+        config = self.config
+        return TrainConfig(
+            epochs=config.init_epoch if first else config.epochs,
+            lr=config.init_lr if first else config.lrate,
+            weight_decay=config.init_weight_decay if first else config.weight_decay,
+            milestones=tuple(config.init_milestones if first else config.milestones),
+            lr_decay=config.init_lr_decay if first else config.lrate_decay,
+            schedule={"steplr": "step"}.get(config.scheduler, config.scheduler),
+            momentum=config.momentum,
+            clip_norm=config.clip_norm,
+        )

@@ -1,0 +1,56 @@
+"""Experience replay: real exemplars of the past beside the new images."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from learners import LEARNERS
+from learners.pycil import PyCILLearner
+from utils import seeding
+from utils.data_manager import Task
+from utils.memory import reservoir_slots
+
+
+@LEARNERS.register("replay")
+class Replay(PyCILLearner):
+    """Cross-entropy over all seen classes on new images and exemplars.
+
+    Exemplars are herded (PyCIL; with nearest-mean predictions) or a reservoir sample of all images seen
+    (Riemer et al., "Learning to Learn without Forgetting", ICLR 2019, arXiv:1810.11910, Algorithm 3).
+    """
+
+    class Config(PyCILLearner.Config):
+        epochs: int = Field(70, ge=1, description="epochs of every later task")
+        milestones: list[int] = Field([30, 50], description="epochs where lrate decays")
+        selection: str = Field("herding", pattern="^(herding|reservoir)$", description="which images become exemplars")
+
+    uses_exemplars = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_offered = 0  # images that the reservoir has seen
+
+    def after_training(self, task: Task) -> None:
+        if self.config.selection == "herding":
+            self.keep_herded_exemplars(task)
+            self.update_class_means()
+        else:
+            self._offer_to_reservoir(task)
+
+    def _offer_to_reservoir(self, task: Task) -> None:
+        images = self.data.train_images(task)
+        capacity = self.config.memory_per_class * task.num_seen if self.config.fixed_memory else self.config.memory_size
+        generator = seeding.generator(self.run.seed, task.index, "reservoir")
+        order = torch.randperm(len(images), generator=generator).tolist()
+        kept = list(range(len(self.memory.images)))  # positions in memory and new images, one behind the other
+        for item, slot in reservoir_slots(self.num_offered, len(images), capacity, generator):
+            kept[slot : slot + 1] = [len(self.memory.images) + order[item]]
+        self.memory.images = (self.memory.images + images).take(kept)
+        self.num_offered += len(images)
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        return {"num_offered": torch.tensor(self.num_offered)}
+
+    def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.num_offered = int(state["num_offered"])

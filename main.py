@@ -1,0 +1,118 @@
+"""Run an experiment file: `python main.py --config exps/cifar.json`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from pathlib import Path
+
+# Waiting threads that spin stop each other where two programs share the cores. Must be said before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+DEFAULT_CONFIG = "exps/digits.json"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="Reprise: class-incremental learning with diffusion replay. Without --config it learns ten "
+        "handwritten digits in five tasks and needs nothing but itself.",
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment file (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a key; may be given many times; dots reach into synth")  # fmt: skip
+    parser.add_argument("--name", help="name of the run (default: prefix and file name, with a hash for overrides)")
+    parser.add_argument("--overwrite", action="store_true", help="delete what this run wrote before and start anew")
+    parser.add_argument("--plan", action="store_true", help="print what the run would do and need, and stop")
+    parser.add_argument("--list", action="store_true", help="print learners, sources, data sets and backbones")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing from a network")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one message about a mistake that the user can repair."""
+    args = parse_args(argv)
+    from utils.errors import RepriseError
+
+    try:
+        return run(args)
+    except RepriseError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: the disk is full: {error.filename or ''}; make room and give the same command again",
+            file=sys.stderr,
+        )
+    return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything is checked, and the data read, before anything is written."""
+    if args.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        args.overrides = [*args.overrides, "offline=true"]
+    if args.list:
+        from learners.plan import describe_all
+
+        print(describe_all())
+        return 0
+    from learners.configure import build_config
+    from utils.config import apply_overrides, read_experiment
+
+    config, unused = build_config(apply_overrides(read_experiment(args.config), args.overrides))
+    name = args.name or run_name(args.config, config, args.overrides)
+    if args.plan:
+        from learners.plan import describe_run
+
+        print(describe_run(config, name))
+        return 0
+    return run_seeds(config, name, unused, args.overwrite)
+
+
+def run_name(path: str, config, overrides: list[str]) -> str:
+    """Prefix and file name; a short hash tells apart runs whose keys were overridden."""
+    from utils.config import NOT_IDENTITY
+
+    changed = any(override.partition("=")[0].strip() not in NOT_IDENTITY for override in overrides)
+    parts = [config.prefix, Path(path).stem, config.identity_hash() if changed else ""]
+    return "_".join(part.replace("/", "-").replace(" ", "-") for part in parts if part)
+
+
+def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
+    """One full run per seed, then mean and spread."""
+    from learners.base import backbone_options
+    from learners.experiment import Experiment, claim_folder, claim_threads
+    from models.timm_backbone import check_backbone_name
+    from utils.checkpoint import write_json
+    from utils.datasets import load_dataset
+    from utils.results import summarise
+    from utils.run import log, log_to_console
+    from utils.runtime import Runtime
+
+    log_to_console()
+    runtime = Runtime(config.device, config.precision)
+    dataset = load_dataset(config.dataset, config.data_dir, config.offline)
+    check_backbone_name(config.convnet_type, backbone_options(config, dataset))
+    experiments = [Experiment(config, name, seed, dataset, runtime) for seed in config.seed]
+    folder = claim_folder(config, name, overwrite)
+    claim_threads(folder, runtime)
+    if unused:
+        log.info("Keys that %s does not use: %s", config.model_name, ", ".join(unused))
+    results = []
+    for experiment in experiments:
+        done = experiment.finished()
+        if done is not None:
+            log.info("Seed %d is finished: %s (--overwrite repeats it)", experiment.seed, experiment.folder)
+        results.append(done or experiment.run())
+    if runtime.is_main:
+        write_json(folder / "summary.json", summarise(results))
+    final = ", ".join(f"{result['final_accuracy']:.2f}" for result in results)
+    log.info("Final accuracy: %s %%. Results lie in %s", final, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""Networks only: no data, no config files, no training."""
+
+from utils.registry import Registry
+
+BACKBONES: Registry = Registry("backbone", __name__)

@@ -1,0 +1,82 @@
+"""Classifier heads that gain rows as classes come. Both start without any class."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Head(nn.Module):
+    """Class vectors as rows of ``weight``, float (num_classes, D); subclasses say how a row starts and is compared."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0, num_features))
+
+    @property
+    def num_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        return self.weight.shape[0]
+
+    def grow(self, num_classes: int, generator: torch.Generator | None = None) -> None:
+        """Add rows up to a total of ``num_classes``; the old rows keep every bit.
+
+        Parameters are replaced, so make the optimiser afterwards.
+
+        Args:
+            num_classes: the new total, at least the present one.
+            generator: CPU generator of the new rows; None draws from torch's global one.
+        """
+        assert num_classes >= self.num_classes, f"a head of {self.num_classes} classes cannot shrink to {num_classes}"
+        # Drawn on the CPU: a seed then means the same rows on every device.
+        rows = self.draw_rows(torch.empty(num_classes - self.num_classes, self.num_features), generator)
+        self.weight = nn.Parameter(torch.cat([self.weight.data, rows.to(self.weight)]))
+
+    def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Fill new rows, float (R, D), in place."""
+        raise NotImplementedError
+
+
+class LinearHead(_Head):
+    """logits = W f + b; rows start Kaiming-uniform for a linear layer, biases at zero, as in PyCIL."""
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+        self.bias = nn.Parameter(torch.empty(0))
+
+    def grow(self, num_classes: int, generator: torch.Generator | None = None) -> None:
+        """Add rows and zero biases up to a total of ``num_classes``; see `_Head.grow`."""
+        super().grow(num_classes, generator)
+        self.bias = nn.Parameter(F.pad(self.bias.data, (0, num_classes - len(self.bias))))
+
+    def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        return _uniform(rows, math.sqrt(3 / self.num_features), generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, D) to logits (B, num_classes)."""
+        return F.linear(features, self.weight, self.bias)
+
+
+class CosineHead(_Head):
+    """logits = s * cos(w, f) with a learned scale s (Hou et al., LUCIR, CVPR 2019, Eq. 4); rows start as in PyCIL."""
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        return _uniform(rows, 1 / math.sqrt(self.num_features), generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, D) of any length to logits (B, num_classes) in [-s, s]."""
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
+def _uniform(rows: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
+    return nn.init.uniform_(rows, -bound, bound, generator=generator)

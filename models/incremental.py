@@ -1,0 +1,66 @@
+"""A backbone with a head that grows."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from models.heads import CosineHead, LinearHead
+
+
+class IncrementalNet(nn.Module):
+    """The classifier of every learner.
+
+    Args:
+        backbone: has ``num_features`` = D and maps float (B, 3, H, W) to (B, D).
+        head: built for D features; it has no class before the first `grow`.
+    """
+
+    def __init__(self, backbone: nn.Module, head: LinearHead | CosineHead):
+        super().__init__()
+        assert backbone.num_features == head.num_features
+        self.backbone = backbone
+        self.head = head
+
+    @property
+    def num_classes(self) -> int:
+        """Classes seen so far, the width of the logits."""
+        return self.head.num_classes
+
+    def grow(self, num_classes: int, generator: torch.Generator | None = None) -> None:
+        """Add outputs up to a total of ``num_classes``; old rows keep every bit. See `models.heads`."""
+        self.head.grow(num_classes, generator)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images, float (B, 3, H, W) as the backbone wants them, to features (B, D)."""
+        return self.backbone(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images, float (B, 3, H, W), to logits (B, num_classes)."""
+        return self.head(self.features(x))
+
+    def frozen_copy(self) -> IncrementalNet:
+        """A teacher: a deep copy in eval mode without gradients."""
+        teacher = copy.deepcopy(self).eval().requires_grad_(False)
+        teacher.zero_grad(set_to_none=True)  # a deep copy also carries the last gradients
+        return teacher
+
+    @torch.no_grad()
+    def align_new_weights(self, num_old: int) -> float:
+        """Give new class vectors the mean length of old ones (Zhao et al., CVPR 2020, arXiv:1911.07053, Eq. 7).
+
+        Biases stay as they are. A second call changes nothing.
+
+        Args:
+            num_old: classes before this task, 0 < num_old < num_classes.
+
+        Returns:
+            The factor, mean ||w_old|| / mean ||w_new||.
+        """
+        assert 0 < num_old < self.num_classes, f"num_old={num_old} of {self.num_classes} classes"
+        norms = self.head.weight.norm(dim=1)  # (num_classes,)
+        factor = norms[:num_old].mean() / norms[num_old:].mean()
+        self.head.weight[num_old:] *= factor
+        return factor.item()

@@ -1,0 +1,33 @@
+"""What a backbone may need to know, besides its name, to be built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from utils.errors import ConfigError
+
+STEMS = ("cifar", "imagenet", "imagenet_small")
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """How a backbone is built; each one reads what concerns it.
+
+    Args:
+        stem: first layers of ResNet-18/34/50: "cifar" 3x3 stride 1; "imagenet" 7x7 stride 2 and max-pool;
+            "imagenet_small" 3x3 stride 1 and max-pool.
+        image_size: side of the input in pixels; timm models with positions (ViT, Swin) are built for it.
+        pretrained: timm models start from published weights. Ours have none and start at random.
+        weights: a local file of weights, for any backbone; it takes the place of published ones.
+        offline: fetch nothing; what is absent is an error.
+    """
+
+    stem: str = "cifar"
+    image_size: int = 32
+    pretrained: bool = True
+    weights: str | None = None
+    offline: bool = False
+
+    def __post_init__(self):
+        if self.stem not in STEMS:
+            raise ConfigError(f"stem={self.stem!r}: use one of {', '.join(STEMS)}")

@@ -1,0 +1,94 @@
+"""Residual networks (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import BACKBONES
+from models.options import BackboneOptions
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut without parameters (option A of section 3.3)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.extra_channels = stride, channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = F.relu(self.bn1(self.conv1(x)))
+        branch = self.bn2(self.conv2(branch))
+        if self.stride > 1 or self.extra_channels:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
+        return F.relu(x + branch)
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR form of section 4.2: three stages of 16, 32 and 64 channels, any image side from 4 pixels.
+
+    Args:
+        blocks: residual blocks per stage; depth is 6 * blocks + 2.
+    """
+
+    num_features = 64
+
+    def __init__(self, blocks: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        stages, in_channels = [], 16
+        for channels, stride in ((16, 1), (32, 2), (64, 2)):
+            stage = [_Block(in_channels, channels, stride)]
+            stage += [_Block(channels, channels, 1) for _ in range(blocks - 1)]
+            stages.append(nn.Sequential(*stage))
+            in_channels = channels
+        self.stages = nn.Sequential(*stages)
+        self.apply(_init_conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W), mean 0 and deviation 1 per channel, to non-negative features (B, 64)."""
+        x = F.relu(self.bn(self.conv(x)))
+        return self.stages(x).mean(dim=(2, 3))
+
+
+def _init_conv(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+@BACKBONES.register("resnet20")
+def resnet20(options: BackboneOptions) -> nn.Module:
+    """Depth 20, 64 features."""
+    return CifarResNet(blocks=3)
+
+
+@BACKBONES.register("resnet32")
+def resnet32(options: BackboneOptions) -> nn.Module:
+    """Depth 32, 64 features, 463,504 parameters: the field's network for CIFAR."""
+    return CifarResNet(blocks=5)
+
+
+def _torchvision_resnet(name: str, options: BackboneOptions) -> nn.Module:
+    """torchvision's network with another stem and without its classifier; its own weight files still fit."""
+    from torchvision.models import get_model
+
+    network = get_model(name, weights=None)
+    network.num_features = network.fc.in_features
+    network.fc = nn.Identity()
+    if options.stem != "imagenet":
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        _init_conv(network.conv1)
+    if options.stem == "cifar":
+        network.maxpool = nn.Identity()
+    return network
+
+
+for _name in ("resnet18", "resnet34", "resnet50"):
+    BACKBONES.register(_name)(partial(_torchvision_resnet, _name))

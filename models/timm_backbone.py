@@ -1,0 +1,145 @@
+"""Backbones by name: ours first, then every model of timm, always with an explicit weight tag."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+
+from models import BACKBONES
+from models.options import BackboneOptions
+from models.weights import check_weights_file, load_exactly, published_weights, read_weights
+from utils.errors import ConfigError
+from utils.registry import nearest
+
+PILOT_ALIASES = {
+    "pretrained_vit_b16_224": "vit_base_patch16_224.augreg_in21k_ft_in1k",
+    "vit_base_patch16_224": "vit_base_patch16_224.augreg_in21k_ft_in1k",
+    "pretrained_vit_b16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+    "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+}
+
+
+class TimmBackbone(nn.Module):
+    """A timm model without its classifier; the model itself is ``network``.
+
+    Args:
+        network: built with num_classes=0, so that its output is pooled features.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        # Some models (MobileNetV3) widen the features once more behind the pooling.
+        self.num_features: int = getattr(network, "head_hidden_size", None) or network.num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images, float (B, 3, H, W), normalised as the weights want it, to features (B, D)."""
+        return self.network(x)
+
+
+def backbone_names() -> list[str]:
+    """Names of our own backbones; any timm model works beside them."""
+    return BACKBONES.names()
+
+
+def check_backbone_name(name: str, options: BackboneOptions) -> None:
+    """Find mistakes in the name and in where weights come from, without building, reading or fetching anything.
+
+    Raises:
+        ConfigError: for an unknown name or tag, or a timm model without a tag that says which weights to take.
+        WeightsError: if the local file is absent, or published weights are and ``offline`` forbids to fetch them.
+    """
+    if options.weights is not None:
+        check_weights_file(options.weights)
+    if name.lower() in BACKBONES:
+        return
+    name = _timm_name(name, options)
+    if _wants_published(options) and options.offline:
+        published_weights(_timm_cfg(name), offline=True)
+
+
+def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
+    """Build a backbone by name, with ``num_features`` and (B, 3, H, W) -> (B, num_features).
+
+    Args:
+        name: one of `backbone_names`, or a timm name with weight tag such as "vit_small_patch16_224.augreg_in1k", or
+            one of PILOT's names for ViT-B/16. A name that we share with timm means ours.
+        options: see `BackboneOptions`.
+
+    Raises:
+        ConfigError: for an unknown name or tag, a missing tag, or an image size that the model cannot take.
+        WeightsError: if weights are absent, unreadable or do not fit.
+    """
+    if name.lower() in BACKBONES:
+        backbone = network = BACKBONES[name.lower()](options)
+    else:
+        network = _build_timm(_timm_name(name, options), options)
+        backbone = TimmBackbone(network)
+    if options.weights is not None:
+        _load_local(network, options.weights)
+    return backbone
+
+
+def _wants_published(options: BackboneOptions) -> bool:
+    return options.pretrained and options.weights is None
+
+
+def _timm_name(name: str, options: BackboneOptions) -> str:
+    import timm
+
+    name = PILOT_ALIASES.get(name.lower(), name.lower())
+    base, _, tag = name.partition(".")
+    if base not in timm.list_models():
+        known = [*BACKBONES.names(), *PILOT_ALIASES, *timm.list_models(), *timm.list_pretrained()]
+        raise ConfigError(
+            f"unknown backbone {name!r}{nearest(name, known) or '.'} Ours: {', '.join(BACKBONES.names())}; "
+            "any timm model works too, by its full name with weight tag"
+        )
+    tagged = timm.list_pretrained(f"{base}.*")
+    if tag and name not in tagged:
+        raise ConfigError(f"timm has no weights {name!r}{nearest(name, tagged)} Known: {', '.join(tagged) or 'none'}")
+    if not tag and _wants_published(options):
+        choice = f"say which weights: {', '.join(tagged)}" if tagged else "timm has no weights for it"
+        raise ConfigError(f"backbone {name!r} has no weight tag: {choice}; pretrained=false trains it from scratch")
+    return name
+
+
+def _timm_cfg(name: str):
+    import timm
+
+    return timm.get_pretrained_cfg(name)
+
+
+def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
+    import timm
+
+    cfg = _timm_cfg(name)
+    arguments: dict = {"num_classes": 0}
+    if cfg is not None and cfg.fixed_input_size:
+        # Also with published weights: timm then interpolates the positions.
+        arguments["img_size"] = options.image_size
+    if _wants_published(options):
+        file = published_weights(cfg, options.offline)
+        # Only original files, .npz, need a model's own reader; the hub holds them converted.
+        overlay = {"file": str(file), "custom_load": file.suffix == ".npz"}
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        network = timm.create_model(name, **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"timm cannot build {name} for images of {options.image_size} px: {error}") from error
+    if 0 in getattr(getattr(network, "patch_embed", None), "grid_size", ()):
+        raise ConfigError(
+            f"images of {options.image_size} px are smaller than one patch of {name}: use larger images or a ResNet"
+        )
+    return network
+
+
+def _load_local(network: nn.Module, path: str) -> None:
+    weights = read_weights(path)
+    classifiers = getattr(network, "pretrained_cfg", {}).get("classifier") or "fc"
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    weights = {key: value for key, value in weights.items() if key.rpartition(".")[0] not in classifiers}
+    # timm's own translation of foreign key names and of positions for other image sizes, where a model has one.
+    translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    load_exactly(network, translate(weights, network) if translate else weights, path)

@@ -1,0 +1,162 @@
+"""Class-conditional noise predictor: an adapter over diffusers' ``UNet2DModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.errors import ConfigError
+
+NO_CLASS = -1
+
+
+class _PaddedLinear(nn.Linear):
+    """A linear layer whose last ``padding`` outputs are zero, to be filled with the one-hot class.
+
+    The rows of these outputs exist, as zeros, so that the state dict stays that of ``UNet2DModel``. They take no part
+    in the forward pass, hence get a zero gradient in every deep copy, and weight decay keeps zero at zero.
+    """
+
+    def __init__(self, in_features: int, out_features: int, padding: int):
+        super().__init__(in_features, out_features)
+        self.padding = padding
+        with torch.no_grad():
+            self.weight[-padding:] = 0
+            self.bias[-padding:] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(F.linear(x, self.weight[: -self.padding], self.bias[: -self.padding]), (0, self.padding))
+
+
+class ClassUNet(nn.Module):
+    """The UNet of guided diffusion (Dhariwal and Nichol, 2021, arXiv:2105.05233), told the class as a one-hot vector.
+
+    The defaults are GUIDE's CIFAR network (Cywinski et al., 2024, arXiv:2403.03938): scale-shift norm, and the raw
+    one-hot vector of the class behind the time embedding. Every residual block then owns one vector per class, and
+    the vector of a class that is absent from the batch gets a gradient of exactly zero.
+
+    Args:
+        image_shape: (C, H, W) of the images.
+        num_classes: K, all classes that will ever come: K of the 4 * block_out_channels[0] places of the embedding.
+        block_out_channels: width of each level; the image side is halved between two levels.
+        attention_levels: levels, from 0, that have self-attention. The middle block always has it.
+        layers_per_block: residual blocks per level on the way down; the way up has one more.
+        attention_head_dim: channels per head.
+        resample: "conv" strided and nearest-neighbour convolutions, "resnet" residual blocks (GUIDE on ImageNet).
+        checkpointing: recompute residual blocks in the backward pass; less memory, about a third more time.
+
+    Raises:
+        ConfigError: if the shapes do not fit each other; the message says what would.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        block_out_channels: Sequence[int] = (128, 256, 256, 256),
+        attention_levels: Sequence[int] = (1, 2),
+        layers_per_block: int = 3,
+        attention_head_dim: int = 64,
+        norm_num_groups: int = 32,
+        dropout: float = 0.1,
+        resample: str = "conv",
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        _check_shapes(
+            image_shape, num_classes, block_out_channels, attention_levels, attention_head_dim, norm_num_groups
+        )
+        from diffusers import UNet2DModel
+
+        self.image_shape = tuple(image_shape)
+        self.num_classes = num_classes
+        self.embedding_dim = 4 * block_out_channels[0]
+        down_types, up_types = _block_types(len(block_out_channels), attention_levels, resample)
+        self.unet = UNet2DModel(
+            sample_size=tuple(image_shape[1:]),
+            in_channels=image_shape[0],
+            out_channels=image_shape[0],
+            down_block_types=down_types,
+            up_block_types=up_types,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            downsample_type=resample,
+            upsample_type=resample,
+            dropout=dropout,
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=norm_num_groups,
+            # With scale-shift and the default None, the middle attention would have no GroupNorm at all.
+            attn_norm_num_groups=norm_num_groups,
+            resnet_time_scale_shift="scale_shift",
+            class_embed_type="identity",
+        )
+        self.unet.time_embedding.linear_2 = _PaddedLinear(self.embedding_dim, self.embedding_dim, num_classes)
+        _zero_residual_branches(self.unet)
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def forward(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Predict the noise in ``xt``.
+
+        Args:
+            xt: noisy images, float (B, C, H, W), of unit scale.
+            t: int64 (B,), steps of the unrespaced process (0..999).
+            labels: int64 (B,), in [0, num_classes), or -1 for no class (the all-zero vector).
+
+        Returns:
+            Noise, float (B, C, H, W).
+        """
+        one_hot = F.one_hot(labels + 1, self.num_classes + 1)[:, 1:]  # (B, K)
+        class_embedding = F.pad(one_hot.float(), (self.embedding_dim - self.num_classes, 0))  # (B, 4C)
+        return self.unet(xt, t, class_labels=class_embedding, return_dict=False)[0]
+
+
+def _block_types(levels: int, attention: Sequence[int], resample: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    plain = {"conv": "Down", "resnet": "ResnetDownsample"}  # DownBlock2D ignores downsample_type
+    if resample not in plain:
+        raise ConfigError(f"resample={resample!r}: use 'conv' or 'resnet'")
+    down = [f"{'AttnDown' if level in attention else plain[resample]}Block2D" for level in range(levels)]
+    up = [name.replace("Downsample", "Upsample").replace("Down", "Up") for name in reversed(down)]
+    return tuple(down), tuple(up)
+
+
+def _zero_residual_branches(unet: nn.Module) -> None:
+    """Start as the identity: diffusers leaves the last layer of each branch and the output at random."""
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+
+    last = [unet.conv_out]
+    last += [module.conv2 for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    last += [module.to_out[0] for module in unet.modules() if isinstance(module, Attention)]
+    for layer in last:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def _check_shapes(image_shape, num_classes, widths, attention_levels, head_dim, groups) -> None:
+    _, height, width = image_shape
+    factor = 2 ** (len(widths) - 1)
+    if height % factor or width % factor:
+        raise ConfigError(
+            f"a UNet of {len(widths)} levels needs image sides that are multiples of {factor}, not {height}x{width}: "
+            "give block_out_channels fewer entries, or pad or resize the images"
+        )
+    if not 1 <= num_classes < 4 * widths[0]:
+        raise ConfigError(
+            f"{num_classes} classes do not fit an embedding of 4 * block_out_channels[0] = {4 * widths[0]} places: "
+            f"use block_out_channels[0] > {num_classes // 4}"
+        )
+    absent = [level for level in attention_levels if not 0 <= level < len(widths)]
+    if absent:
+        raise ConfigError(f"attention_levels={absent} do not exist: levels are 0 to {len(widths) - 1}")
+    for level, channels in enumerate(widths):
+        if channels % groups:
+            raise ConfigError(f"block_out_channels[{level}]={channels} is not a multiple of norm_num_groups={groups}")
+        if channels % head_dim and (level in attention_levels or level == len(widths) - 1):
+            raise ConfigError(
+                f"block_out_channels[{level}]={channels} has attention, so it must be a multiple of "
+                f"attention_head_dim={head_dim}"
+            )

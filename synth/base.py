@@ -1,0 +1,144 @@
+"""What a replay source is: something that learns classes and can then be asked for samples of them."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils import seeding
+from utils.checkpoint import folder_bytes
+from utils.config import SourceConfig
+from utils.data_manager import Task
+from utils.errors import NotFittedError
+from utils.images import ImageSet
+from utils.run import Run
+
+# Clean predictions (B, C, H, W) in [-1, 1] and their labels (B,) to one log-likelihood per image, (B,), already
+# multiplied by its scale: sampling follows its gradient.
+Guide = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What to generate: N samples, each with a seed of its own.
+
+    Attributes:
+        labels: int64 (N,), classes in learning order.
+        item: int64 (N,), exemplar to start from, -1 for none.
+        copy: int64 (N,), tells apart samples of one class and item.
+        key: (run seed, source, task): with label, item and copy it makes the seed of a sample, whatever else is
+            asked for and in whatever order.
+    """
+
+    labels: Tensor
+    item: Tensor
+    copy: Tensor
+    key: tuple[int | str, ...]
+
+    @classmethod
+    def of_classes(cls, classes: list[int], per_class: int, key: tuple[int | str, ...]) -> Requests:
+        """The same number of samples of every class, class by class."""
+        labels = torch.tensor(classes, dtype=torch.int64).repeat_interleave(per_class)
+        return cls(labels, torch.full_like(labels, -1), torch.arange(per_class).repeat(len(classes)), key)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, positions: Tensor) -> Requests:
+        """Only these requests, in this order."""
+        return Requests(self.labels[positions], self.item[positions], self.copy[positions], self.key)
+
+    def chunks(self, size: int) -> Iterator[Requests]:
+        """Pieces of ``size`` requests, cut by position: the same ones on one process and on many."""
+        yield from (self.take(positions) for positions in torch.arange(len(self)).split(size))
+
+    def generators(self) -> list[torch.Generator]:
+        """One CPU generator per sample."""
+        rows = zip(self.labels.tolist(), self.item.tolist(), self.copy.tolist())
+        return [seeding.generator(*self.key, *row) for row in rows]
+
+
+def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, (N, *shape), each row from its own generator; on the CPU, so that a seed is a seed."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+class ReplaySource(ABC):
+    """Learns classes task by task and generates samples of them.
+
+    Args:
+        config: the frozen Config of this very class.
+        run: device, random keys, checkpoints inside trainings.
+        num_classes: of the whole run.
+        class_names: in learning order, for sources that read text.
+        dataset: for image size, channels and augmentation; its images are not touched.
+    """
+
+    class Config(SourceConfig):
+        pass
+
+    kind = "images"  # or "features"
+
+    def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset):
+        self.config, self.run, self.num_classes = config, run, num_classes
+        self.class_names, self.dataset = class_names, dataset
+        self.fitted_classes: set[int] = set()
+
+    def fit_before(self, task: Task, images: ImageSet) -> None:
+        """Learn from the task's real images before the classifier trains. Default: nothing."""
+
+    def fit_after(
+        self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder: nn.Module
+    ) -> None:
+        """Learn after the classifier has trained. Default: nothing.
+
+        Args:
+            task: the task just learned.
+            images: its real images.
+            replay: the generated images of old classes that the classifier was trained on.
+            exemplars: real images that the learner keeps.
+            encoder: the trained classifier.
+        """
+
+    @abstractmethod
+    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+        """One sample per request, in their order; see `Requests` for what makes it reproducible.
+
+        Raises:
+            NotFittedError: if a label was never learned.
+        """
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write everything that the next task needs."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Take over what ``save`` wrote."""
+
+    def memory_bytes(self) -> int:
+        """Bytes that ``save`` writes: the price of carrying this source to the next task."""
+        if not self.fitted_classes:
+            return 0
+        with tempfile.TemporaryDirectory() as directory:
+            self.save(Path(directory))
+            return folder_bytes(directory)
+
+    def fingerprint(self) -> str:
+        """A hash of the weights that generate; it changes whenever the images would."""
+        return ""
+
+    def require_fitted(self, labels: Tensor) -> None:
+        """Raise NotFittedError if a label was never learned."""
+        unknown = sorted(set(labels.tolist()) - self.fitted_classes)
+        if unknown:
+            raise NotFittedError(
+                f"cannot generate classes {unknown}: this source has learned {sorted(self.fitted_classes)}; "
+                "fit it on their task first"
+            )

@@ -1,0 +1,174 @@
+"""The mathematics of diffusion: pure functions on tensors, in the symbols of the papers.
+
+x0 is a clean image in [-1, 1], xt its noisy form at time t, alpha_bar the cumulative product of 1 - beta, eps noise.
+Every sampler has the signature (model, xt, process, ...), so that one replaces another. ``model(xt, t)`` predicts eps;
+t holds original time steps, int64 (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.errors import ConfigError
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Process:
+    """A noising process on a subset of its time steps.
+
+    Attributes:
+        alpha_bar: float64 (S,), falling from nearly 1 to nearly 0.
+        timesteps: int64 (S,), the original time steps that are kept, ascending; what the network is told.
+    """
+
+    alpha_bar: Tensor
+    timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def alpha_bar_prev(self) -> Tensor:
+        """alpha_bar one step earlier, 1 before the first."""
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+
+    @property
+    def betas(self) -> Tensor:
+        """The noise variances between kept steps."""
+        return 1 - self.alpha_bar / self.alpha_bar_prev
+
+
+def linear_process(num_steps: int = 1000, beta_start: float = 1e-3, beta_end: float = 2e-2) -> Process:
+    """The linear schedule (Ho et al. 2020, arXiv:2006.11239, section 4) from GUIDE's start, ten times the usual one."""
+    betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+    return Process((1 - betas).cumprod(0), torch.arange(num_steps))
+
+
+def respace(process: Process, spacing: str | int) -> Process:
+    """Keep some time steps with their alpha_bar; the betas between them follow.
+
+    Args:
+        process: of T steps.
+        spacing: "ddimN" takes the smallest integer stride that gives exactly N steps from 0 on; a number N spreads
+            N steps evenly from 0 to T - 1.
+
+    Raises:
+        ConfigError: if no integer stride gives N steps, or N is not in 1..T.
+    """
+    total = len(process)
+    text = str(spacing)
+    count = int(text.removeprefix("ddim")) if text.removeprefix("ddim").isdigit() else 0
+    if not 1 <= count <= total:
+        raise ConfigError(f"{text!r} sampling steps: use 1 to {total}, or ddimN with such an N")
+    if text.startswith("ddim"):
+        strides = [stride for stride in range(1, total + 1) if -(-total // stride) == count]
+        if not strides:
+            raise ConfigError(
+                f"no integer stride through {total} steps gives {count} of them: use {count} without ddim"
+            )
+        kept = torch.arange(0, total, strides[0])
+    else:
+        stride = (total - 1) / max(count - 1, 1)
+        kept = torch.tensor([round(index * stride) for index in range(count)])
+    return Process(process.alpha_bar[kept], process.timesteps[kept])
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) coefficients that multiply (B, C, H, W) images."""
+    return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(process: Process, x0: Tensor, index: Tensor, eps: Tensor) -> Tensor:
+    """xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (DDPM, Eq. 4); ``index`` (B,) counts kept steps."""
+    alpha_bar = process.alpha_bar[index.cpu()]
+    return _rows(alpha_bar.sqrt(), x0) * x0 + _rows((1 - alpha_bar).sqrt(), x0) * eps
+
+
+def noise_prediction_loss(model: Model, process: Process, x0: Tensor) -> Tensor:
+    """Mean squared error of the predicted noise at uniform times (DDPM, Eq. 14); a scalar.
+
+    Draws from the global random generators of x0's device.
+    """
+    index = torch.randint(len(process), (len(x0),))
+    eps = torch.randn_like(x0)
+    xt = add_noise(process, x0, index, eps)
+    return (model(xt, process.timesteps[index].to(x0.device)).float() - eps).square().mean()
+
+
+def predict_x0(xt: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
+    """The clean image that noise eps implies."""
+    return (xt - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+
+
+def predict_eps(xt: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
+    """The noise that a clean image x0 implies."""
+    return (xt - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+
+
+def classifier_free(conditional: Model, unconditional: Model, guidance: float) -> Model:
+    """eps_u + g (eps_c - eps_u) (Ho and Salimans 2022, arXiv:2207.12598, in the g = 1 + w convention)."""
+
+    def model(xt: Tensor, t: Tensor) -> Tensor:
+        eps = unconditional(xt, t)
+        return eps + guidance * (conditional(xt, t) - eps)
+
+    return model
+
+
+def sample_ddim(model: Model, xt: Tensor, process: Process, guide: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Deterministic sampling (Song et al. 2021, arXiv:2010.02502, Eq. 12 with eta = 0), x0 clamped at every step.
+
+    Args:
+        xt: pure noise, (B, C, H, W).
+        guide: x0 -> one log-likelihood per image, (B,); its gradient with respect to xt, through classifier, clamp
+            and network, shifts eps (GUIDE, arXiv:2403.03938). The guided x0 is not clamped again.
+
+    Returns:
+        (B, C, H, W), about [-1, 1].
+    """
+    for t, alpha_bar, alpha_bar_prev in _backwards(process):
+        with torch.set_grad_enabled(guide is not None):
+            xt = xt.detach().requires_grad_(guide is not None)
+            eps = model(xt, t.expand(len(xt)).to(xt.device)).float()
+            x0 = predict_x0(xt, eps, alpha_bar).clamp(-1, 1)
+            shift = None if guide is None else torch.autograd.grad(guide(x0).sum(), xt)[0]
+        xt, x0 = xt.detach(), x0.detach()
+        eps = predict_eps(xt, x0, alpha_bar)
+        if shift is not None:
+            eps = eps - (1 - alpha_bar) ** 0.5 * shift
+            x0 = predict_x0(xt, eps, alpha_bar)
+        xt = alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev) ** 0.5 * eps
+    return xt
+
+
+@torch.no_grad()
+def sample_ddpm(model: Model, xt: Tensor, process: Process, step_noise: Callable[[], Tensor]) -> Tensor:
+    """Ancestral sampling with variance beta (DDPM, Algorithm 2), x0 clamped at every step.
+
+    Args:
+        xt: pure noise, (B, C, H, W).
+        step_noise: gives fresh noise of xt's shape; not called for the last step.
+    """
+    for t, alpha_bar, alpha_bar_prev in _backwards(process):
+        eps = model(xt, t.expand(len(xt)).to(xt.device)).float()
+        x0 = predict_x0(xt, eps, alpha_bar).clamp(-1, 1)
+        beta = 1 - alpha_bar / alpha_bar_prev
+        xt = (
+            alpha_bar_prev**0.5 * beta / (1 - alpha_bar) * x0
+            + (1 - beta) ** 0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt
+        )
+        if alpha_bar_prev < 1:
+            xt = xt + beta**0.5 * step_noise().to(xt)
+    return xt
+
+
+def _backwards(process: Process) -> Iterator[tuple[Tensor, float, float]]:
+    """(t, alpha_bar, alpha_bar before it) from the noisiest step to the first."""
+    rows = zip(process.timesteps, process.alpha_bar.tolist(), process.alpha_bar_prev.tolist())
+    return reversed(list(rows))

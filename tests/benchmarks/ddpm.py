@@ -1,0 +1,149 @@
+"""DDPM training steps and DDIM images per second: ours against a plain fp32 loop with the same UNet.
+
+`python -m tests.benchmarks.ddpm`; exit code 1 if a ratio falls short. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+
+from synth import SOURCES
+from synth.base import Requests
+from synth.diffusion import linear_process, respace
+from tests.benchmarks.timing import alternate, peak_memory, verdict
+from utils.batches import ImageBatches
+from utils.datasets import Dataset
+from utils.images import ImageSet
+from utils.run import Run
+from utils.runtime import Runtime, fast_bf16
+from utils.training import TrainConfig, fit
+
+UNET = {
+    "block_out_channels": [64, 128, 128], "layers_per_block": 1, "attention_levels": [], "dropout": 0.0,
+}  # fmt: skip
+BATCH, STEPS, IMAGES, SAMPLE_STEPS = 64, 4, 32, 5
+LABELS = torch.arange(BATCH) % 10
+
+
+def toy_photographs() -> ImageSet:
+    pixels = torch.randint(256, (512, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return ImageSet.of(pixels, torch.arange(512) % 10)
+
+
+def new_source(precision: str, folder: Path):
+    images = toy_photographs()
+    dataset = Dataset(
+        "bench", images, images, [str(label) for label in range(10)], 32, 3, True, (0.5,) * 3, (0.5,) * 3, "cifar", ""
+    )
+    config = SOURCES["ddpm"].Config.parse(
+        {"name": "ddpm", **UNET, "sample_batch": IMAGES, "timestep_respacing": f"ddim{SAMPLE_STEPS}"}
+    )
+    source = SOURCES["ddpm"](config, Run(folder, 0, Runtime(["cpu"], precision), progress=False), 10, [], dataset)
+    source.fitted_classes = set(range(10))
+    return source
+
+
+def our_training(folder: Path, precision: str):
+    """Some steps per call through `fit`, with moving average, checkpoint and log."""
+    source, count = new_source(precision, folder), iter(range(10**6))
+
+    def steps() -> int:
+        batches = ImageBatches(
+            toy_photographs(), transform=source.transform, batch_size=BATCH, key=(0,), device=source.run.device
+        )
+        config = TrainConfig(steps=STEPS, lr=2e-4, optimizer="adamw", ema_decay=0.9999)
+        fit(source.network, batches, source.loss, config, run=source.run, task=next(count), purpose="bench")
+        return STEPS
+
+    return steps
+
+
+def plain_training(folder: Path):
+    """The textbook loop: fp32, one parameter at a time for the moving average."""
+    network = new_source("fp32", folder).network.train()
+    average = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-4, weight_decay=0)
+    alpha_bar = linear_process().alpha_bar.float()
+    pixels = toy_photographs().parts[0].images
+
+    def steps() -> int:
+        for _ in range(STEPS):
+            pick = torch.randint(len(pixels), (BATCH,))
+            x0 = pixels[pick].float() / 127.5 - 1
+            t, noise = torch.randint(1000, (BATCH,)), torch.randn_like(x0)
+            a = alpha_bar[t].view(-1, 1, 1, 1)
+            loss = F.mse_loss(network(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, pick % 10), noise)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            for mean, parameter in zip(average, network.parameters()):
+                mean.mul_(0.9999).add_(parameter.detach(), alpha=0.0001)
+        return STEPS
+
+    return steps
+
+
+def our_sampling(folder: Path, precision: str):
+    """One request of a few images per class and call."""
+    source = new_source(precision, folder)
+    requests = Requests(LABELS[:IMAGES], torch.full((IMAGES,), -1), torch.arange(IMAGES), (0, "bench", 0))
+    return lambda: len(source.generate(requests))
+
+
+def plain_sampling(folder: Path):
+    """The textbook DDIM loop in fp32."""
+    network = new_source("fp32", folder).network.eval()
+    process = respace(linear_process(), f"ddim{SAMPLE_STEPS}")
+    alpha, previous = process.alpha_bar.float(), process.alpha_bar_prev.float()
+
+    @torch.no_grad()
+    def images() -> int:
+        x = torch.randn(IMAGES, 3, 32, 32)
+        for index in reversed(range(len(process))):
+            noise = network(x, process.timesteps[index].expand(IMAGES), LABELS[:IMAGES])
+            x0 = ((x - (1 - alpha[index]).sqrt() * noise) / alpha[index].sqrt()).clamp(-1, 1)
+            noise = (x - alpha[index].sqrt() * x0) / (1 - alpha[index]).sqrt()
+            x = previous[index].sqrt() * x0 + (1 - previous[index]).sqrt() * noise
+        return len(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+
+    return images
+
+
+def _segment(make, *args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        arm = make(Path(folder), *args)
+        arm(), arm()
+
+
+def main() -> int:
+    precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+    good = True
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count = sum(parameter.numel() for parameter in new_source("fp32", folder).network.parameters())
+        print(f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads")
+        for title, plain, ours in (
+            (f"training steps/s, batch {BATCH}", plain_training, our_training),
+            (f"DDIM images/s, {SAMPLE_STEPS} steps, {IMAGES} at once", plain_sampling, our_sampling),
+        ):
+            print(title)
+            rates = alternate({"plain, fp32": plain(folder / "p"), f"ours, {precision}": ours(folder / "o", precision)})
+            print(", ".join(f"{arm}: {rate:.2f}" for arm, rate in rates.items()))
+            good &= verdict(title, rates[f"ours, {precision}"] / rates["plain, fp32"], 1.4)
+            memory = [peak_memory(partial(_segment, plain)), peak_memory(partial(_segment, ours, precision))]
+            print(f"peak memory of the process: plain {memory[0] / 1e6:.0f} MB, ours {memory[1] / 1e6:.0f} MB")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Fair timing on a shared machine: arms take turns, each segment is timed alone, and the median counts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+Arm = Callable[[], int]  # does one segment's work and returns how many images or steps that was
+
+
+def alternate(arms: dict[str, Arm], segments: int = 5) -> dict[str, float]:
+    """Median rate per second of every arm over alternating segments, after one segment of warm-up each."""
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for segment in range(segments + 1):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            done = arm()
+            if segment:
+                rates[name].append(done / (time.perf_counter() - start))
+    for name, values in rates.items():
+        print(f"  {name:<24} {', '.join(f'{value:.1f}' for value in values)}", flush=True)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def peak_memory(work: Callable[[], None]) -> int:
+    """Peak resident bytes of a process that does only this; ``work`` must be a function of a module."""
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(work, queue))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return queue.get()
+
+
+def _measure(work: Callable[[], None], queue) -> None:
+    work()
+    unit = 1 if sys.platform == "darwin" else 1024
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def verdict(name: str, ratio: float, wanted: float) -> bool:
+    """Print one ratio against what is wanted of it."""
+    print(f"{name}: {ratio:.2f} times (wanted: at least {wanted})")
+    return ratio >= wanted

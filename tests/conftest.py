@@ -1,0 +1,29 @@
+"""Data that several tests share."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar100_mini.tar.xz"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from a second thread, and lose tenfold where other programs share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """A data_dir with CIFAR-100 photographs in class folders: 100 training and 25 test images per class."""
+    if "REPRISE_PHOTOGRAPHS" in os.environ:
+        return Path(os.environ["REPRISE_PHOTOGRAPHS"])
+    if not ARCHIVE.is_file():
+        pytest.skip("no photographs: set REPRISE_PHOTOGRAPHS to a data_dir that holds cifar100/<train|test>/<class>")
+    folder = tmp_path_factory.mktemp("photographs")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder

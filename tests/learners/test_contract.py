@@ -1,0 +1,125 @@
+"""What every registered learner must hold; a new one is under contract as soon as it is registered."""
+
+import pytest
+import torch
+
+from learners import LEARNERS
+from synth import SOURCES
+from tests.toy import toy_experiment
+from utils.checkpoint import folder_bytes
+
+ALL = LEARNERS.names()
+KINDS = {source: SOURCES[source].kind for source in SOURCES.names()}
+PAIRS = [(name, source) for name in ALL for source, kind in KINDS.items() if kind in LEARNERS[name].accepts]
+PAIRS += [(name, None) for name in ALL if not LEARNERS[name].needs_source]
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def weights(experiment):
+    return {name: value.clone() for name, value in experiment.learner.network.state_dict().items()}
+
+
+def without_seconds(results):
+    return {key: value for key, value in results.items() if key not in ("seconds", "command")}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("init_cls", "increment", "tasks"),
+    [
+        (1, 1, 6),  # one class at a time
+        (3, 2, 3),  # large first task, short last one
+        (6, 2, 1),  # everything at once
+    ],
+)
+def test_learner_grows_by_any_increment(name, init_cls, increment, tasks, tmp_path):
+    experiment = toy_experiment(name, tmp_path, init_cls=init_cls, increment=increment, init_epoch=1, epochs=1)
+    results = experiment.run()
+    assert len(results["accuracy_matrix"]) == tasks
+    assert experiment.learner.predict(experiment.data.test_images(range(6)))["cnn"].shape == (24, 6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_learner_learns_the_first_task(name, tmp_path):
+    results = toy_experiment(name, tmp_path, init_epoch=15, init_lr=0.05, increment=4, epochs=1).run()
+    assert results["accuracy_matrix"][0][0] >= 75
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_same_seed_gives_the_same_bits(name, tmp_path):
+    first, second = (toy_experiment(name, tmp_path / part, epochs=1) for part in "ab")
+    assert without_seconds(first.run()) == without_seconds(second.run())
+    torch.testing.assert_close(weights(first), weights(second), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_another_seed_gives_other_bits(name, tmp_path):
+    first, second = (toy_experiment(name, tmp_path / str(seed), epochs=1, seed=seed, increment=4) for seed in (7, 8))
+    first.run(), second.run()
+    assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(second).values())))
+
+
+@pytest.mark.parametrize(("name", "source"), PAIRS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_interrupted_run_ends_with_the_same_bits(name, source, precision, tmp_path, monkeypatch):
+    keys = {"epochs": 2, "precision": precision, "checkpoint_every": 2}
+    whole = toy_experiment(name, tmp_path / "whole", source, **keys)
+    expected = whole.run()
+    broken = toy_experiment(name, tmp_path / "broken", source, **keys)
+    for stop in ("after_step", "after_training", "make_replay"):
+        interrupt(broken, stop, monkeypatch)
+        broken = toy_experiment(name, tmp_path / "broken", source, **keys)
+    results = broken.run()
+    assert without_seconds(results) == without_seconds(expected)
+    torch.testing.assert_close(weights(broken), weights(whole), rtol=0, atol=0)
+
+
+def interrupt(experiment, stop, monkeypatch):
+    """Run until a hook of the second task or later is entered; a training is left after its first checkpoint."""
+    learner = LEARNERS[experiment.config.model_name]
+
+    def after_step(self, task, step):
+        if task.index == 1 and step == 3:
+            raise Interrupted
+
+    def other_hook(self, task):
+        if task.index >= 1:
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(learner, stop, after_step if stop == "after_step" else other_hook)
+        experiment.run()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_memory_ledger_equals_the_bytes_on_disk(name, tmp_path):
+    experiment = toy_experiment(name, tmp_path)
+    ledger = experiment.run()["memory_bytes"]
+    newest = experiment.folder / "checkpoints" / "task_2"
+    assert ledger["network"] == (newest / "network.safetensors").stat().st_size
+    assert ledger["source"] == folder_bytes(newest / "source")
+    bank = tmp_path / "outputs" / "syn_image_toy_seed7"
+    assert ledger["bank"] == sum(path.stat().st_size for path in bank.glob("task_*/*/*-*.png"))
+    uses = LEARNERS[name].uses_exemplars
+    assert ledger["exemplars"] == ((newest / "exemplars.safetensors").stat().st_size if uses else 0)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not LEARNERS[name].upper_bound])
+def test_learner_works_while_past_data_is_sealed(name, tmp_path, monkeypatch):
+    experiment = toy_experiment(name, tmp_path, epochs=1)
+    seen = []
+    original = experiment.data.train_images
+    monkeypatch.setattr(experiment.data, "train_images", lambda task: seen.append(task.index) or original(task))
+    experiment.run()
+    assert experiment.data.upper_bound is False
+    assert seen == sorted(seen)  # never an earlier task's
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_finished_run_is_known_as_finished(name, tmp_path):
+    assert toy_experiment(name, tmp_path).finished() is None
+    results = toy_experiment(name, tmp_path).run()
+    assert toy_experiment(name, tmp_path).finished()["final_accuracy"] == results["final_accuracy"]

@@ -1,0 +1,61 @@
+"""Metric values of the specification cards: PyCIL 11.4, 11.5, GUIDE P10, ASP 5.2 and 23, TDFA 1.10."""
+
+import numpy as np
+import pytest
+
+from utils import metrics
+
+# GUIDE P10, turned to our A[after task i][task j].
+GUIDE_MATRIX = [[0.9], [0.5, 0.8], [0.6, 0.4, 0.7]]
+
+
+@pytest.mark.parametrize("groups", [10, [10, 10]])
+def test_pycils_table_has_its_names_order_and_values(groups):
+    labels = np.repeat(np.arange(20), 5)
+    predictions = np.where(np.arange(100) % 7 == 0, 0, labels)
+    table = metrics.group_accuracies(predictions, labels, num_old=10, groups=groups)
+    assert list(table.items()) == [("total", 86.0), ("00-09", 86.0), ("10-19", 86.0), ("old", 86.0), ("new", 86.0)]
+
+
+def test_pycils_table_in_fives():
+    labels = np.repeat(np.arange(20), 5)
+    predictions = np.where(np.arange(100) % 7 == 0, 0, labels)
+    table = metrics.group_accuracies(predictions, labels, num_old=10, groups=5)
+    assert [table[name] for name in ("00-04", "05-09", "10-14", "15-19")] == [88.0, 84.0, 88.0, 84.0]
+
+
+def test_pycils_forgetting_is_34():
+    assert metrics.forgetting([[90], [70, 88], [50, 60, 85]]) == 34.0
+
+
+@pytest.mark.parametrize(("after", "average", "lost"), [(0, 0.9, 0.0), (1, 0.65, 0.4), (2, 1.7 / 3, 0.35)])
+def test_guides_average_accuracy_and_forgetting(after, average, lost):
+    matrix = GUIDE_MATRIX[: after + 1]
+    assert metrics.average_task_accuracy(matrix[-1]) == pytest.approx(average)
+    assert metrics.forgetting(matrix) == pytest.approx(lost)
+
+
+def test_guides_forgetting_is_negative_where_a_task_improved():
+    assert metrics.forgetting([[0.5], [0.6, 0.8]]) == pytest.approx(-0.1)
+
+
+def test_asps_harmonic_mean():
+    assert metrics.harmonic_mean(80.454, 52.928) == pytest.approx(63.8507, abs=5e-5)
+
+
+def test_asps_novel_accuracy_covers_all_novel_groups_and_base_only_the_base():
+    figures = metrics.fscil([[92.2], [90.0, 50.0], [80.454, 50.928, 54.928]], test_counts=[6000, 500, 500])
+    assert figures["base"][-1] == 80.454
+    assert figures["novel"] == pytest.approx([None, 50.0, 52.928])
+    assert figures["harmonic_mean"][-1] == pytest.approx(63.8507, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "largest", "sizes"),
+    [(100, 500, (35, 35, 30)), (10, 5000, (8, 2, 0))],  # CIFAR-100-LT and CIFAR-10-LT at rho = 0.01
+)
+def test_many_medium_few_split_the_long_tailed_cifars(num_classes, largest, sizes):
+    counts = [int(largest * 0.01 ** (i / (num_classes - 1))) for i in range(num_classes)]
+    parts = np.split(np.arange(num_classes), np.cumsum(sizes)[:-1])
+    wanted = [part.mean() if len(part) else None for part in parts]
+    assert list(metrics.many_medium_few(range(num_classes), counts).values()) == wanted

@@ -1,0 +1,113 @@
+"""What every registered replay source must hold."""
+
+import pytest
+import torch
+
+from synth import SOURCES
+from synth.base import Requests
+from tests.toy import TINY_SOURCES, toy_dataset
+from utils.data_manager import DataManager
+from utils.errors import NotFittedError
+from utils.images import ImageSet
+from utils.run import Run
+from utils.runtime import Runtime
+
+ALL = SOURCES.names()
+
+
+def make_source(name, folder, seed=7, **keys):
+    config = SOURCES[name].Config.parse({"name": name, **TINY_SOURCES[name], **keys})
+    run = Run(folder, seed, Runtime(["cpu"], "fp32"), progress=False)
+    dataset = toy_dataset()
+    return SOURCES[name](config, run, dataset.num_classes, dataset.class_names, dataset)
+
+
+def fitted(name, folder, tasks=1, seed=7, **keys):
+    source = make_source(name, folder, seed, **keys)
+    data = DataManager(toy_dataset(), init_cls=2, increment=2)
+    for task in list(data.tasks())[:tasks]:
+        data.advance(task)
+        source.fit_before(task, data.train_images(task))
+        replay = ImageSet() if task.index == 0 else source.generate(Requests.of_classes([0, 1], 2, (seed, name, 0)))
+        source.fit_after(task, data.train_images(task), replay, ImageSet(), None)
+    return source
+
+
+def images(source, requests):
+    return source.generate(requests).parts[0].images
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_source_gives_one_image_per_request_in_order(name, tmp_path):
+    source = fitted(name, tmp_path)
+    result = source.generate(Requests.of_classes([1, 0], 3, (7, name, 0)))
+    assert result.labels.tolist() == [1, 1, 1, 0, 0, 0]
+    assert result.parts[0].images.shape == (6, 1, 8, 8) and result.parts[0].images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_image_depends_on_its_own_request_alone(name, tmp_path):
+    source = fitted(name, tmp_path)
+    requests = Requests.of_classes([0, 1], 4, (7, name, 0))
+    shuffled = torch.tensor([6, 1, 4, 3, 0, 7, 2, 5])
+    together, apart = images(source, requests), images(source, requests.take(shuffled))
+    difference = (together[shuffled].int() - apart.int()).abs()
+    assert difference.max() <= 1  # another chunk moves a pixel by one grey level at most
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_copies_of_a_class_differ(name, tmp_path):
+    drawn = images(fitted(name, tmp_path), Requests.of_classes([0], 2, (7, name, 0)))
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_unknown_class_is_refused_by_name(name, tmp_path):
+    with pytest.raises(NotFittedError, match=r"\[5\].*learned \[0, 1\]"):
+        fitted(name, tmp_path).generate(Requests.of_classes([5], 1, (7, name, 0)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_saved_source_generates_the_same_bits(name, tmp_path):
+    source, requests = fitted(name, tmp_path / "a", tasks=2), Requests.of_classes([0, 3], 2, (7, name, 1))
+    (tmp_path / "saved").mkdir()
+    source.save(tmp_path / "saved")
+    copy = make_source(name, tmp_path / "b")
+    copy.load(tmp_path / "saved")
+    assert torch.equal(images(source, requests), images(copy, requests))
+    assert copy.fitted_classes == {0, 1, 2, 3} and copy.fingerprint() == source.fingerprint()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_memory_bytes_are_the_bytes_on_disk(name, tmp_path):
+    source = fitted(name, tmp_path / "a")
+    (tmp_path / "saved").mkdir()
+    source.save(tmp_path / "saved")
+    assert source.memory_bytes() == sum(path.stat().st_size for path in (tmp_path / "saved").rglob("*"))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_same_seed_fits_the_same_source(name, tmp_path):
+    prints = [fitted(name, tmp_path / str(i), tasks=2, seed=seed).fingerprint() for i, seed in enumerate((7, 7, 8))]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_reference_counts_rehearse_in_whole_batches(tmp_path):
+    source = fitted("ddpm", tmp_path, counts="reference")
+    task = DataManager(toy_dataset(), init_cls=2, increment=2).task(1)
+    rehearsed = source._rehearse_reference(task, num_images=20)
+    assert len(rehearsed) == 24 and set(rehearsed.labels.tolist()) <= {0, 1}  # ceil(20 / 8) * 8
+
+
+def test_classifier_free_guidance_hides_labels_and_bends_the_samples(tmp_path):
+    requests = Requests.of_classes([0, 1], 2, (7, "ddpm", 0))
+    plain = images(fitted("ddpm", tmp_path / "a"), requests)
+    guided = images(fitted("ddpm", tmp_path / "b", guidance=3.0, label_dropout=0.5), requests)
+    assert not torch.equal(plain, guided)
+
+
+def test_ancestral_sampling_draws_its_noise_per_image(tmp_path):
+    source = fitted("ddpm", tmp_path, sampler="ddpm")
+    requests = Requests.of_classes([0, 1], 2, (7, "ddpm", 0))
+    alone = images(source, requests.take(torch.tensor([2])))
+    assert (images(source, requests)[2].int() - alone[0].int()).abs().max() <= 1

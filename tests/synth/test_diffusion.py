@@ -1,0 +1,217 @@
+"""The mathematics of diffusion against closed forms and against diffusers' schedulers."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import nn
+from torch.testing import assert_close
+
+from synth.diffusion import (
+    Process,
+    add_noise,
+    classifier_free,
+    linear_process,
+    noise_prediction_loss,
+    predict_eps,
+    predict_x0,
+    respace,
+    sample_ddim,
+    sample_ddpm,
+)
+from utils.errors import ConfigError
+
+BETAS = {"beta_schedule": "linear", "beta_start": 1e-3, "beta_end": 2e-2, "timestep_spacing": "leading"}
+
+
+def generator(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=generator(seed))
+
+
+def wavy(xt, t):
+    """Some noise predictor that depends on image and time, with predictions beyond the clamp."""
+    return torch.sin(2 * xt + t.view(-1, 1, 1, 1) / 300) + 0.3 * xt.flip(-1)
+
+
+# ---------------------------------------------------------------------- process and respacing
+
+
+def test_alpha_bar_falls_and_betas_are_the_schedule():
+    process = linear_process(50, 0.01, 0.2)
+    assert_close(process.betas, torch.linspace(0.01, 0.2, 50, dtype=torch.float64))
+    assert bool((process.alpha_bar.diff() < 0).all())
+    assert_close(process.alpha_bar_prev[1:], process.alpha_bar[:-1])
+    assert process.alpha_bar_prev[0] == 1
+
+
+@pytest.mark.parametrize("spacing", [1000, "1000", "ddim1000"])
+def test_keeping_all_steps_changes_nothing(spacing):
+    kept = respace(linear_process(), spacing)
+    assert_close((kept.alpha_bar, kept.timesteps), (linear_process().alpha_bar, torch.arange(1000)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spacing", ["ddim50", "50", "ddim1", 1, 2])
+def test_respacing_keeps_alpha_bar_and_the_betas_follow(spacing):
+    process = linear_process()
+    kept = respace(process, spacing)
+    assert len(kept) == int(str(spacing).removeprefix("ddim"))
+    assert_close(kept.alpha_bar, process.alpha_bar[kept.timesteps], rtol=0, atol=0)
+    assert_close((1 - kept.betas).cumprod(0), kept.alpha_bar)
+
+
+def test_a_subset_can_be_thinned_again():
+    once, twice = respace(linear_process(), "ddim50"), respace(respace(linear_process(), "ddim250"), "ddim50")
+    assert_close(twice.timesteps, torch.arange(0, 1000, 20))
+    assert_close(twice.alpha_bar, once.alpha_bar)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "said"),
+    [
+        ("ddim60", "no integer stride through 1000 steps gives 60"),  # 17 gives 59, 16 gives 63
+        ("ddim0", "use 1 to 1000"),
+        ("0", "use 1 to 1000"),
+        (1001, "use 1 to 1000"),
+        ("ddim2000", "use 1 to 1000"),
+        ("ddim", "use 1 to 1000"),
+        ("fast", "use 1 to 1000"),
+        ("-5", "use 1 to 1000"),
+        ("2.5", "use 1 to 1000"),
+    ],
+)
+def test_a_spacing_that_cannot_be_is_a_config_error(spacing, said):
+    with pytest.raises(ConfigError, match=said):
+        respace(linear_process(), spacing)
+
+
+# ---------------------------------------------------------------------- noise
+
+
+def test_noise_is_added_as_diffusers_adds_it():
+    x0, eps, t = noise(4, 3, 5, 5), noise(4, 3, 5, 5, seed=1), torch.tensor([0, 10, 500, 999])
+    expected = DDPMScheduler(**BETAS).add_noise(x0, eps, t)
+    assert_close(add_noise(linear_process(), x0, t, eps), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha_bar", [0.999, 0.5, 1e-3])
+def test_x0_and_eps_are_two_views_of_one_image(alpha_bar):
+    x0, eps = noise(2, 1, 4, 4).double(), noise(2, 1, 4, 4, seed=1).double()
+    xt = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
+    assert_close(predict_x0(xt, eps, alpha_bar), x0)
+    assert_close(predict_eps(xt, x0, alpha_bar), eps)
+
+
+@pytest.mark.parametrize("spacing", ["1000", "ddim250"])
+def test_the_loss_is_the_hand_written_one_at_original_time_steps(spacing):
+    process, x0 = respace(linear_process(), spacing), noise(6, 3, 4, 4).clamp(-1, 1)
+    torch.manual_seed(3)
+    loss = noise_prediction_loss(wavy, process, x0)
+    torch.manual_seed(3)
+    index, eps = torch.randint(len(process), (6,)), torch.randn(6, 3, 4, 4)
+    t = index * (1000 // len(process))
+    alpha_bar = (1 - torch.linspace(1e-3, 2e-2, 1000, dtype=torch.float64)).cumprod(0)[t].float().view(6, 1, 1, 1)
+    predicted = wavy(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps, t)
+    assert_close(loss, ((predicted - eps) ** 2).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_perfect_predictor_has_no_loss():
+    x0 = noise(5, 1, 4, 4)
+    process = linear_process()
+
+    def oracle(xt, t):
+        alpha_bar = process.alpha_bar[t].float().view(-1, 1, 1, 1)
+        return (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+    assert noise_prediction_loss(oracle, process, x0).item() == pytest.approx(0, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize(
+    ("guidance", "of_conditional", "of_unconditional"),
+    [(0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (3.0, 3.0, -2.0)],  # 0 is unconditional, 1 the plain conditional
+)
+def test_classifier_free_guidance_extrapolates_between_two_predictions(guidance, of_conditional, of_unconditional):
+    xt, t = noise(2, 1, 4, 4), torch.tensor([5, 7])
+    model = classifier_free(wavy, lambda xt, t: xt * 0.1, guidance)
+    assert_close(model(xt, t), of_conditional * wavy(xt, t) + of_unconditional * xt * 0.1)
+
+
+def test_a_guide_leaves_no_gradient_and_no_graph_behind():
+    network = nn.Conv2d(1, 1, 3, padding=1)
+    with torch.no_grad():  # as `generate` is called
+        sample = sample_ddim(
+            lambda xt, t: network(xt), noise(2, 1, 4, 4), respace(linear_process(), 4), lambda x0: x0.flatten(1).sum(1)
+        )
+    assert not sample.requires_grad
+    assert network.weight.grad is None
+
+
+# ---------------------------------------------------------------------- samplers
+
+
+@pytest.mark.parametrize("steps", [10, 50, 100, 250])
+def test_ddim_equals_diffusers(steps):
+    scheduler = DDIMScheduler(**BETAS, steps_offset=0, set_alpha_to_one=True, clip_sample=True)
+    scheduler.set_timesteps(steps)
+    process, start = respace(linear_process(), f"ddim{steps}"), noise(3, 3, 4, 4)
+    assert scheduler.timesteps.tolist() == process.timesteps.flip(0).tolist()
+    xt = start
+    for t in scheduler.timesteps:
+        xt = scheduler.step(wavy(xt, t.expand(3)), t, xt, use_clipped_model_output=True).prev_sample
+    assert_close(sample_ddim(wavy, start, process), xt, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("total", "steps"), [(20, 20), (1000, 50)])
+def test_ancestral_sampling_equals_diffusers(total, steps):
+    scheduler = DDPMScheduler(total, **BETAS, variance_type="fixed_large", clip_sample=True)
+    scheduler.set_timesteps(steps)
+    process, start, draw = respace(linear_process(total), f"ddim{steps}"), noise(3, 3, 4, 4), generator(1)
+    xt = start
+    for t in scheduler.timesteps:
+        xt = scheduler.step(wavy(xt, t.expand(3)), t, xt, generator=draw).prev_sample
+    draw = generator(1)
+    ours = sample_ddpm(wavy, start, process, lambda: torch.randn(3, 3, 4, 4, generator=draw))
+    assert_close(ours, xt, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_ancestral_sampling_asks_for_noise_at_every_step_but_the_last(steps):
+    asked = []
+    sample_ddpm(wavy, noise(1, 1, 2, 2), linear_process(steps), lambda: asked.append(1) or torch.zeros(1, 1, 2, 2))
+    assert len(asked) == steps - 1
+
+
+@pytest.mark.parametrize("sample", [sample_ddim, lambda *args: sample_ddpm(*args, lambda: torch.zeros(2, 1, 4, 4))])
+def test_sampling_without_a_guide_builds_no_graph(sample):
+    network, recorded = nn.Conv2d(1, 1, 3, padding=1), []
+
+    def model(xt, t):
+        recorded.append(torch.is_grad_enabled())
+        return network(xt)
+
+    assert not sample(model, noise(2, 1, 4, 4), linear_process(5)).requires_grad
+    assert recorded == [False] * 5
+
+
+@pytest.mark.parametrize("sample", [sample_ddim, lambda *args: sample_ddpm(*args, lambda: torch.zeros(2, 1, 2, 2))])
+def test_the_network_is_told_original_time_steps_from_the_noisiest_on(sample):
+    told = []
+    sample(lambda xt, t: told.append(t.tolist()) or xt * 0, noise(2, 1, 2, 2), respace(linear_process(), "ddim4"))
+    assert told == [[750, 750], [500, 500], [250, 250], [0, 0]]
+
+
+def test_an_image_does_not_depend_on_its_neighbours_in_the_batch():
+    process, xt = respace(linear_process(), "ddim10"), noise(4, 1, 4, 4)
+    alone = torch.cat([sample_ddim(wavy, row, process) for row in xt.split(1)])
+    assert_close(sample_ddim(wavy, xt, process), alone)
+
+
+def test_one_step_gives_the_clamped_clean_image():
+    process = Process(torch.tensor([0.5], dtype=torch.float64), torch.tensor([9]))
+    xt = torch.tensor([0.3, -3.0]).view(2, 1, 1, 1)
+    assert_close(sample_ddim(lambda xt, t: xt * 0, xt, process).flatten(), torch.tensor([0.3 * 2**0.5, -1.0]))

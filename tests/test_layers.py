@@ -1,0 +1,109 @@
+"""The shape of the house: which part may import which, one training loop, registries, short files."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from learners.configure import build_config
+from utils.config import read_experiment
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("utils", "models", "synth", "learners", "main")  # from the ground up
+FILES = [ROOT / "main.py", *sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))]
+EXPERIMENTS = sorted((ROOT / "exps").rglob("*.json"))
+# Words for things that a registry looks up.
+LOOKED_UP = {"name", "model_name", "dataset", "dataset_name", "source", "learner", "backbone", "convnet_type"}
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def upward_imports(layer: str, code: str) -> list[str]:
+    """Imports of an upper layer, wherever they stand."""
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        found += [name for name in names if name.split(".")[0] in above]
+    return found
+
+
+def named_factories(code: str) -> list[int]:
+    """Lines of two or more `if name == "..."` in one file, over something that a registry should look up."""
+    lines = [node.lineno for node in ast.walk(ast.parse(code)) if isinstance(node, ast.If) and _asks_name(node.test)]
+    return lines if len(lines) > 1 else []
+
+
+def _asks_name(test: ast.expr) -> bool:
+    compares = [node for node in ast.walk(test) if isinstance(node, ast.Compare)]
+    return any(_word(node.left) in LOOKED_UP and _holds_text(node.comparators[0]) for node in compares)
+
+
+def _holds_text(node: ast.expr) -> bool:
+    return any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in ast.walk(node))
+
+
+def _word(node: ast.expr) -> str:
+    if isinstance(node, ast.Call):
+        return _word(node.func.value) if isinstance(node.func, ast.Attribute) else ""  # name.lower()
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def test_imports_run_one_way():
+    found = {str(path.relative_to(ROOT)): upward_imports(layer_of(path), path.read_text()) for path in FILES}
+    assert {name: imports for name, imports in found.items() if imports} == {}
+
+
+@pytest.mark.parametrize(
+    ("layer", "code", "found"),
+    [
+        ("utils", "import models.unet", ["models.unet"]),
+        ("models", "def late():\n    from synth.base import Requests", ["synth.base"]),
+        ("synth", "from learners import LEARNERS\nimport main", ["learners", "main"]),
+        ("learners", "from synth.base import Guide\nfrom utils import seeding\nimport torch", []),
+        ("utils", "from utils.errors import ConfigError\nimport synthetic", []),
+    ],
+)
+def test_an_import_of_an_upper_layer_is_found_wherever_it_stands(layer, code, found):
+    assert upward_imports(layer, code) == found
+
+
+def test_the_project_has_one_training_loop():
+    calls = [path.name for path in FILES for _ in re.findall(r"\.backward\(", path.read_text())]
+    assert calls == ["training.py"]
+
+
+def test_names_are_looked_up_in_registries_and_not_in_chains_of_ifs():
+    found = {str(path.relative_to(ROOT)): named_factories(path.read_text()) for path in FILES}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ('if name == "der":\n    pass\nelif name == "wa":\n    pass', [1, 3]),
+        ('if config.model_name.lower() == "der":\n    pass\nif dataset in ("cifar10", "cifar100"):\n    pass', [1, 3]),
+        ('if name == "old":\n    pass', []),  # one exception is no factory
+        ('if name in self.entries:\n    pass\nif name == other:\n    pass\nif mode == "train":\n    pass', []),
+    ],
+)
+def test_a_chain_of_ifs_over_names_is_found(code, lines):
+    assert named_factories(code) == lines
+
+
+def test_no_module_is_longer_than_300_lines():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_valid_short_and_uses_all_its_keys(path):
+    config, unused = build_config(read_experiment(path))
+    assert unused == []
+    assert config.dataset
+    assert len(path.read_text().splitlines()) <= 40

@@ -1,0 +1,84 @@
+"""Tiny experiments for tests: six classes of 8x8 stripes, networks and trainings that take a blink."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learners import LEARNERS
+from learners.configure import build_config
+from learners.experiment import Experiment, claim_folder, claim_threads
+from synth import SOURCES
+from utils import seeding
+from utils.datasets import Dataset
+from utils.images import ImageSet
+from utils.runtime import Runtime
+
+# The smallest settings of every source; a new source adds its own here and is then under contract.
+TINY_SOURCES = {
+    "ddpm": {
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "attention_levels": [],
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+        "first_task_num_steps": 3,
+        "num_steps": 3,
+        "batch_size": 8,
+        "ema_rate": 0.5,
+        "timestep_respacing": "ddim2",
+        "sample_batch": 4,
+        "syn_per_class": 3,
+    },
+}
+TINY_TRAINING = {"init_epoch": 2, "epochs": 2, "init_lr": 0.05, "lrate": 0.05, "batch_size": 16}
+
+
+def toy_images(per_class: int, num_classes: int, key: str) -> ImageSet:
+    """Stripes whose row tells the class, under noise."""
+    labels = torch.arange(num_classes).repeat_interleave(per_class)
+    noise = torch.randint(0, 80, (len(labels), 1, 8, 8), generator=seeding.generator("toy", key))
+    noise[torch.arange(len(labels)), 0, labels] += 170
+    return ImageSet.of(noise.to(torch.uint8), labels)
+
+
+def toy_dataset(num_classes: int = 6, per_class: int = 10) -> Dataset:
+    """A data set that learners can really learn."""
+    return Dataset(
+        name="toy",
+        train=toy_images(per_class, num_classes, "train"),
+        test=toy_images(4, num_classes, "test"),
+        class_names=[f"row {label}" for label in range(num_classes)],
+        image_size=8,
+        channels=1,
+        in_memory=True,
+        mean=(0.2, 0.2, 0.2),
+        std=(0.3, 0.3, 0.3),
+        augmentation="none",
+        source="made for tests",
+    )
+
+
+def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) -> dict[str, Any]:
+    """An experiment's JSON object."""
+    raw = {
+        "model_name": learner, "dataset": "toy", "init_cls": 2, "increment": 2, "convnet_type": "resnet20",
+        "memory_size": 12, "device": "cpu", "precision": "fp32", "seed": 7, "output_dir": str(folder / "outputs"),
+    }  # fmt: skip
+    known = LEARNERS[learner].Config.model_fields
+    raw |= {key: value for key, value in TINY_TRAINING.items() if key in known}
+    if source is not None:
+        raw["synth"] = {"name": source, **TINY_SOURCES[source]}
+    return {**raw, **keys}
+
+
+def toy_experiment(learner: str, folder: Path, source: str | None = None, **keys: Any) -> Experiment:
+    """An experiment on the toy data, its folder claimed, ready to run; `ddpm` stands in where a source is needed."""
+    if source is None and LEARNERS[learner].needs_source:
+        source = next(name for name in SOURCES.names() if SOURCES[name].kind in LEARNERS[learner].accepts)
+    config, _ = build_config(toy_raw(learner, folder, source, **keys))
+    runtime = Runtime(config.device, config.precision)
+    claim_threads(claim_folder(config, "toy", overwrite=False), runtime)
+    return Experiment(config, "toy", config.seed[0], toy_dataset(), runtime)

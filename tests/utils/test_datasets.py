@@ -1,0 +1,263 @@
+"""Reading data sets: class folders, scikit-learn's digits, and what torchvision would download."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.datasets import DATASETS, find_dataset, load_dataset
+from utils.errors import ConfigError, DataError
+
+COLOUR, GREY = ("RGB", (8, 8)), ("L", (8, 8))
+
+
+def write_image(path, mode="RGB", size=(8, 8), level=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size[::-1], 3), level, dtype=np.uint8)).convert(mode).save(path)
+
+
+def write_folders(folder, classes=("cat", "dog"), images=(COLOUR, COLOUR), splits=("train", "test")):
+    """`folder/<split>/<class>/<i>.png`, one for every (mode, (width, height)) of ``images``."""
+    for split in splits:
+        for name in classes:
+            for i, (mode, size) in enumerate(images):
+                write_image(folder / split / name / f"{i}.png", mode, size)
+    return folder
+
+
+def test_any_folder_of_small_images_is_a_data_set_in_memory(tmp_path):
+    write_folders(tmp_path / "Pets")
+    dataset = load_dataset("Pets", tmp_path, offline=True)
+    assert (dataset.name, dataset.class_names, dataset.train.labels.tolist()) == ("Pets", ["cat", "dog"], [0, 0, 1, 1])
+    assert dataset.in_memory and dataset.train.parts[0].images.shape == (4, 3, 8, 8)
+    assert (dataset.image_size, dataset.channels, dataset.augmentation) == (8, 3, "cifar")
+    assert dataset.source == f"class folders in {tmp_path / 'Pets'} (4 training and 4 test images, 2 classes)"
+
+
+def test_large_images_stay_files_and_feed_a_224_pixel_network(tmp_path):
+    write_folders(tmp_path / "pets", images=[("RGB", (80, 60)), ("RGB", (70, 90))])
+    dataset = load_dataset("pets", tmp_path)
+    assert not dataset.in_memory and isinstance(dataset.train.parts[0].images[0], str)
+    assert (dataset.image_size, dataset.augmentation, dataset.mean[0]) == (224, "imagenet", 0.485)
+    assert dataset.train.image(1).shape == (3, 90, 70)
+
+
+def test_small_images_of_odd_sizes_stay_files(tmp_path):
+    write_folders(tmp_path / "pets", images=[("RGB", (8, 8)), ("RGB", (9, 7))])
+    assert not load_dataset("pets", tmp_path).in_memory
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"),
+    [
+        (["L", "1"], 1),  # all grey
+        (["L", "RGB"], 3),  # mixed
+        (["RGBA", "P"], 3),  # alpha and palette
+        (["LA", "L"], 3),  # grey with alpha counts as colour
+    ],
+)
+def test_grey_and_transparent_images_share_one_number_of_channels(tmp_path, modes, channels):
+    write_folders(tmp_path / "pets", images=[(mode, (8, 8)) for mode in modes])
+    dataset = load_dataset("pets", tmp_path)
+    assert dataset.channels == channels
+    assert dataset.train.parts[0].images.shape == (4, channels, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "2", "0"], ["0", "2", "10"]),  # all numbers
+        (["10", "2", "a"], ["10", "2", "a"]),  # as ImageFolder
+    ],
+)
+def test_class_folders_sort_by_number_only_where_all_are_numbers(tmp_path, names, order):
+    write_folders(tmp_path / "pets", classes=names)
+    assert load_dataset("pets", tmp_path).class_names == order
+
+
+def test_hidden_files_other_files_and_hidden_folders_are_ignored(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    (folder / "train" / "cat" / ".hidden.png").write_text("")
+    (folder / "train" / "cat" / "notes.txt").write_text("")
+    (folder / "train" / "readme.md").write_text("")
+    (folder / "train" / ".cache").mkdir()
+    assert load_dataset("pets", tmp_path).train.counts(2).tolist() == [2, 2]
+
+
+def test_images_below_a_class_folder_are_found(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    write_image(folder / "train" / "cat" / "images" / "more.JPEG")
+    assert load_dataset("pets", tmp_path).train.counts(2).tolist() == [3, 2]
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    (folder / "train" / "emu").mkdir()
+    (folder / "test" / "emu").mkdir()
+    with pytest.raises(DataError, match=r"no image in the class folders emu of .*train"):
+        load_dataset("pets", tmp_path)
+
+
+def test_train_and_test_classes_that_differ_are_both_named(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    write_image(folder / "train" / "emu" / "0.png")
+    write_image(folder / "test" / "fox" / "0.png")
+    with pytest.raises(DataError, match="Only in train: emu; only in test: fox"):
+        load_dataset("pets", tmp_path)
+
+
+def test_missing_test_images_name_the_place_to_put_them(tmp_path):
+    write_folders(tmp_path / "pets", splits=["train"])
+    with pytest.raises(DataError, match=r"no folder test: put test images into .*test/<class>/<image>"):
+        load_dataset("pets", tmp_path)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (80, 80)])
+def test_a_file_that_is_no_image_is_named_at_load(tmp_path, size):
+    folder = write_folders(tmp_path / "pets", images=[("RGB", size)])
+    (folder / "test" / "dog" / "9.png").write_text("not an image")
+    with pytest.raises(DataError, match=r"cannot read the image .*test/dog/9\.png"):
+        load_dataset("pets", tmp_path)
+
+
+def test_a_small_image_that_is_cut_off_is_named_at_load(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    noise = np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(folder / "train" / "cat" / "9.png")
+    whole = (folder / "train" / "cat" / "9.png").read_bytes()
+    (folder / "train" / "cat" / "9.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cannot read the image .*cat/9\.png"):
+        load_dataset("pets", tmp_path)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_with_the_folder_form(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown data set 'cifr100'; did you mean 'cifar100'.*cifr100/<train|test>"):
+        load_dataset("cifr100", tmp_path)
+
+
+def test_absent_data_names_every_folder_that_was_looked_in(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_dataset("ImageNetR", tmp_path)
+    assert all(str(tmp_path / name) in str(error.value) for name in ("ImageNetR", "imagenetr", "imagenet-r"))
+    assert "train/<class>/<image>" in str(error.value)
+
+
+def test_names_are_read_in_any_case_and_folders_as_written_or_lower(tmp_path):
+    write_folders(tmp_path / "one" / "CIFAR10", classes=["a"])
+    write_folders(tmp_path / "two" / "cifar10", classes=["a", "b"])
+    assert load_dataset("CIFAR10", tmp_path / "one").class_names == ["a"]
+    assert load_dataset("Cifar10", tmp_path / "two").class_names == ["a", "b"]
+    assert load_dataset("Cifar10", tmp_path / "two").name == "cifar10"
+
+
+def test_imagenet_is_tested_on_val_where_test_has_no_classes(tmp_path):
+    folder = write_folders(tmp_path / "imagenet100", splits=["train", "val"])
+    write_image(folder / "test" / "unlabelled" / "0.png", level=7)
+    dataset = load_dataset("imagenet100", tmp_path)
+    assert len(dataset.test) == 4
+    assert (dataset.image_size, dataset.augmentation) == (224, "imagenet")
+
+
+def test_tiny_imagenet_is_read_as_published(tmp_path):
+    folder = write_folders(tmp_path / "tiny-imagenet-200", classes=["n01", "n02"], splits=["train"])
+    write_image(folder / "val" / "images" / "val_0.JPEG", level=10)
+    write_image(folder / "val" / "images" / "val_1.JPEG", level=20)
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t1\t1\nval_1.JPEG\tn01\t0\t0\t1\t1\n")
+    dataset = load_dataset("tiny_imagenet", tmp_path)
+    assert dataset.test.labels.tolist() == [0, 1]
+    assert dataset.test.parts[0].images[:, 0, 0, 0].tolist() == [20, 10]
+
+
+def test_imagenet100_can_be_drawn_from_all_of_imagenet(tmp_path):
+    for name in (f"n{i:04}" for i in range(1000)):
+        (tmp_path / "imagenet1000" / "train" / name).mkdir(parents=True)
+    expected = sorted(f"n{i:04}" for i in np.random.RandomState(1993).permutation(1000)[:100])
+    write_folders(tmp_path / "imagenet1000", classes=expected, images=[COLOUR], splits=["train", "val"])
+    assert load_dataset("imagenet100", tmp_path).class_names == expected
+
+
+def test_digits_are_scaled_to_bytes_and_split_by_class():
+    dataset = load_dataset("digits")
+    images = torch.cat([dataset.train.parts[0].images, dataset.test.parts[0].images])
+    assert images.shape == (1797, 1, 8, 8) and (images.min(), images.max()) == (0, 255)
+    shares = dataset.test.counts(10) / (dataset.train.counts(10) + dataset.test.counts(10))
+    torch.testing.assert_close(shares, torch.full((10,), 0.25), atol=0.005, rtol=0)
+    assert (dataset.channels, dataset.image_size, dataset.augmentation) == (1, 8, "none")
+
+
+def test_digits_split_is_the_same_at_every_load():
+    assert torch.equal(load_dataset("digits").test.labels, load_dataset("DIGITS").test.labels)
+
+
+@pytest.fixture
+def downloaded(monkeypatch):
+    """torchvision as if CIFAR-100 were there: 4 training and 2 test images."""
+
+    def dataset(root, train, download):
+        count = 4 if train else 2
+        data = np.arange(count * 32 * 32 * 3).reshape(count, 32, 32, 3).astype(np.uint8)
+        return SimpleNamespace(data=data, targets=list(range(count // 2)) * 2, classes=["apple", "bear"])
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", dataset)
+
+
+def test_torchvisions_arrays_become_one_tensor_of_the_border_format(downloaded, tmp_path):
+    dataset = load_dataset("cifar100", tmp_path, offline=True)
+    assert dataset.train.parts[0].images[1, 2, 3, 4] == (1 * 3072 + 3 * 96 + 4 * 3 + 2) % 256
+    assert (dataset.train.labels.tolist(), dataset.channels) == ([0, 1, 0, 1], 3)
+    assert "torchvision's CIFAR100" in dataset.source and "4 training and 2 test" in dataset.source
+
+
+def test_class_folders_win_over_a_download(downloaded, tmp_path):
+    write_folders(tmp_path / "cifar100", classes=["a", "b", "c"])
+    assert load_dataset("cifar100", tmp_path).class_names == ["a", "b", "c"]
+
+
+def test_pilots_cifar_is_stored_at_32_and_fed_at_224_without_normalisation(downloaded, tmp_path):
+    dataset = load_dataset("cifar224", tmp_path)
+    assert dataset.train.parts[0].images.shape[2:] == (32, 32)
+    assert (dataset.image_size, dataset.augmentation, dataset.mean, dataset.std) == (224, "asp", (0,) * 3, (1,) * 3)
+
+
+def test_a_failed_download_says_what_to_put_where_and_why_it_failed(monkeypatch, tmp_path):
+    def fail(*args, **settings):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", fail)
+    with pytest.raises(DataError, match=r"looked for .*mnist; put .*Downloading it failed: no route to host"):
+        load_dataset("mnist", tmp_path)
+    with pytest.raises(DataError, match="without --offline it would be downloaded"):
+        load_dataset("mnist", tmp_path, offline=True)
+
+
+def test_every_known_data_set_can_be_asked_for_without_reading_it(tmp_path):
+    found = {name: find_dataset(name, tmp_path) for name in DATASETS.names()}
+    assert [name for name in found if found[name].present] == ["digits"]
+    fetchable = ["cifar10", "cifar100", "cifar224", "fashion_mnist", "mnist"]
+    assert [name for name in found if found[name].fetchable] == fetchable
+    assert all(str(tmp_path) in found[name].text for name in found if name != "digits")
+
+
+def test_finding_a_folder_counts_its_classes_without_opening_an_image(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    (folder / "train" / "cat" / "broken.png").write_text("")
+    found = find_dataset("pets", tmp_path)
+    assert (found.present, found.num_classes) == (True, 2)
+    assert str(folder) in found.text
+
+
+def test_a_folder_without_train_and_test_says_what_is_missing(tmp_path):
+    write_image(tmp_path / "pets" / "cat" / "0.png")
+    assert not find_dataset("pets", tmp_path).present
+    with pytest.raises(DataError, match=r"put its images into .*pets/train/<class>/<image>"):
+        load_dataset("pets", tmp_path)
+
+
+def test_photographs_load_as_cifar100(photographs):
+    dataset = load_dataset("cifar100", photographs, offline=True)
+    assert dataset.train.counts(100).unique().tolist() == [100]
+    assert dataset.test.counts(100).unique().tolist() == [25]
+    assert dataset.train.parts[0].images.shape == (10_000, 3, 32, 32)
+    assert (dataset.class_names[0], dataset.class_names[99]) == ("apple", "worm")

@@ -1,0 +1,223 @@
+"""From uint8 to what a network wants, checked against torchvision, PIL and loops over single images."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close
+from torchvision import transforms as tv
+
+from utils.images import ImageSet
+from utils.transforms import (
+    RECIPES,
+    ClassifierTransform,
+    DiffusionTransform,
+    Recipe,
+    match_channels,
+    normalise,
+    random_resized_crop,
+    resize_and_crop,
+    shift_and_flip,
+    stack,
+    to_uint8,
+    to_unit_range,
+)
+
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def generator(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_images(count=6, channels=3, height=8, width=8, seed=0):
+    return torch.randint(256, (count, channels, height, width), dtype=torch.uint8, generator=generator(seed))
+
+
+def image_set(*tensors) -> ImageSet:
+    return sum((ImageSet.of(tensor, torch.zeros(len(tensor), dtype=torch.int64)) for tensor in tensors), ImageSet())
+
+
+def as_pil(image) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def as_tensor(image: Image.Image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def transform(recipe=RECIPES["cifar"], size=8, in_memory=True) -> ClassifierTransform:
+    return ClassifierTransform(recipe, size, MEAN, STD, in_memory)
+
+
+# ---------------------------------------------------------------------- value ranges
+
+
+def test_all_256_grey_levels_survive_the_way_to_the_unit_range_and_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    unit = to_unit_range(levels)
+    assert (unit.min().item(), unit.max().item()) == (-1.0, 1.0)
+    assert_close(to_uint8(unit), levels, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "level"),
+    [(-1.5, 0), (1.5, 255), (-1.0, 0), (1.0, 255), (2 * 100.4 / 255 - 1, 100), (2 * 100.6 / 255 - 1, 101)],
+)
+def test_to_uint8_clamps_and_rounds_to_the_nearest_level(value, level):
+    assert to_uint8(torch.tensor([value])).tolist() == [level]
+
+
+def test_normalise_is_torchvisions():
+    images = torch.rand(3, 3, 5, 5, generator=generator())
+    assert_close(normalise(images, torch.tensor(MEAN), torch.tensor(STD)), tv.Normalize(MEAN, STD)(images))
+
+
+def test_one_grey_channel_becomes_three_normalised_ones():
+    images = noise_images(channels=1)
+    expected = tv.Normalize(MEAN, STD)(images.expand(-1, 3, -1, -1) / 255)
+    assert_close(transform(RECIPES["none"]).test(images), expected)
+
+
+# ---------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shift_and_flip_equals_a_loop_over_single_images(padding, flip, channels):
+    images = noise_images(20, channels, height=5, width=7)
+    result = shift_and_flip(images, padding, flip, generator(3))
+    draw, span = generator(3), 2 * padding + 1
+    tops = torch.randint(span, (20, 1), generator=draw)
+    lefts = torch.randint(span, (20, 1), generator=draw)
+    kept = torch.rand(20, 1, generator=draw) < 0.5 if flip else torch.ones(20, 1, dtype=torch.bool)
+    for image, top, left, keep, got in zip(images, tops, lefts, kept, result):
+        crop = F.pad(image, (padding,) * 4)[:, int(top) : int(top) + 5, int(left) : int(left) + 7]
+        assert_close(got, crop if keep else crop.flip(-1), rtol=0, atol=0)
+
+
+def test_shifts_reach_every_corner_and_half_of_the_images_are_mirrored():
+    image = torch.zeros(1, 1, 5, 5, dtype=torch.uint8)
+    image[..., 2, 2] = 1
+    spots = shift_and_flip(image.expand(4000, -1, -1, -1), 2, False, generator()).flatten(1).float().mean(0)
+    assert_close(spots, torch.full((25,), 1 / 25), rtol=0, atol=0.015)
+    image[..., 2, 2], image[..., 2, 0] = 0, 1
+    mirrored = shift_and_flip(image.expand(4000, -1, -1, -1), 0, True, generator())[:, 0, 2, 4].float().mean().item()
+    assert mirrored == pytest.approx(0.5, abs=0.03)
+
+
+def test_brightness_multiplies_each_image_by_its_own_factor_in_range():
+    recipe = Recipe(brightness=63 / 255)
+    images = torch.full((2000, 1, 2, 2), 100, dtype=torch.uint8)
+    plain = ClassifierTransform(recipe, 2, (0.0,) * 3, (1.0,) * 3, True).train(images, generator())
+    factors = plain[:, 0, 0, 0] * 255 / 100
+    assert_close(plain, factors.view(-1, 1, 1, 1).expand_as(plain) * 100 / 255)
+    assert factors.min() == pytest.approx(1 - 63 / 255, abs=0.003)
+    assert factors.max() == pytest.approx(1 + 63 / 255, abs=0.003)
+    assert factors.mean() == pytest.approx(1, abs=0.01)
+
+
+def test_brightness_never_leaves_the_range_of_an_image():
+    images = torch.full((50, 3, 2, 2), 255, dtype=torch.uint8)
+    pixels = ClassifierTransform(Recipe(brightness=0.5), 2, (0.0,) * 3, (1.0,) * 3, True).train(images, generator())
+    assert pixels.max().item() == 1.0
+
+
+def test_training_and_test_batches_are_float_with_three_channels_in_channels_last_order():
+    for batch in (transform().train(noise_images(channels=1), generator()), transform().test(noise_images())):
+        assert batch.shape == (6, 3, 8, 8)
+        assert batch.dtype == torch.float32
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_augmentation_depends_on_its_generator_alone():
+    batches = [transform().train(noise_images(), generator(seed)) for seed in (1, 1, 2)]
+    assert_close(batches[0], batches[1], rtol=0, atol=0)
+    assert not torch.equal(batches[0], batches[2])
+
+
+@pytest.mark.parametrize(("flip", "changed"), [(True, True), (False, False)])
+def test_generators_see_flips_only_where_the_data_set_has_them(flip, changed):
+    images = noise_images(16)
+    batch = DiffusionTransform(8, flip).train(images, generator())
+    mirrored = to_unit_range(images).flip(-1)
+    same, other = (batch == to_unit_range(images)).flatten(1).all(1), (batch == mirrored).flatten(1).all(1)
+    assert torch.all(same | other)
+    assert bool(other.any()) is changed
+    assert_close(DiffusionTransform(8, flip).test(images), to_unit_range(images), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------- sizes and channels
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (64, 64), (8, 90)])
+def test_a_resized_crop_has_the_asked_size_whatever_the_image(height, width):
+    image = noise_images(1, 3, height, width)[0]
+    crops = [random_resized_crop(image, 32, (0.08, 1.0), generator(seed)) for seed in range(5)]
+    assert all(crop.shape == (3, 32, 32) and crop.dtype == torch.uint8 for crop in crops)
+
+
+def test_a_resized_crop_keeps_area_and_aspect_in_range(monkeypatch):
+    boxes = []
+    monkeypatch.setattr("utils.transforms.F.resized_crop", lambda *call, **_: boxes.append(call[3:5]))
+    for seed in range(200):
+        random_resized_crop(noise_images(1, 1, 100, 120)[0], 32, (0.2, 0.6), generator(seed))
+    areas = torch.tensor([h * w / 12000 for h, w in boxes])
+    ratios = torch.tensor([w / h for h, w in boxes])
+    assert 0.19 < areas.min() < 0.22 and 0.57 < areas.max() < 0.61
+    assert 0.73 < ratios.min() < 0.8 and 1.25 < ratios.max() < 1.36
+
+
+def test_an_image_too_long_for_any_crop_gives_its_middle_as_pil_resizes_it():
+    image = noise_images(1, 3, 40, 160)[0]
+    middle = as_pil(image).crop((60, 0, 100, 40)).resize((16, 16), Image.BILINEAR)
+    crop = random_resized_crop(image, 16, (0.9, 1.0), generator())
+    assert_close(crop, as_tensor(middle), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (500, 333), (256, 256), (100, 120)])
+def test_the_test_view_is_torchvisions_resize_and_centre_crop_of_a_pil_image(height, width):
+    image = noise_images(1, 3, height, width)[0]
+    view = tv.Compose([tv.Resize(256, tv.InterpolationMode.BICUBIC), tv.CenterCrop(224)])
+    assert_close(resize_and_crop(image, 224), as_tensor(view(as_pil(image))), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize(("mode", "filtering"), [("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)])
+def test_replay_is_resized_with_antialiasing_as_pil_does(mode, filtering):
+    pixels = noise_images(1, 3, 64, 64)
+    expected = as_tensor(as_pil(pixels[0]).resize((16, 16), filtering))
+    assert_close(stack(image_set(pixels), 16, mode)[0], expected, rtol=0, atol=1)
+
+
+def test_stack_resizes_other_sizes_repeats_grey_and_leaves_the_rest_alone():
+    small, colour, grey = noise_images(2), noise_images(1, 3, 16, 16), noise_images(3, 1)
+    stacked = stack(image_set(small, colour, grey), 8)
+    assert stacked.shape == (6, 3, 8, 8)
+    assert stacked.dtype == torch.uint8
+    assert_close(stacked[:2], small, rtol=0, atol=0)
+    assert_close(stacked[3:], grey.expand(-1, 3, -1, -1), rtol=0, atol=0)
+
+
+def test_stack_keeps_one_channel_where_all_images_are_grey():
+    assert stack(image_set(noise_images(2, 1), noise_images(2, 1, 4, 4)), 8, "nearest").shape == (4, 1, 8, 8)
+
+
+def test_grey_is_repeated_to_three_equal_channels():
+    grey = noise_images(2, 1)
+    assert_close(match_channels(grey, 3), torch.cat([grey] * 3, 1), rtol=0, atol=0)
+    assert match_channels(grey, 1) is grey
+
+
+@pytest.mark.parametrize(
+    ("recipe", "in_memory", "whole"), [("cifar", True, True), ("cifar", False, False), ("asp", True, False)]
+)
+def test_only_small_images_without_resized_crops_are_augmented_as_a_batch(recipe, in_memory, whole):
+    assert transform(RECIPES[recipe], in_memory=in_memory).whole_batch is whole
+
+
+@pytest.mark.parametrize("recipe", ["none", "imagenet"])
+def test_workers_turn_large_grey_images_into_three_channels_of_the_networks_size(recipe):
+    image, large = noise_images(1, 1, 50, 40)[0], transform(RECIPES[recipe], size=24, in_memory=False)
+    assert large.load_train(image, generator()).shape == large.load_test(image).shape == (3, 24, 24)

@@ -1,0 +1,60 @@
+"""Photographs in class folders, which the user puts into `data_dir`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.datasets import DATASETS
+from utils.datasets.base import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIDE, Images, Recipe
+from utils.datasets.folders import list_class_names, read_folders
+
+EITHER = ("test", "val")
+IMAGENET_FOLDERS = ("imagenet1000", "imagenet")
+
+
+@dataclass(frozen=True)
+class FirstOfImageNet:
+    """ImageNet-100 of PyCIL: the first 100 of the 1000 sorted classes after the shuffle of seed 1993.
+
+    The chosen classes are sorted again, so the labels are those of a folder that holds only them.
+    """
+
+    num_classes: int = 100
+    fetchable: bool = False
+
+    def describe(self, data_dir: Path) -> tuple[bool, str]:
+        folder = self._folder(data_dir)
+        if folder is None:
+            return False, f"class folders of all ImageNet in {data_dir / IMAGENET_FOLDERS[0]} would do as well"
+        return True, f"{self.num_classes} of the classes in {folder}"
+
+    def load(self, data_dir: Path, offline: bool) -> Images:
+        folder = self._folder(data_dir)
+        if folder is None:
+            raise FileNotFoundError(f"no class folders of all ImageNet in {data_dir / IMAGENET_FOLDERS[0]} either")
+        names = list_class_names(folder / "train")
+        if len(names) != 1000:
+            raise ValueError(f"{folder} has {len(names)} classes, not the 1000 that ImageNet-100 is drawn from")
+        order = np.random.RandomState(1993).permutation(1000)[: self.num_classes]
+        return read_folders(folder, EITHER, [names[i] for i in sorted(order)])
+
+    def _folder(self, data_dir: Path) -> Path | None:
+        folders = [data_dir / name for name in IMAGENET_FOLDERS]
+        return next((folder for folder in folders if (folder / "train").is_dir()), None)
+
+
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "test_folders": EITHER}
+# ASP and PILOT feed these to a ViT as pixels in [0, 1], without mean and deviation (ASP card, 2.4).
+ASP = {"augmentation": "asp", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": LARGE_SIDE}
+
+for name, recipe in {
+    "tiny_imagenet": Recipe("imagenet", folders=("tiny-imagenet-200", "tiny-imagenet"), image_size=64, **IMAGENET),
+    "imagenet100": Recipe("imagenet", image_size=LARGE_SIDE, provider=FirstOfImageNet(), **IMAGENET),
+    "imagenet1000": Recipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
+    "imagenetr": Recipe(folders=("imagenet-r",), test_folders=EITHER, **ASP),
+    "cub": Recipe(folders=("cub200",), **ASP),
+}.items():
+    DATASETS.register(name)(recipe)

@@ -1,0 +1,37 @@
+"""Mistakes that a user can make or repair. main.py prints them as one message and exits with code 2."""
+
+
+class RepriseError(Exception):
+    """Base of all errors that name the thing, the value and the remedy."""
+
+
+class ConfigError(RepriseError):
+    """A key, a name or a value in the experiment file that cannot be used."""
+
+
+class DataError(RepriseError):
+    """A data set that is absent, incomplete or broken."""
+
+
+class SealedDataError(RepriseError):
+    """Real images of a past task were asked for."""
+
+
+class WeightsError(RepriseError):
+    """Weights that are absent, foreign or do not fit."""
+
+
+class NotFittedError(RepriseError):
+    """A replay source was asked for a class that it has not learned."""
+
+
+class TrainingError(RepriseError):
+    """A training that cannot go on, such as a loss that is not a number."""
+
+
+class CheckpointError(RepriseError):
+    """A file of a run that is damaged or belongs to another run."""
+
+
+class BankError(RepriseError):
+    """A folder of replay images that does not fit the run."""

@@ -1,0 +1,276 @@
+"""`report.html`: what one run has reached, lost, kept and made, as one file that needs nothing else to be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from utils.checkpoint import atomic_write
+from utils.figures import (
+    STYLE,
+    Figure,
+    bar,
+    heat_map,
+    html,
+    human_bytes,
+    human_seconds,
+    line_chart,
+    split_table,
+    table,
+    thumbnail,
+    tile,
+)
+from utils.metrics import forgetting_per_task
+
+REPLAY_MEMORY = ("exemplars", "bank", "source")
+MEMORY_NAMES = {
+    "exemplars": "exemplars (real images kept)",
+    "bank": "bank (generated images kept)",
+    "source": "replay source (its weights)",
+    "network": "classifier",
+    "all_real_data": "for comparison: all real training data",
+}
+SECONDS_NAMES = {
+    "train": "train the classifier",
+    "fit_source": "fit the replay source",
+    "generate": "generate images",
+    "evaluate": "evaluate",
+}
+TASKS_NOTE = (
+    "Percent right on each task's test images, among all classes seen by then. "
+    "Lost: points between a task's best accuracy before the end and its accuracy at the end."
+)
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """Pictures of one class: uint8 (C, H, W) tensors or image files, the real ones and the generated ones."""
+
+    class_index: int
+    class_name: str
+    task: int
+    real: Sequence[Tensor | str | Path]
+    synthetic: Sequence[Tensor | str | Path]
+
+
+def write_report(
+    path: str | Path,
+    results: dict[str, Any],
+    config: dict[str, Any],
+    gallery: Sequence[GalleryRow] = (),
+    environment: dict[str, Any] | None = None,
+) -> None:
+    """Write one HTML file without scripts or outside resources; what ``results`` lacks is left out of the page.
+
+    Args:
+        path: the file; it appears whole or not at all.
+        results: the content of ``results.json`` (design, section 4); unknown keys are ignored.
+        config: the resolved config; nested objects are shown with dots.
+        gallery: one row per class to show; all of its images are shown.
+        environment: versions, device, ...; by default ``results["environment"]``, if there.
+
+    Raises:
+        DataError: if an image file of the gallery cannot be read.
+    """
+    sections = [
+        ("Accuracy over classes seen", "After every task, in percent of the test images of all classes seen.", _curves),
+        ("Accuracy and forgetting per task", TASKS_NOTE, _tasks),
+        ("Few-shot and long-tailed figures", "", _special),
+        ("Classes", "In learning order, at the end of the run.", _classes),
+        ("Real and generated images", "", lambda _: _gallery(gallery, results)),
+        ("Memory", "What the run keeps from task to task, beside all the real data that it saw.", _memory),
+        ("Time", "", _seconds),
+        ("Environment", "", lambda r: _pairs(environment or r.get("environment") or {})),
+        ("Config", "", lambda _: _pairs(dict(_flat(config)))),
+        ("Command", "", lambda r: f"<pre>{html(r['command'])}</pre>" if r.get("command") else ""),
+    ]
+    body = [_header(results), _headline(results)]
+    for title, note, draw in sections:
+        if content := draw(results):
+            note = f"<p>{note}</p>" if note else ""
+            body.append(f"<section><h2>{title}</h2>{note}{content}</section>")
+    atomic_write(path, _page(_name(results), "\n".join(body)))
+
+
+def _page(title: str, body: str) -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+    )
+
+
+def _name(results: dict) -> str:
+    return str(results.get("name") or "run")
+
+
+def _header(results: dict) -> str:
+    words = [f"learner {results['model_name']}"] if results.get("model_name") else []
+    words.append(f"replay source {results['source']}" if results.get("source") else "no replay source")
+    words += [f"{key} {results[key]}" for key in ("dataset", "seed") if results.get(key) is not None]
+    if sizes := results.get("task_sizes"):
+        words.append(f"{len(sizes)} task{'s' * (len(sizes) > 1)}, {sum(sizes)} classes")
+    note = '<div class="badge">upper bound: this learner sees all real data again in every task</div>'
+    done, planned = len(results.get("accuracy_matrix") or []), len(results.get("task_sizes") or [])
+    unfinished = f'<div class="badge">unfinished: {done} of {planned} tasks</div>' if done < planned else ""
+    title = f"<h1>{html(_name(results))}</h1><p>{html(' · '.join(words))}</p>"
+    return f"<header>{title}{note if results.get('upper_bound') else ''}{unfinished}</header>"
+
+
+def _headline(results: dict) -> str:
+    tiles = []
+    for key, title, note in (
+        ("final_accuracy", "Final accuracy", "all classes, after the last task"),
+        ("average_incremental_accuracy", "Average incremental", "mean over the tasks"),
+    ):
+        if results.get(key) is not None:
+            tiles.append(tile(title, f"{results[key]:.1f} %", note))
+    if results.get("forgetting") is not None:
+        tiles.append(tile("Forgetting", f"{results['forgetting']:.1f} pts", "mean over earlier tasks"))
+    memory = results.get("memory_bytes") or {}
+    if memory.get("exemplars") is not None:
+        kept = sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
+        tiles.append(tile("Exemplars", human_bytes(memory["exemplars"]), f"{human_bytes(kept)} with bank and source"))
+    seconds = (results.get("seconds") or {}).get("total")
+    if seconds is not None:
+        tiles.append(tile("Time", human_seconds(seconds), "from start to results"))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _tasks(results: dict) -> str:
+    matrix = results.get("accuracy_matrix")
+    if not matrix:
+        return ""
+    both = heat_map(matrix) + _forgetting(matrix, results.get("task_sizes") or [1] * len(matrix))
+    return f'<div class="columns">{both}</div>' if len(matrix) <= 8 else both
+
+
+def _curves(results: dict) -> str:
+    names = {"top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve"}
+    curves = {name: results[key] for name, key in names.items() if results.get(key)}
+    if not curves or not results.get("task_sizes"):
+        return ""
+    seen = list(accumulate(results["task_sizes"]))[: max(map(len, curves.values()))]
+    padded = [_padded(curve, len(seen)) for curve in curves.values()]
+    rows = [[f"after {task}", classes, *values] for task, (classes, *values) in enumerate(zip(seen, *padded))]
+    numbers = split_table(["task", "classes", *curves], rows)
+    if len(seen) == 1:
+        return numbers
+    narrow = len(seen) <= 12
+    chart = line_chart(curves, seen, "classes seen", width=540 if narrow else 1100)
+    return f'<div class="columns">{chart}{numbers}</div>' if narrow else chart + numbers
+
+
+def _forgetting(matrix: list[list[float]], task_sizes: list[int]) -> str:
+    lost = forgetting_per_task(matrix)
+    ends = list(accumulate(task_sizes))
+    rows = []
+    for task, points in enumerate(lost):
+        first, last = (ends[task - 1] if task else 0), ends[task] - 1
+        classes = f"{first}–{last}" if last > first else f"{first}"
+        final = matrix[-1][task]
+        shown = bar(abs(points) / 100, "loss" if points > 0 else "gain")
+        rows.append([f"{task}", classes, matrix[task][task], final + points, final, points, shown])
+    return table(["task", "classes", "when new", "best", "at the end", "lost", ""], rows) if rows else ""
+
+
+def _special(results: dict) -> str:
+    blocks = []
+    if few_shot := results.get("fscil"):
+        values = {key: value if isinstance(value, list) else [value] for key, value in few_shot.items()}
+        length = max(map(len, values.values()))
+        first = 0 if length > 1 else len(results.get("task_sizes") or [1]) - 1
+        head = ["few-shot session", *(key.replace("_", " ") for key in values)]
+        blocks.append(table(head, ([f"{first + i}", *cells] for i, cells in enumerate(zip(*values.values())))))
+    if long_tail := results.get("long_tail"):
+        rows = [[f"{name} training images per class", value] for name, value in long_tail.items()]
+        blocks.append(table(["long tail", "accuracy (%)"], rows))
+    return f'<div class="columns">{"".join(blocks)}</div>' if blocks else ""
+
+
+def _classes(results: dict) -> str:
+    accuracies = results.get("per_class_accuracy")
+    if not accuracies:
+        return ""
+    count = len(accuracies)
+    tasks = [task for task, size in enumerate(results.get("task_sizes") or []) for _ in range(size)]
+    columns: dict[str, list] = {"label": [f"{label}" for label in range(count)]}
+    columns["class"] = _padded(results.get("class_names"), count)
+    columns["task"] = [None if task is None else f"{task}" for task in _padded(tasks, count)]
+    columns["train"] = _padded(results.get("train_counts"), count)
+    columns["test"] = _padded(results.get("test_counts"), count)
+    columns["accuracy (%)"] = list(accuracies)
+    columns[""] = [None if value is None else bar(value / 100) for value in accuracies]
+    columns = {title: cells for title, cells in columns.items() if any(cell is not None for cell in cells)}
+    return split_table(list(columns), list(zip(*columns.values())))
+
+
+def _padded(values: Sequence | None, count: int) -> list:
+    return [*(values or []), *[None] * count][:count]
+
+
+def _gallery(gallery: Sequence[GalleryRow], results: dict) -> str:
+    accuracies = results.get("per_class_accuracy") or []
+    ordered = sorted((row for row in gallery if row.real or row.synthetic), key=lambda row: (row.task, row.class_index))
+    blocks = []
+    for task, rows in groupby(ordered, key=lambda row: row.task):
+        cards = "".join(_card(row, _padded(accuracies, row.class_index + 1)[-1]) for row in rows)
+        blocks.append(f'<h3>Task {task}</h3><div class="gallery">{cards}</div>')
+    return "".join(blocks)
+
+
+def _card(row: GalleryRow, accuracy: float | None) -> str:
+    note = "" if accuracy is None else f"{accuracy:.1f} % right"
+    strips = "".join(
+        f'<div class="strip"><span>{name}</span><div>{"".join(map(thumbnail, images))}</div></div>'
+        for name, images in (("real", row.real), ("generated", row.synthetic))
+        if images
+    )
+    return f"<div><h4>{row.class_index} {html(row.class_name)} <span>{note}</span></h4>{strips}</div>"
+
+
+def _memory(results: dict) -> str:
+    memory = {key: value for key, value in (results.get("memory_bytes") or {}).items() if value is not None}
+    if not memory:
+        return ""
+    largest, real = max(memory.values()) or 1, memory.get("all_real_data")
+    known = [key for key in MEMORY_NAMES if key in memory]
+    rows = []
+    for key in [*(key for key in memory if key not in MEMORY_NAMES), *known]:
+        count = memory[key]
+        share = Figure(f"{100 * count / real:,.1f} %") if real else None
+        rows.append([MEMORY_NAMES.get(key, key), Figure(human_bytes(count)), share, bar(count / largest)])
+    return table(["", "size", "of all real data", ""], rows)
+
+
+def _seconds(results: dict) -> str:
+    seconds = {key: value for key, value in (results.get("seconds") or {}).items() if value is not None}
+    if not seconds:
+        return ""
+    total = seconds.pop("total", None) or sum(seconds.values()) or 1
+    seconds["other"] = max(total - sum(seconds.values()), 0.0)
+    rows = [
+        [SECONDS_NAMES.get(key, key), Figure(human_seconds(value)), 100 * value / total, bar(value / total)]
+        for key, value in seconds.items()
+    ]
+    return table(["", "time", "% of the total", ""], [*rows, ["total", Figure(human_seconds(total)), 100.0, ""]])
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    # Settings are shown as JSON has them, digit by digit; results are rounded.
+    texts = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in values.items()}
+    return split_table(["key", "value"], list(texts.items())) if texts else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
