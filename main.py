@@ -92,13 +92,14 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     from utils.run import log, log_to_console
     from utils.runtime import Runtime
 
-    log_to_console()
+    log_to_console(is_main=os.environ.get("RANK", "0") == "0")
     runtime = Runtime(config.device, config.precision)
     dataset = load_dataset(config.dataset, config.data_dir, config.offline)
     check_backbone_name(config.convnet_type, backbone_options(config, dataset))
     experiments = [Experiment(config, name, seed, dataset, runtime) for seed in config.seed]
-    folder = claim_folder(config, name, overwrite)
-    claim_threads(folder, runtime)
+    with runtime.accelerator.main_process_first():
+        folder = claim_folder(config, name, overwrite and runtime.is_main)
+        claim_threads(folder, runtime)
     if unused:
         log.info("Keys that %s does not use: %s", config.model_name, ", ".join(unused))
     results = []

@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from models.heads import CosineHead, LinearHead
 from models.incremental import IncrementalNet
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
-from torch import Tensor
-
 from synth.bank import Bank
 from synth.base import ReplaySource
 from utils import seeding
@@ -77,6 +77,7 @@ class Learner(ABC):
         self.old_network: IncrementalNet | None = None
         self.replay = ImageSet()
         self.class_means: dict[int, Tensor] = {}
+        self._said_that_all_are_kept = False
 
     # ------------------------------------------------------------------ the fixed order
 
@@ -257,9 +258,13 @@ class Learner(ABC):
         images = self.data.train_images(task)
         for label in task.classes:
             own = images.select([label])
-            if len(own) < budget and task.index == 0 and label == 0:
-                log.info("Class %d has %d images, fewer than its share of %d: all are kept", label, len(own), budget)
+            self._say_if_all_are_kept(label, len(own), budget)
             self.memory.add(own.take(herding(self.extract_features(own), budget)))
+
+    def _say_if_all_are_kept(self, label: int, count: int, budget: int) -> None:
+        if count < budget and not self._said_that_all_are_kept:
+            self._said_that_all_are_kept = True
+            log.info("Class %d has %d images, fewer than its share of %d: such classes keep all", label, count, budget)
 
     def update_class_means(self) -> None:
         """Nearest-mean prototypes of all classes from their exemplars, by the present network."""

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Experiment:
 
     def run(self) -> dict[str, Any]:
         """Learn all tasks that are not learned yet and return the content of `results.json`."""
-        with log_to_file(self.folder / "log.txt"):
+        with log_to_file(self.folder / "log.txt") if self.runtime.is_main else nullcontext():
             self._log_header()
             self.work = Run(
                 self.folder, self.config.train_seed(self.seed), self.runtime,

@@ -35,16 +35,25 @@ class Replay(PyCILLearner):
         if self.config.selection == "herding":
             self.keep_herded_exemplars(task)
             self.update_class_means()
+        elif self.config.fixed_memory:
+            self._keep_random_exemplars(task)
         else:
             self._offer_to_reservoir(task)
 
+    def _keep_random_exemplars(self, task: Task) -> None:
+        """A reservoir of its own for every class: a fixed number of its images, each equally likely."""
+        images = self.data.train_images(task)
+        for label in task.classes:
+            own = images.select([label])
+            order = torch.randperm(len(own), generator=seeding.generator(self.run.seed, label, "reservoir"))
+            self.memory.add(own.take(order[: self.config.memory_per_class]))
+
     def _offer_to_reservoir(self, task: Task) -> None:
         images = self.data.train_images(task)
-        capacity = self.config.memory_per_class * task.num_seen if self.config.fixed_memory else self.config.memory_size
         generator = seeding.generator(self.run.seed, task.index, "reservoir")
         order = torch.randperm(len(images), generator=generator).tolist()
         kept = list(range(len(self.memory.images)))  # positions in memory and new images, one behind the other
-        for item, slot in reservoir_slots(self.num_offered, len(images), capacity, generator):
+        for item, slot in reservoir_slots(self.num_offered, len(images), self.config.memory_size, generator):
             kept[slot : slot + 1] = [len(self.memory.images) + order[item]]
         self.memory.images = (self.memory.images + images).take(kept)
         self.num_offered += len(images)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from utils.errors import ConfigError
 
-NO_CLASS = -1
+# From this many channels per group on, GroupNorm on CPUs is as fast in channels_last as in plain order, and the bf16
+# convolutions around it are 1.4 to 2 times faster; below, its backward pass is up to 25 times slower.
+CHANNELS_LAST_FROM = 16
 
 
 class _PaddedLinear(nn.Linear):
@@ -45,6 +47,8 @@ class ClassUNet(nn.Module):
         attention_levels: levels, from 0, that have self-attention. The middle block always has it.
         layers_per_block: residual blocks per level on the way down; the way up has one more.
         attention_head_dim: channels per head.
+        norm_num_groups: 32 in the reference. With 16 channels per group or more the network works in channels_last,
+            which on CPUs is a third faster in bf16.
         resample: "conv" strided and nearest-neighbour convolutions, "resnet" residual blocks (GUIDE on ImageNet).
         checkpointing: recompute residual blocks in the backward pass; less memory, about a third more time.
 
@@ -97,6 +101,23 @@ class ClassUNet(nn.Module):
         _zero_residual_branches(self.unet)
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
+        wide_groups = min(block_out_channels) // norm_num_groups >= CHANNELS_LAST_FROM
+        self.memory_format = torch.channels_last if wide_groups else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
+
+    def train(self, mode: bool = True) -> ClassUNet:
+        """Switch dropout on or off, as ever, but leave the blocks around it in eval mode.
+
+        Their own flag does one thing: in train mode each copies its input to the plain memory order before the
+        shortcut, a tenth of a training step in channels_last.
+        """
+        from diffusers.models.resnet import ResnetBlock2D
+
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.training = False
+        return self
 
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the noise in ``xt``.
@@ -109,8 +130,10 @@ class ClassUNet(nn.Module):
         Returns:
             Noise, float (B, C, H, W).
         """
+        # One place more, for -1, lets one_hot see labels that are out of range.
         one_hot = F.one_hot(labels + 1, self.num_classes + 1)[:, 1:]  # (B, K)
         class_embedding = F.pad(one_hot.float(), (self.embedding_dim - self.num_classes, 0))  # (B, 4C)
+        xt = xt.contiguous(memory_format=self.memory_format)
         return self.unet(xt, t, class_labels=class_embedding, return_dict=False)[0]
 
 

@@ -106,7 +106,8 @@ class Bank:
         """Bring a folder to its full count; chunks that are there already are left alone."""
         requests = Requests.of_classes(classes, self._per_class(classes), key)
         manifest = self._manifest(source, classes, requests)
-        known = self._check(folder, manifest, classes)
+        with self.run.runtime.accelerator.main_process_first():  # the main process lays the manifest, others find it
+            known = self._check(folder, manifest, classes)
         if known is None:
             return
         chunks = list(requests.chunks(self.config.sample_batch))

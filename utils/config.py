@@ -18,7 +18,7 @@ from utils.errors import ConfigError
 from utils.registry import nearest
 
 # Two settings that differ only in these are the same experiment.
-NOT_IDENTITY = ("seed", "device", "num_workers", "data_dir", "output_dir", "offline")
+NOT_IDENTITY = ("seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every")
 ALIASES = {"backbone_type": "convnet_type"}
 # Keys that PyCIL's own files carry and nothing reads.
 DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix")
@@ -44,6 +44,8 @@ class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, 
         origins = [get_origin(annotation) or annotation for annotation in annotations]
         if list in origins and not isinstance(value, list) and value is not None:
             value = [item.strip() for item in value.split(",")] if isinstance(value, str) else [value]
+        if str in origins and int not in origins and type(value) in (int, float):
+            value = str(value)  # a data set may be called 101
         if bool in origins and isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         for item in value if isinstance(value, list) else [value]:
@@ -67,10 +69,6 @@ class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, 
             return cls(**given)
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(where, item) for item in error.errors())) from error
-
-    def key_help(self, key: str) -> str:
-        """The one-line description of a key."""
-        return type(self).model_fields[key].description or ""
 
 
 def _explain(where: str, item: dict[str, Any]) -> str:

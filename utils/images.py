@@ -25,8 +25,10 @@ def decode_image(path: str | Path) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-            pixels = np.array(image)
+            if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
+                pixels = (np.array(image) >> 8).astype(np.uint8)
+            else:
+                pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
     return torch.from_numpy(pixels).unsqueeze(0) if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1)

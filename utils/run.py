@@ -17,9 +17,9 @@ log = logging.getLogger("reprise")
 LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"  # PyCIL's
 
 
-def log_to_console(level: int = logging.INFO) -> None:
-    """Messages go to standard output, once per process."""
-    log.setLevel(level)
+def log_to_console(is_main: bool = True) -> None:
+    """Messages go to standard output; of several processes only the main one tells what is not a warning."""
+    log.setLevel(logging.INFO if is_main else logging.WARNING)
     log.propagate = False
     if not log.handlers:
         handler = logging.StreamHandler(sys.stdout)
@@ -89,7 +89,7 @@ class Run:
         self.folder, self.seed, self.runtime = Path(folder), seed, runtime
         self.folder.mkdir(parents=True, exist_ok=True)
         self.num_workers = runtime.workers(num_workers)
-        self.checkpoint_every, self.progress = checkpoint_every, progress
+        self.checkpoint_every, self.progress = checkpoint_every, progress and runtime.is_main
         self.metrics = Metrics(self.folder / "metrics.jsonl", runtime.is_main)
         self.seconds: dict[str, float] = {}
 

@@ -83,6 +83,14 @@ class Runtime:
         """bf16 for matrix products and convolutions where the run wants it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def share_buffers(self, module: torch.nn.Module) -> None:
+        """Every process takes the first one's buffers (BatchNorm statistics), as DistributedDataParallel does."""
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            for buffer in module.buffers():
+                buffer.copy_(broadcast(buffer))
+
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Mean over processes, so that every process takes the same step; nothing to do when there is one."""
         if self.accelerator.num_processes > 1:

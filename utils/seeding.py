@@ -7,6 +7,7 @@ purpose moves no other and a resumed run needs no saved generator state.
 from __future__ import annotations
 
 import hashlib
+from operator import index
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ import torch
 
 def derive(*key: int | str) -> int:
     """An integer in [0, 2**63) that depends on every part of the key and on nothing else."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else index(part) for part in key)  # a NumPy integer is its number
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

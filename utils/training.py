@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -222,30 +223,28 @@ def fit(
         if run.runtime.is_main:
             progress.save(checkpoints)
 
-    bar = tqdm(
-        total=total, initial=progress.step, desc=f"task {task} {purpose}", disable=None if run.progress else True
-    )
+    label = f"task {task} {purpose}"
+    bar = tqdm(total=total, initial=progress.step, desc=label, disable=None if run.progress else True)
     while progress.step < total:
         epoch, start = divmod(progress.step, per_epoch)
         if before_epoch is not None and start == 0:
             before_epoch(epoch)
         module.train()
-        for batch in batches.epoch(epoch, start):
+        for batch in islice(batches.epoch(epoch, start), total - progress.step):
             rate = config.learning_rate(progress.step, per_epoch)
             seeding.seed_everything(run.seed, task, purpose, progress.step)
             losses.add(progress.step, rate, train_step(progress, batch, loss_fn, config, rate, run, after_backward))
             progress.step += 1
+            bar.update()
             if after_step is not None:
                 after_step(progress.step)
-            if progress.step % LOG_EVERY == 0 or progress.step == total:
+            if progress.step % LOG_EVERY == 0:
                 losses.flush()
                 bar.set_postfix_str(losses.latest, refresh=False)
-            bar.update()
-            if progress.step % run.checkpoint_every == 0 and progress.step < total:
+            if progress.step % run.checkpoint_every == 0:
                 save()
-            if progress.step >= total:
-                break
     bar.close()
+    run.runtime.share_buffers(module)
     if checkpoints.numbers()[:1] != [total]:
         save()
     module.eval()
@@ -256,6 +255,7 @@ def train_step(progress: Progress, batch, loss_fn, config: TrainConfig, rate: fl
     """Forward, backward, clip, step, average. Returns the named terms of the loss."""
     for group in progress.optimizer.param_groups:
         group["lr"] = rate
+    run.runtime.share_buffers(progress.module)
     with run.runtime.autocast():
         terms = loss_fn(batch)
     progress.optimizer.zero_grad(set_to_none=True)

@@ -79,7 +79,7 @@ def test_order_and_augmentation_depend_on_the_key_alone():
 
 
 def test_every_batch_of_an_epoch_is_augmented_anew():
-    image = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
+    image = images_of(1).parts[0].images
     same = ImageSet.of(image.expand(12, -1, -1, -1), torch.arange(12))
     first, second, third = (batch.images for batch in batches_of(same).epoch(0))
     assert not torch.equal(first, second) and not torch.equal(second, third)

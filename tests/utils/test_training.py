@@ -450,24 +450,25 @@ def test_epochs_that_have_begun_are_not_announced_again(tmp_path):
     assert epochs == [0, 1, 2]
 
 
+class Counter:
+    def __init__(self, values=None):
+        self.values = values
+
+    def state_dict(self):
+        return self.values
+
+    def load_state_dict(self, state):
+        self.values = state
+
+
 def test_batches_and_other_stateful_things_are_restored(tmp_path):
-    class Counter:
-        values = {"seen": torch.zeros(2), "words": ["none"]}
-
-        def state_dict(self):
-            return self.values
-
-        def load_state_dict(self, state):
-            self.values = state
-
-    batches, counter = RandomBatches(), Counter()
-    counter.values = {"seen": torch.tensor([1.0, 2.0]), "words": ["a"]}
-    train(linear(), make_run(tmp_path), batches=batches, stateful={"counter": counter})
-    new_batches, new_counter = RandomBatches(), Counter()
-    train(linear(), make_run(tmp_path), batches=new_batches, stateful={"counter": new_counter})
-    assert new_batches.drawn == batches.drawn == STEPS
-    assert_close(new_counter.values["seen"], torch.tensor([1.0, 2.0]))
-    assert new_counter.values["words"] == ["a"]
+    counter = Counter({"seen": torch.tensor([1.0, 2.0]), "words": ["a"]})
+    train(linear(), make_run(tmp_path), stateful={"counter": counter})
+    batches, again = RandomBatches(), Counter()
+    train(linear(), make_run(tmp_path), batches=batches, stateful={"counter": again})
+    assert batches.drawn == STEPS
+    assert_close(again.values["seen"], torch.tensor([1.0, 2.0]))
+    assert again.values["words"] == ["a"]
 
 
 def test_a_finished_training_is_not_repeated(tmp_path):

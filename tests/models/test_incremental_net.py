@@ -1,0 +1,87 @@
+"""The classifier of every learner: grow, freeze, align."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.heads import CosineHead, LinearHead
+from models.incremental import IncrementalNet
+
+
+class Flat(nn.Module):
+    num_features = 12
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x).flatten(1)
+
+
+def network(num_classes=0, head=LinearHead):
+    net = IncrementalNet(Flat(), head(12))
+    net.grow(num_classes, torch.Generator().manual_seed(0))
+    return net
+
+
+IMAGES = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("head", [LinearHead, CosineHead])
+def test_logits_are_as_wide_as_the_classes_seen(head):
+    net = network(0, head)
+    for num_classes in (2, 3, 10):
+        net.grow(num_classes)
+        assert net.num_classes == num_classes and net(IMAGES).shape == (5, num_classes)
+    assert net.features(IMAGES).shape == (5, 12)
+
+
+def test_the_logits_of_old_classes_survive_growth():
+    net = network(4).eval()
+    logits = net(IMAGES)
+    net.grow(9)
+    torch.testing.assert_close(net(IMAGES)[:, :4], logits, rtol=0, atol=0)
+
+
+def test_a_backbone_and_a_head_of_different_width_are_refused():
+    with pytest.raises(AssertionError):
+        IncrementalNet(Flat(), LinearHead(13))
+
+
+def test_a_frozen_copy_neither_learns_nor_follows_the_original():
+    net = network(4).train()
+    net(IMAGES).sum().backward()
+    teacher = net.frozen_copy()
+    logits = teacher(IMAGES)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 1
+    net(IMAGES)  # moves the statistics of the original only
+    torch.testing.assert_close(teacher(IMAGES), logits, rtol=0, atol=0)
+    assert not teacher.training and net.training
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+def test_aligning_gives_new_rows_the_mean_length_of_old_ones():
+    net = network(4)
+    net.head.weight.data = torch.tensor([3.0, 5.0, 1.0, 3.0])[:, None] * torch.eye(4, 12)
+    net.head.bias.data = torch.arange(4.0)
+    assert net.align_new_weights(2) == 2.0  # (3 + 5) / (1 + 3)
+    torch.testing.assert_close(net.head.weight.data.diagonal(), torch.tensor([3.0, 5.0, 2.0, 6.0]))
+    torch.testing.assert_close(net.head.bias.data, torch.arange(4.0))
+
+
+def test_aligning_twice_is_aligning_once():
+    net = network(7)
+    net.head.weight.data[5:] *= 9
+    assert net.align_new_weights(5) < 0.5
+    weight = net.head.weight.detach().clone()
+    assert net.align_new_weights(5) == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(net.head.weight.detach(), weight)
+
+
+@pytest.mark.parametrize("num_old", [0, 4])
+def test_aligning_needs_old_and_new_classes(num_old):
+    with pytest.raises(AssertionError, match=f"num_old={num_old} of 4 classes"):
+        network(4).align_new_weights(num_old)

@@ -1,0 +1,99 @@
+"""Our own backbones: known sizes, known shapes, any stem."""
+
+import pytest
+import torch
+
+from models import BACKBONES
+from models.options import BackboneOptions
+from models.resnet import _Block
+from models.timm_backbone import build_backbone
+from utils.errors import ConfigError
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "parameters"),
+    [
+        ("resnet32", "cifar", 463_504),  # PyCIL counts 464,154 with an unused 10-way layer
+        ("resnet20", "cifar", 269_072),  # 269,722 of the paper, less the 650 of the classifier
+        ("resnet18", "imagenet", 11_176_512),
+        ("resnet18", "cifar", 11_168_832),
+        ("resnet18", "imagenet_small", 11_168_832),
+        ("resnet34", "imagenet", 21_284_672),
+        ("resnet50", "imagenet", 23_508_032),
+    ],
+)
+def test_backbones_have_the_published_number_of_parameters(name, stem, parameters):
+    with torch.device("meta"):
+        assert count(build_backbone(name, BackboneOptions(stem=stem))) == parameters
+
+
+@pytest.mark.parametrize("name", BACKBONES.names())
+@pytest.mark.parametrize("side", [8, 32])
+def test_every_backbone_maps_images_to_its_number_of_features(name, side):
+    backbone = build_backbone(name, BackboneOptions()).eval()
+    with torch.no_grad():
+        features = backbone(torch.randn(2, 3, side, side))
+    assert features.shape == (2, backbone.num_features)
+
+
+@pytest.mark.parametrize(
+    ("stem", "side"),
+    [
+        ("cifar", 64),  # no reduction before the first stage
+        ("imagenet_small", 32),  # max-pool only
+        ("imagenet", 16),  # strided convolution and max-pool
+    ],
+)
+def test_the_stem_decides_how_large_the_first_stage_is(stem, side):
+    network = build_backbone("resnet18", BackboneOptions(stem=stem)).eval()
+    seen = []
+    network.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    with torch.no_grad():
+        network(torch.randn(1, 3, 64, 64))
+    assert seen == [(1, 64, side, side)]
+
+
+def test_an_unknown_stem_is_answered_with_the_known_ones():
+    with pytest.raises(ConfigError, match="stem='vgg': use one of cifar, imagenet, imagenet_small"):
+        BackboneOptions(stem="vgg")
+
+
+def test_a_shortcut_takes_every_second_pixel_and_appends_zero_channels():
+    block = _Block(2, 4, stride=2).eval()
+    torch.nn.init.zeros_(block.conv2.weight)
+    x = torch.rand(1, 2, 6, 6)
+    out = block(x)  # an empty branch leaves the shortcut
+    torch.testing.assert_close(out[:, :2], x[:, :, ::2, ::2])
+    assert out.shape == (1, 4, 3, 3) and not out[:, 2:].any()
+
+
+@pytest.mark.parametrize("name", ["resnet32", "resnet18"])
+def test_convolutions_start_kaiming_normal_by_fan_out(name):
+    torch.manual_seed(0)
+    for module in build_backbone(name, BackboneOptions()).modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 9000:
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+def test_the_same_seed_builds_the_same_network():
+    def build():
+        torch.manual_seed(3)
+        return build_backbone("resnet20", BackboneOptions()).state_dict()
+
+    torch.testing.assert_close(build(), build(), rtol=0, atol=0)
+
+
+def test_a_torchvision_weight_file_fits_resnet18_without_its_classifier(tmp_path):
+    from torchvision.models import resnet18
+
+    reference = resnet18(weights=None).eval()
+    torch.save(reference.state_dict(), tmp_path / "resnet18.pth")
+    options = BackboneOptions(stem="imagenet", weights=str(tmp_path / "resnet18.pth"))
+    backbone = build_backbone("resnet18", options).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(reference.fc(backbone(x)), reference(x))

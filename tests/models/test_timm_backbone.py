@@ -1,0 +1,129 @@
+"""One name chooses a backbone: ours, or any of timm's with an explicit weight tag."""
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from models.options import BackboneOptions
+from models.timm_backbone import PILOT_ALIASES, backbone_names, build_backbone, check_backbone_name
+from utils.errors import ConfigError, WeightsError
+
+SCRATCH = BackboneOptions(pretrained=False)
+TAGGED = "test_vit.r160_in1k"  # timm's own tiny ViT for tests, 160 px
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """What the hub would send for TAGGED: the whole network with its classifier, for 160 px."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit").eval()
+    path = tmp_path_factory.mktemp("hub") / "model.safetensors"
+    save_file(network.state_dict(), path)
+    return network, path
+
+
+def test_the_list_holds_our_own_names():
+    assert backbone_names() == ["resnet18", "resnet20", "resnet32", "resnet34", "resnet50"]
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("test_vit", 32),  # positions for 32 px instead of 160
+        ("test_resnet.r160_in1k", 32),  # a tag does no harm from scratch
+        ("mobilenetv3_small_050", 32),  # its pooled features are widened behind num_features
+        ("resnet32", 8),
+        ("ResNet32", 8),  # PyCIL ignores case
+    ],
+)
+def test_a_network_from_scratch_gives_its_number_of_features(name, side):
+    options = BackboneOptions(pretrained=False, image_size=side)
+    check_backbone_name(name, options)
+    backbone = build_backbone(name, options).eval()
+    with torch.no_grad():
+        assert backbone(torch.randn(2, 3, side, side)).shape == (2, backbone.num_features)
+
+
+@pytest.mark.parametrize("alias", PILOT_ALIASES)
+def test_names_of_pilot_mean_tagged_weights_of_timm(alias):
+    check_backbone_name(alias, BackboneOptions())
+    assert PILOT_ALIASES[alias] in timm.list_pretrained("vit_base_patch16_224.*")
+
+
+@pytest.mark.parametrize("act", [check_backbone_name, build_backbone])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resent32", "unknown backbone 'resent32'; did you mean 'resnet32'.*Ours: resnet18, resnet20.*any timm model"),
+        ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'"),
+        ("vit_tiny_patch16_224", "no weight tag: say which weights: vit_tiny_patch16_224.augreg_in21k, .*pretrained=f"),
+        ("vit_tiny_patch16_224.in21k", "no weights .*did you mean 'vit_tiny_patch16_224.augreg_in21k'"),
+        ("vit_tiny_patch16_18x2", "unknown backbone"),
+        ("xyz", "unknown backbone 'xyz'. Ours"),
+    ],
+)
+def test_a_name_that_does_not_say_enough_is_answered_with_names_that_do(act, name, message):
+    with pytest.raises(ConfigError, match=message):
+        act(name, BackboneOptions())
+
+
+def test_an_image_smaller_than_a_patch_is_refused():
+    with pytest.raises(ConfigError, match="images of 8 px are smaller than one patch of test_vit"):
+        build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=8))
+
+
+def test_published_weights_arrive_without_their_classifier(monkeypatch, published):
+    reference, path = published
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, local_files_only: str(path))
+    backbone = build_backbone(TAGGED, BackboneOptions(image_size=160)).eval()
+    x = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(reference.head(backbone(x)), reference(x))
+
+
+def test_published_weights_also_serve_other_image_sizes(monkeypatch, published):
+    _, path = published
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, local_files_only: str(path))
+    backbone = build_backbone(TAGGED, BackboneOptions(image_size=64)).eval()
+    with torch.no_grad():
+        assert backbone(torch.randn(1, 3, 64, 64)).shape == (1, 64)
+
+
+@pytest.mark.parametrize("act", [check_backbone_name, build_backbone])
+def test_weights_that_are_absent_offline_are_missed_before_anything_is_built(act, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"timm/test_vit.r160_in1k .*backbone_weights"):
+        act(TAGGED, BackboneOptions(offline=True))
+
+
+def test_checking_a_name_fetches_nothing(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    check_backbone_name(TAGGED, BackboneOptions())
+
+
+@pytest.mark.parametrize("side", [160, 64])  # timm's own interpolation of positions serves local files too
+def test_a_local_file_replaces_published_weights(published, side):
+    reference, path = published
+    options = BackboneOptions(weights=str(path), image_size=side, offline=True)
+    check_backbone_name("test_vit", options)  # no tag is needed
+    backbone = build_backbone("test_vit", options).eval()
+    torch.testing.assert_close(backbone.network.blocks.state_dict(), reference.blocks.state_dict())
+
+
+def test_a_local_file_of_another_network_is_refused(published):
+    with pytest.raises(WeightsError, match=r"model.safetensors does not fit this backbone \(0 of"):
+        build_backbone("resnet32", BackboneOptions(weights=str(published[1])))
+
+
+def test_a_local_file_that_is_absent_is_missed_at_once():
+    with pytest.raises(WeightsError, match="there is no such file"):
+        check_backbone_name("resnet32", BackboneOptions(weights="nowhere.pth"))
+
+
+def test_our_own_backbone_reads_back_what_it_saved(tmp_path):
+    saved = build_backbone("resnet20", SCRATCH)
+    save_file(saved.state_dict(), tmp_path / "resnet20.safetensors")
+    loaded = build_backbone("resnet20", BackboneOptions(weights=str(tmp_path / "resnet20.safetensors")))
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict())
