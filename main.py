@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 
-# Waiting threads that spin stop each other where two programs share the cores. Must be said before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 DEFAULT_CONFIG = "exps/digits.json"
 
 
@@ -63,13 +62,24 @@ def run(args: argparse.Namespace) -> int:
     from utils.config import apply_overrides, read_experiment
 
     config, unused = build_config(apply_overrides(read_experiment(args.config), args.overrides))
-    name = args.name or run_name(args.config, config, args.overrides)
+    name = checked_name(args.name) if args.name else run_name(args.config, config, args.overrides)
     if args.plan:
         from learners.plan import describe_run
 
         print(describe_run(config, name))
         return 0
     return run_seeds(config, name, unused, args.overwrite)
+
+
+def checked_name(name: str) -> str:
+    """A name that is one folder below output_dir, so that --overwrite can never delete anything else."""
+    from utils.errors import ConfigError
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
+        raise ConfigError(
+            f"--name {name!r}: use letters, digits, '_', '-', '+' and '.', beginning with one of the first two"
+        )
+    return name
 
 
 def run_name(path: str, config, overrides: list[str]) -> str:
@@ -83,25 +93,23 @@ def run_name(path: str, config, overrides: list[str]) -> str:
 
 def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     """One full run per seed, then mean and spread."""
-    from learners.base import backbone_options
-    from learners.experiment import Experiment, claim_folder, claim_threads
-    from models.timm_backbone import check_backbone_name
+    from learners.experiment import Experiment
     from utils.checkpoint import write_json
     from utils.datasets import load_dataset
     from utils.results import summarise
     from utils.run import log, log_to_console
+    from utils.run_folder import claim_folder, claim_machine, finished_results
     from utils.runtime import Runtime
 
     log_to_console(is_main=os.environ.get("RANK", "0") == "0")
     runtime = Runtime(config.device, config.precision)
-    dataset = load_dataset(config.dataset, config.data_dir, config.offline)
-    check_backbone_name(config.convnet_type, backbone_options(config, dataset))
-    experiments = [Experiment(config, name, seed, dataset, runtime) for seed in config.seed]
+    with runtime.accelerator.main_process_first():  # one process downloads
+        dataset = load_dataset(config.dataset, config.data_dir, config.offline)
+    experiments = [Experiment(config, name, seed, dataset, runtime, unused) for seed in config.seed]
+    experiments[0].check()
     with runtime.accelerator.main_process_first():
         folder = claim_folder(config, name, overwrite and runtime.is_main)
-        claim_threads(folder, runtime)
-    if unused:
-        log.info("Keys that %s does not use: %s", config.model_name, ", ".join(unused))
+        claim_machine(folder, runtime)
     results = []
     for experiment in experiments:
         done = experiment.finished()
@@ -109,7 +117,7 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
             log.info("Seed %d is finished: %s (--overwrite repeats it)", experiment.seed, experiment.folder)
         results.append(done or experiment.run())
     if runtime.is_main:
-        write_json(folder / "summary.json", summarise(results))
+        write_json(folder / "summary.json", summarise(finished_results(folder)))
     final = ", ".join(f"{result['final_accuracy']:.2f}" for result in results)
     log.info("Final accuracy: %s %%. Results lie in %s", final, folder)
     return 0

@@ -120,8 +120,7 @@ class Learner(ABC):
 
     def grow_network(self, task: Task) -> None:
         """Add outputs for the task's classes."""
-        seeding.seed_everything(self.run.seed, task.index, "grow")
-        self.network.grow(task.num_seen)
+        self.network.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "grow"))
 
     def before_training(self, task: Task) -> None:
         """Called after the source has looked at the new images and before replay is made."""
@@ -192,8 +191,7 @@ class Learner(ABC):
             of normalised features to them, (N, num_seen).
         """
         features = self.extract_features(images)
-        head = self.network.head.float()
-        logits = torch.cat([head(chunk.to(self.run.device)).cpu() for chunk in features.split(4096)])
+        logits = torch.cat([self.network.head(chunk.to(self.run.device)).cpu() for chunk in features.split(4096)])
         if len(self.class_means) < self.network.num_classes:
             return {"cnn": logits}
         means = torch.stack([self.class_means[label] for label in sorted(self.class_means)])

@@ -59,6 +59,11 @@ def _check_pair(learner: type, config: RunConfig) -> None:
                 f'"synth": {{"name": ...}} with one of {", ".join(SOURCES.names())}'
             )
         return
+    if config.synth.syn_image_path is not None and len(config.seed) > 1:
+        raise ConfigError(
+            f"synth.syn_image_path={config.synth.syn_image_path!r} is one folder, but {len(config.seed)} seeds draw "
+            "different images: run one seed at a time, each with its own folder, or leave the key out"
+        )
     kind = SOURCES[config.synth.name].kind
     if kind not in learner.accepts:
         can_use = f"it can use {' or '.join(sorted(learner.accepts))}" if learner.accepts else "it uses no source"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,22 @@ from typing import Any
 import torch
 
 from learners import LEARNERS
-from learners.base import Learner
-from learners.predict import describe_data
+from learners.base import Learner, backbone_options
+from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
 from utils.checkpoint import Checkpoints, folder_bytes, write_json
 from utils.config import RunConfig
 from utils.data_manager import DataManager
 from utils.datasets import Dataset
-from utils.errors import CheckpointError, ConfigError
 from utils.report import GalleryRow, write_report
 from utils.results import Results
 from utils.run import Run, log_to_file
+from utils.run_folder import ENVIRONMENT, bank_folder, describe_data
 from utils.runtime import Runtime
 
 log = logging.getLogger("reprise")
 GALLERY_IMAGES = 8
-ENVIRONMENT = "environment.json"
 
 
 def make_data(config: RunConfig, seed: int, dataset: Dataset) -> DataManager:
@@ -51,13 +50,6 @@ def make_data(config: RunConfig, seed: int, dataset: Dataset) -> DataManager:
     )
 
 
-def bank_folder(config: RunConfig, name: str, seed: int) -> Path:
-    """Where the replay images of this seed lie."""
-    if config.synth.syn_image_path is not None:
-        return Path(config.synth.syn_image_path)
-    return Path(config.output_dir) / f"syn_image_{name}_{config.seed_tag(seed).replace('_', '', 1)}"
-
-
 def make_learner(config: RunConfig, name: str, seed: int, data: DataManager, run: Run) -> Learner:
     """The learner of this run with its source and its bank."""
     source = bank = None
@@ -76,12 +68,29 @@ class Experiment:
         seed: one of ``config.seed``.
         dataset: already read.
         runtime: the machine.
+        unused: keys of the experiment file that the learner does not know.
     """
 
-    def __init__(self, config: RunConfig, name: str, seed: int, dataset: Dataset, runtime: Runtime):
-        self.config, self.name, self.seed, self.runtime = config, name, seed, runtime
+    def __init__(
+        self, config: RunConfig, name: str, seed: int, dataset: Dataset, runtime: Runtime, unused: Sequence[str] = ()
+    ):
+        self.config, self.name, self.seed, self.runtime, self.unused = config, name, seed, runtime, unused
         self.data = make_data(config, seed, dataset)
         self.folder = Path(config.output_dir) / name / config.seed_tag(seed)
+
+    def check(self) -> Learner:
+        """Build network and source once, so that whatever does not fit is said before anything is written."""
+        check_backbone_name(self.config.convnet_type, backbone_options(self.config, self.data.dataset))
+        return make_learner(self.config, self.name, self.seed, self.data, self._make_run())
+
+    def _make_run(self) -> Run:
+        return Run(
+            self.folder,
+            self.config.train_seed(self.seed),
+            self.runtime,
+            num_workers=self.config.num_workers,
+            checkpoint_every=self.config.checkpoint_every,
+        )
 
     def finished(self) -> dict[str, Any] | None:
         """The results of a run that has ended before, or None."""
@@ -93,10 +102,7 @@ class Experiment:
         """Learn all tasks that are not learned yet and return the content of `results.json`."""
         with log_to_file(self.folder / "log.txt") if self.runtime.is_main else nullcontext():
             self._log_header()
-            self.work = Run(
-                self.folder, self.config.train_seed(self.seed), self.runtime,
-                num_workers=self.config.num_workers, checkpoint_every=self.config.checkpoint_every,
-            )  # fmt: skip
+            self.work = self._make_run()
             self.learner = make_learner(self.config, self.name, self.seed, self.data, self.work)
             describe_data(self.folder, self.data)
             self.results = Results(
@@ -167,8 +173,11 @@ class Experiment:
         kept = self.learner.memory.images
         paths = [path for part in kept.parts if not isinstance(part.images, torch.Tensor) for path in part.images]
         stored = (folder / "exemplars.safetensors").stat().st_size if len(kept) else 0
+        exemplars = stored + sum(os.path.getsize(path) for path in paths)
+        if self.learner.upper_bound:
+            exemplars = self.data.all_real_bytes  # it goes back to all of them
         return {
-            "exemplars": stored + sum(os.path.getsize(path) for path in paths),
+            "exemplars": exemplars,
             "bank": 0 if self.learner.bank is None else self.learner.bank.memory_bytes(),
             "source": folder_bytes(folder / "source"),
             "network": (folder / "network.safetensors").stat().st_size if numbers else 0,
@@ -193,13 +202,15 @@ class Experiment:
             "dataset": self.config.dataset,
             "seed": self.seed,
             "upper_bound": self.learner.upper_bound,
-            "eval_logits": self.config.eval_logits,
+            "eval_logits": "seen",
             "command": " ".join(["python", *sys.argv]),
         }
 
     def _log_header(self) -> None:
         for key, value in self.config.model_dump(mode="json", exclude_none=True).items():
             log.info("%s: %s", key, value)
+        if self.unused:
+            log.info("Keys that %s does not use: %s", self.config.model_name, ", ".join(self.unused))
         log.info("Data: %s", self.data.dataset.source)
         log.info("Class order: %s", self.data.class_order)
         if LEARNERS[self.config.model_name].upper_bound:
@@ -214,51 +225,3 @@ def _save_source(source, folder: Path) -> None:
 def _names(task) -> str:
     names = ", ".join(task.class_names[:5])
     return names if task.num_new <= 5 else f"{names}, ..."
-
-
-def claim_folder(config: RunConfig, name: str, overwrite: bool) -> Path:
-    """The run's folder with its config.json; a folder of another experiment is refused.
-
-    Raises:
-        ConfigError: if the folder holds another setting; the keys that differ are named.
-    """
-    folder = Path(config.output_dir) / name
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-        if config.synth is not None and config.synth.syn_image_path is None:
-            for seed in config.seed:
-                shutil.rmtree(bank_folder(config, name, seed), ignore_errors=True)
-    path = folder / "config.json"
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text())["identity"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}; give --overwrite or another --name") from error
-        here = config.identity()
-        differ = [key for key in {**here, **stored} if here.get(key) != stored.get(key)]
-        if differ:
-            changes = ", ".join(f"{key} was {stored.get(key)!r} and is {here.get(key)!r}" for key in sorted(differ)[:4])
-            raise ConfigError(f"{folder} holds another experiment: {changes}. Give another --name, or --overwrite")
-    else:
-        write_json(path, {"identity": config.identity(), "config": config.model_dump(mode="json")})
-    return folder
-
-
-def claim_threads(folder: Path, runtime: Runtime) -> None:
-    """Write `environment.json` at the first start; later starts take its thread count, to which the bits are tied."""
-    path = folder / ENVIRONMENT
-    if path.exists():
-        torch.set_num_threads(json.loads(path.read_text())["threads"])
-        return
-    import platform
-    from importlib.metadata import version
-
-    packages = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")
-    environment = {
-        "python": platform.python_version(), **{package: version(package) for package in packages},
-        "machine": platform.machine(), "device": str(runtime.device), "threads": torch.get_num_threads(),
-        "precision": "bf16" if runtime.bf16 else "fp32",
-    }  # fmt: skip
-    if runtime.device.type == "cuda":
-        environment["gpu"] = torch.cuda.get_device_name(runtime.device)
-    write_json(path, environment)

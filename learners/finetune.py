@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Literal
+
 from pydantic import Field
 from torch import Tensor
 
 from learners import LEARNERS
-from learners.losses import new_class_cross_entropy
+from learners.losses import cross_entropy_from
 from learners.pycil import PyCILLearner
 from utils.batches import Batch
 from utils.data_manager import Task
@@ -24,10 +25,9 @@ class Finetune(PyCILLearner):
     class Config(PyCILLearner.Config):
         epochs: int = Field(80, ge=1, description="epochs of every later task")
         milestones: list[int] = Field([40, 70], description="epochs where lrate decays")
-        loss_over: str = Field("new", pattern="^(new|all)$", description="outputs that compete in the loss")
+        loss_over: Literal["new", "all"] = Field("new", description="outputs that compete in the loss")
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         logits = self.network(batch.images)  # (B, num_seen)
-        if self.config.loss_over == "all" or len(self.replay):
-            return {"cross_entropy": F.cross_entropy(logits, batch.labels)}
-        return {"cross_entropy": new_class_cross_entropy(logits, batch.labels, task.num_old)}
+        first = 0 if self.config.loss_over == "all" or len(self.replay) else task.num_old
+        return {"cross_entropy": cross_entropy_from(first, logits, batch.labels)}

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from learners import LEARNERS
 from learners.pycil import PyCILLearner
+from utils import seeding
 from utils.data_manager import Task
 from utils.images import ImageSet
 from utils.training import TrainConfig
@@ -24,7 +25,7 @@ class Joint(PyCILLearner):
     def grow_network(self, task: Task) -> None:
         if not self.config.warm_start:
             self.network = self.build_network()
-        self.network.grow(task.num_seen)
+        self.network.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "grow"))
 
     def current_images(self, task: Task) -> ImageSet:
         return self.data.all_seen_images(task)

@@ -21,6 +21,6 @@ def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) ->
     return -(targets * F.log_softmax(logits / temperature, dim=1)).sum(1).mean()
 
 
-def new_class_cross_entropy(logits: Tensor, labels: Tensor, num_old: int) -> Tensor:
-    """Cross-entropy among the new classes alone: logits (B, num_seen), labels (B,) in [num_old, num_seen)."""
-    return F.cross_entropy(logits[:, num_old:], labels - num_old)
+def cross_entropy_from(first: int, logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy among the classes from ``first`` on: logits (B, num_seen), labels (B,) in [first, num_seen)."""
+    return F.cross_entropy(logits[:, first:], labels - first)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from learners import LEARNERS
-from learners.losses import distillation_loss, new_class_cross_entropy
+from learners.losses import cross_entropy_from, distillation_loss
 from learners.pycil import PyCILLearner
 from utils.batches import Batch
 from utils.data_manager import Task
@@ -34,6 +34,5 @@ class LearningWithoutForgetting(PyCILLearner):
         with torch.no_grad():
             old_logits = self.old_network(batch.images)  # (B, num_old)
         distill = self.config.lamda * distillation_loss(logits[:, : task.num_old], old_logits, self.config.T)
-        if len(self.replay):
-            return {"cross_entropy": F.cross_entropy(logits, batch.labels), "distill": distill}
-        return {"cross_entropy": new_class_cross_entropy(logits, batch.labels, task.num_old), "distill": distill}
+        first = 0 if len(self.replay) else task.num_old
+        return {"cross_entropy": cross_entropy_from(first, logits, batch.labels), "distill": distill}

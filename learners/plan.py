@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from learners import LEARNERS
-from learners.base import backbone_options
-from learners.experiment import bank_folder, make_data
+from learners.base import Learner, backbone_options
+from learners.experiment import Experiment
 from synth import SOURCES
 from utils.config import RunConfig
 from utils.datasets import DATASETS, find_dataset, load_dataset
 from utils.errors import DataError
+from utils.run_folder import bank_folder
+from utils.runtime import Runtime
 
 
 def _summary(entry: type) -> str:
@@ -41,24 +43,27 @@ def describe_run(config: RunConfig, name: str) -> str:
         dataset = load_dataset(config.dataset, config.data_dir, offline=True)
     except DataError as error:
         return "\n".join([*lines, f"It cannot be read: {error}"])
-    data = make_data(config, config.seed[0], dataset)
-    lines += _schedule(config, data)
+    learner = Experiment(config, name, config.seed[0], dataset, Runtime(["cpu"], "fp32")).check()
+    data = learner.data
+    lines += _schedule(learner)
     options = backbone_options(config, dataset)
     weights = f", weights {options.weights}" if options.weights else ""
     lines.append(f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}")
     if config.synth is not None:
-        lines += _replay(config, name, data)
+        lines += [*_replay(config, name, data), f"  {learner.source.describe()}"]
     return "\n".join(lines)
 
 
-def _schedule(config: RunConfig, data) -> list[str]:
+def _schedule(learner: Learner) -> list[str]:
+    config, data = learner.config, learner.data
     counts = data.class_counts
     lines = [f"Tasks: {data.num_tasks}, real training data {data.all_real_bytes / 1e6:.1f} MB"]
-    learner = LEARNERS[config.model_name]
     for index in range(data.num_tasks):
         task = data.task(index)
         images = sum(counts[label] for label in task.classes)
-        line = f"  task {index}: classes {task.num_old}-{task.num_seen - 1}, {images} images"
+        training = learner.train_config(task)
+        length = f"{training.epochs} epochs" if training.epochs is not None else f"{training.steps} steps"
+        line = f"  task {index}: classes {task.num_old}-{task.num_seen - 1}, {images} images, {length}"
         if learner.uses_exemplars and index:
             per_class = config.memory_per_class if config.fixed_memory else config.memory_size // task.num_old
             line += f", up to {per_class} exemplars of each old class"

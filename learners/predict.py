@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,22 +15,13 @@ import torch
 from learners import LEARNERS
 from learners.base import Learner
 from learners.configure import build_config
-from utils.checkpoint import Checkpoints, write_json
-from utils.data_manager import DataManager
+from utils.checkpoint import Checkpoints
 from utils.datasets import Dataset
 from utils.errors import CheckpointError, DataError, RepriseError
 from utils.images import IMAGE_SUFFIXES, ImageSet, Part
 from utils.run import Run, log
+from utils.run_folder import DESCRIPTION
 from utils.runtime import Runtime
-
-DESCRIPTION = "data.json"  # beside a seed's results: what the network expects of its images
-
-
-def describe_data(folder: Path, data: DataManager) -> None:
-    """Write what classifying needs to know of the data, so that the data itself need not be there."""
-    fields = {field.name: getattr(data.dataset, field.name) for field in dataclasses.fields(Dataset)}
-    plain = {name: value for name, value in fields.items() if not isinstance(value, ImageSet)}
-    write_json(folder / DESCRIPTION, {"dataset": plain, "class_names": data.class_names})
 
 
 def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner, list[str]]:
@@ -55,7 +45,7 @@ def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner
     data: Any = SimpleNamespace(dataset=dataset, num_classes=len(description["class_names"]))
     run = Run(folder, 0, Runtime(config.device, config.precision), progress=False)
     learner = LEARNERS[config.model_name](config, data, run)
-    found = Checkpoints(folder / "checkpoints", "task").load_newest(log)
+    found = Checkpoints(folder / "checkpoints", "task").load_newest(log, discard=False)
     if found is None:
         raise CheckpointError(f"{folder / 'checkpoints'} holds no checkpoint: let the run finish its first task")
     learner.restore(found[1], found[2])

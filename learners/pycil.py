@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from learners.base import Learner
@@ -28,7 +30,7 @@ class PyCILLearner(Learner):
         lrate_decay: float = Field(0.1, gt=0, le=1, description="factor at milestones")
         weight_decay: float = Field(2e-4, ge=0, description="weight decay of later tasks")
         batch_size: int = Field(128, ge=1, description="images per step, replay and exemplars included")
-        scheduler: str = Field("steplr", pattern="^(steplr|cosine|constant)$", description="of the learning rate")
+        scheduler: Literal["steplr", "cosine", "constant"] = Field("steplr", description="of the learning rate")
         momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
         clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: any")
 

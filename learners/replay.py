@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 
@@ -23,7 +25,7 @@ class Replay(PyCILLearner):
     class Config(PyCILLearner.Config):
         epochs: int = Field(70, ge=1, description="epochs of every later task")
         milestones: list[int] = Field([30, 50], description="epochs where lrate decays")
-        selection: str = Field("herding", pattern="^(herding|reservoir)$", description="which images become exemplars")
+        selection: Literal["herding", "reservoir"] = Field("herding", description="which images become exemplars")
 
     uses_exemplars = True
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from synth.base import ReplaySource, Requests
 from utils.checkpoint import atomic_write, file_hash, write_json
@@ -42,6 +41,7 @@ class Bank:
 
     def __init__(self, root: Path, config: SourceConfig, data: DataManager, run: Run):
         self.root, self.config, self.data, self.run = Path(root), config, data, run
+        self._verified: set[Path] = set()
         self.task_of: dict[int, int] = {}  # class -> the task that brought it
         for index, size in enumerate(data.task_sizes):
             self.task_of |= dict.fromkeys(range(len(self.task_of), len(self.task_of) + size), index)
@@ -68,7 +68,26 @@ class Bank:
         Raises:
             BankError: if a class has none.
         """
-        return sum((self._read(self.root / f"task_{self.task_of[label]}", [label]) for label in classes), ImageSet())
+        images = ImageSet()
+        for label in classes:
+            folder = self.root / f"task_{self.task_of[label]}"
+            self._verify(folder)
+            images = images + self._read(folder, [label])
+        return images
+
+    def _verify(self, folder: Path) -> None:
+        """Compare a finished folder's files with their hashes, once per process."""
+        if folder in self._verified:
+            return
+        self._verified.add(folder)
+        path = folder / "manifest.json"
+        files = json.loads(path.read_text())["files"] if path.exists() else {}
+        damaged = [name for name, digest in files.items() if _damaged(folder / name, digest)]
+        if damaged or not files:
+            what = (
+                f"{len(damaged)} images of {folder} have" if files else f"{folder} has no finished manifest: its images"
+            )
+            raise BankError(f"{what} changed since they were drawn ({', '.join(damaged[:3])}); --overwrite draws anew")
 
     def newest(self, label: int) -> list[str]:
         """Paths of the last images drawn of a class; empty if none were."""
@@ -107,12 +126,12 @@ class Bank:
         requests = Requests.of_classes(classes, self._per_class(classes), key)
         manifest = self._manifest(source, classes, requests)
         with self.run.runtime.accelerator.main_process_first():  # the main process lays the manifest, others find it
-            known = self._check(folder, manifest, classes)
-        if known is None:
+            complete = self._check(folder, manifest, classes)
+        if complete:
             return
         chunks = list(requests.chunks(self.config.sample_batch))
         rank, world = self.run.runtime.shard
-        bar = tqdm(total=len(requests), desc=f"drawing {folder.name}", disable=None if self.run.progress else True)
+        bar = self.run.bar(len(requests), f"drawing {folder.name}")
         for chunk in chunks[rank::world]:
             paths = [self._path(folder, label, copy) for label, copy in zip(chunk.labels.tolist(), chunk.copy.tolist())]
             # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
@@ -154,8 +173,8 @@ class Bank:
             "files": {},
         }
 
-    def _check(self, folder: Path, manifest: dict[str, Any], classes: list[int]) -> dict | None:
-        """None if the folder is complete, else the manifest that is being filled.
+    def _check(self, folder: Path, manifest: dict[str, Any], classes: list[int]) -> bool:
+        """Whether the folder is complete; an empty one gets a manifest to be filled.
 
         Raises:
             BankError: if the folder's images belong to another run; the first difference is named.
@@ -164,10 +183,10 @@ class Bank:
         if not path.exists():
             if any(_images_in(folder / str(label)) for label in classes):
                 self._adopt(folder, manifest, classes)
-                return None
+                return True
             if self.run.runtime.is_main:
                 write_json(path, manifest)
-            return manifest
+            return False
         stored = json.loads(path.read_text())
         for field in ADOPTED_FIELDS if stored.get("adopted") else manifest.keys() - {"files"}:
             if stored.get(field) != manifest[field]:
@@ -179,7 +198,7 @@ class Bank:
         for name in damaged:
             log.warning("%s is missing or damaged: its chunk is drawn again", folder / name)
             (folder / name).unlink(missing_ok=True)
-        return manifest if damaged or not stored["files"] else None
+        return bool(stored["files"]) and not damaged
 
     def _adopt(self, folder: Path, manifest: dict[str, Any], classes: list[int]) -> None:
         """Take over images that another program left without a manifest."""

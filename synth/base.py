@@ -130,6 +130,10 @@ class ReplaySource(ABC):
             self.save(Path(directory))
             return folder_bytes(directory)
 
+    def describe(self) -> str:
+        """One line for `--plan`: what will be trained, or which weights are needed."""
+        return ""
+
     def fingerprint(self) -> str:
         """A hash of the weights that generate; it changes whenever the images would."""
         return ""

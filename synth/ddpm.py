@@ -27,7 +27,7 @@ from synth.diffusion import (
 )  # fmt: skip
 from utils import seeding
 from utils.batches import Batch, ImageBatches
-from utils.checkpoint import load_module, load_tensors, save_tensors, write_json
+from utils.checkpoint import load_tensors, save_tensors, write_json
 from utils.config import SourceConfig
 from utils.data_manager import Task
 from utils.images import ImageSet
@@ -196,12 +196,18 @@ class DDPM(ReplaySource):
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
         directory = Path(directory)
-        load_module(self.network, load_tensors(directory / "network.safetensors"))
+        self.network.load_state_dict(load_tensors(directory / "network.safetensors"))
         self.generator = self.network
         if (directory / "generator.safetensors").exists():
             self.generator = copy.deepcopy(self.network).requires_grad_(False)
-            load_module(self.generator, load_tensors(directory / "generator.safetensors"))
+            self.generator.load_state_dict(load_tensors(directory / "generator.safetensors"))
         self.fitted_classes = set(json.loads((directory / "source.json").read_text())["fitted_classes"])
+
+    def describe(self) -> str:
+        """Size of the UNet and length of its trainings."""
+        millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        first, later = self.config.first_task_num_steps, self.config.num_steps
+        return f"UNet of {millions:.1f} M parameters, trained {first} steps on the first task and {later} on later ones"
 
     def fingerprint(self) -> str:
         """SHA-256 over the generating weights."""

@@ -70,7 +70,7 @@ def respace(process: Process, spacing: str | int) -> Process:
         strides = [stride for stride in range(1, total + 1) if -(-total // stride) == count]
         if not strides:
             raise ConfigError(
-                f"no integer stride through {total} steps gives {count} of them: use {count} without ddim"
+                f"{text!r}: no integer stride through {total} steps gives {count} of them; use {count} without ddim"
             )
         kept = torch.arange(0, total, strides[0])
     else:

@@ -9,11 +9,12 @@ import torch
 
 from learners import LEARNERS
 from learners.configure import build_config
-from learners.experiment import Experiment, claim_folder, claim_threads
+from learners.experiment import Experiment
 from synth import SOURCES
 from utils import seeding
 from utils.datasets import Dataset
 from utils.images import ImageSet
+from utils.run_folder import claim_folder, claim_machine
 from utils.runtime import Runtime
 
 # The smallest settings of every source; a new source adds its own here and is then under contract.
@@ -80,5 +81,5 @@ def toy_experiment(learner: str, folder: Path, source: str | None = None, **keys
         source = next(name for name in SOURCES.names() if SOURCES[name].kind in LEARNERS[learner].accepts)
     config, _ = build_config(toy_raw(learner, folder, source, **keys))
     runtime = Runtime(config.device, config.precision)
-    claim_threads(claim_folder(config, "toy", overwrite=False), runtime)
+    claim_machine(claim_folder(config, "toy", overwrite=False), runtime)
     return Experiment(config, "toy", config.seed[0], toy_dataset(), runtime)

@@ -70,7 +70,8 @@ class ImageBatches:
         batch_size: images per batch; the last one of an epoch may be smaller.
         key: random key such as (seed, task, purpose).
         device: where batches go. Small images live there as uint8.
-        shard: (rank, world size): this process takes every world-size-th image of each batch.
+        shard: (rank, world size): this process takes every world-size-th image of each batch; where the batch does
+            not divide, ranks with one image less weigh theirs a little more.
     """
 
     def __init__(self, images, replay=None, *, transform, batch_size, key, device, num_workers=0, shard=(0, 1)):

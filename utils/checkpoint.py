@@ -96,11 +96,6 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def load_module(module, tensors: dict[str, Tensor]) -> None:
-    """Put tensors into a module's own storage, so that its memory format and its device stay."""
-    module.load_state_dict(tensors, strict=True)
-
-
 class Checkpoints:
     """Numbered checkpoints in one folder: `<name>_<number>/`, the two newest kept.
 
@@ -169,14 +164,15 @@ class Checkpoints:
             raise CheckpointError(f"{folder} is damaged: {error}") from error
         return {path.stem: load_tensors(path) for path in folder.glob("*.safetensors")}, state
 
-    def load_newest(self, log) -> tuple[int, dict[str, dict[str, Tensor]], dict] | None:
+    def load_newest(self, log, discard: bool = True) -> tuple[int, dict[str, dict[str, Tensor]], dict] | None:
         """The newest checkpoint that is whole: (number, tensors, state), or None. A damaged one is named in the log."""
         for number in self.numbers():
             try:
                 return (number, *self.load(number))
             except CheckpointError as error:
                 log.warning("%s; using the checkpoint before it", error)
-                shutil.rmtree(self.path(number), ignore_errors=True)
+                if discard:
+                    shutil.rmtree(self.path(number), ignore_errors=True)
         return None
 
     def clear(self) -> None:

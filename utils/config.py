@@ -129,10 +129,18 @@ class RunConfig(BaseConfig):
     stem: Literal["auto", "cifar", "imagenet", "imagenet_small"] = Field("auto", description="first layers of a ResNet")
     pretrained: bool = Field(True, description="load the weights that a timm name stands for")
     backbone_weights: str | None = Field(None, description="a local weight file for the backbone")
-    eval_logits: Literal["seen", "all"] = Field("seen", description="classes that compete at test time")
-    replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field("bicubic", description="resizing of replay images")
+    replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field(
+        "bicubic", description="resizing of replay images kept in memory"
+    )
 
     synth: SerializeAsAny[SourceConfig] | None = Field(None, description="the replay source and its keys")
+
+    @field_validator("seed")
+    @classmethod
+    def _each_seed_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("a seed stands there twice; each gets one run")
+        return value
 
     @field_validator("dataset")
     @classmethod

@@ -6,7 +6,7 @@ Real images of past tasks are sealed: a learner that wants them needs exemplars 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Literal
@@ -78,7 +78,8 @@ class DataManager:
         val_share: float = 0.0,
         upper_bound: bool = False,
     ):
-        self.dataset = dataset
+        # Without its images: whoever holds the manager could read the past there.
+        self.dataset = replace(dataset, train=ImageSet(), test=ImageSet())
         self.upper_bound = upper_bound
         self.task_sizes = subsets.task_sizes(dataset.num_classes, init_cls, increment, dataset.name)
         self.class_order = _class_order(dataset, shuffle, order_seed)

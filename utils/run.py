@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from utils.checkpoint import Checkpoints, atomic_write
 from utils.runtime import Runtime
 
@@ -52,6 +54,7 @@ class Metrics:
 
     def write(self, **values) -> None:
         if self.enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
 
@@ -87,7 +90,6 @@ class Run:
         self, folder: Path, seed: int, runtime: Runtime, *, num_workers=-1, checkpoint_every=500, progress=True
     ):
         self.folder, self.seed, self.runtime = Path(folder), seed, runtime
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.num_workers = runtime.workers(num_workers)
         self.checkpoint_every, self.progress = checkpoint_every, progress and runtime.is_main
         self.metrics = Metrics(self.folder / "metrics.jsonl", runtime.is_main)
@@ -107,6 +109,10 @@ class Run:
     def forget_fits(self) -> None:
         """Drop the checkpoints inside trainings: a task's own checkpoint has replaced them."""
         self.checkpoints("fit").clear()
+
+    def bar(self, total: int, label: str, start: int = 0) -> tqdm:
+        """A progress bar on a terminal, from the main process."""
+        return tqdm(total=total, initial=start, desc=label, disable=None if self.progress else True)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

@@ -38,7 +38,10 @@ def choose_device(wanted: list[int | str], local_rank: int = 0) -> torch.device:
     for name in names:
         if int(name) >= torch.cuda.device_count():
             raise ConfigError(f"device={name}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
-    if len(names) > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > len(names):
+        raise ConfigError(f'device={",".join(names)}: {processes} processes need as many GPU ids, or "auto"')
+    if len(names) > 1 and processes == 1:
         log.warning("one process uses GPU %s alone; start %d with torchrun --nproc_per_node", names[0], len(names))
     return torch.device("cuda", int(names[local_rank % len(names)]))
 
@@ -65,6 +68,7 @@ class Runtime:
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         if self.device.type == "cuda":
             os.environ["ACCELERATE_TORCH_DEVICE"] = str(self.device)
+            torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
@@ -95,11 +99,13 @@ class Runtime:
         """Mean over processes, so that every process takes the same step; nothing to do when there is one."""
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
+                # Every process reduces every gradient: one that skipped its own would leave the others waiting.
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, reduction="mean")
 
     def workers(self, wanted: int) -> int:
-        """Decoding processes: what was asked for, or one per core that this machine has, eight at most."""
-        return (
-            wanted if wanted >= 0 else min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-        )
+        """Decoding processes: what was asked for, or this process's share of the cores, eight at most."""
+        if wanted >= 0:
+            return wanted
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

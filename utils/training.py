@@ -12,11 +12,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils import seeding
 from utils.batches import Batch, Batches
-from utils.checkpoint import load_module
+from utils.checkpoint import Checkpoints
 from utils.errors import TrainingError
 from utils.run import Run
 
@@ -67,9 +66,9 @@ class TrainConfig:
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, foreach=True)
+            return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, fused=True)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return kind(parameters, self.lr, weight_decay=self.weight_decay, foreach=True)
+        return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=True)
 
 
 class Progress:
@@ -89,7 +88,11 @@ class Progress:
         for average, value in zip(self.ema.buffers(), self.module.buffers()):
             average.copy_(value)
 
-    def save(self, checkpoints) -> None:
+    def save(self, checkpoints: Checkpoints, losses: LossLog, run: Run) -> None:
+        """Write a checkpoint, after a look at the losses: one that is not finite must not be kept."""
+        losses.flush()
+        if not run.runtime.is_main:
+            return
         optimizer, numbers = {}, {}
         for index, values in self.optimizer.state_dict()["state"].items():
             for name, value in values.items():
@@ -107,15 +110,15 @@ class Progress:
             state["json"][name] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
         checkpoints.save(self.step, tensors, state)
 
-    def load(self, checkpoints) -> bool:
+    def load(self, checkpoints: Checkpoints) -> bool:
         """Continue from the newest checkpoint that is whole, if there is one."""
         found = checkpoints.load_newest(log)
         if found is None:
             return False
         _, tensors, state = found
-        load_module(self.module, tensors["module"])
+        self.module.load_state_dict(tensors["module"])
         if self.ema is not None:
-            load_module(self.ema, tensors["ema"])
+            self.ema.load_state_dict(tensors["ema"])
         values: dict[int, dict] = {}
         for name, value in [*tensors["optimizer"].items(), *state["optimizer"].items()]:
             index, key = name.split(".", 1)
@@ -212,19 +215,13 @@ def fit(
     """
     progress = Progress(module, config, {"batches": batches, **(stateful or {})})
     checkpoints, losses = run.fit_checkpoints(task, purpose), LossLog(run, task, purpose)
-    per_epoch, saved = len(batches), progress.load(checkpoints)
+    per_epoch = len(batches)
     total = config.num_steps(per_epoch)
-    if saved:
+    if progress.load(checkpoints):
         log.info("Task %d: %s continues at step %d of %d", task, purpose, progress.step, total)
     run.metrics.rewind(task, purpose, progress.step)  # also of a training that was cut off before its first checkpoint
-
-    def save() -> None:
-        losses.flush()
-        if run.runtime.is_main:
-            progress.save(checkpoints)
-
-    label = f"task {task} {purpose}"
-    bar = tqdm(total=total, initial=progress.step, desc=label, disable=None if run.progress else True)
+    rank = run.runtime.shard[0]
+    bar = run.bar(total, f"task {task} {purpose}", progress.step)
     while progress.step < total:
         epoch, start = divmod(progress.step, per_epoch)
         if before_epoch is not None and start == 0:
@@ -232,26 +229,28 @@ def fit(
         module.train()
         for batch in islice(batches.epoch(epoch, start), total - progress.step):
             rate = config.learning_rate(progress.step, per_epoch)
-            seeding.seed_everything(run.seed, task, purpose, progress.step)
+            # Every process draws noise of its own.
+            seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))
             losses.add(progress.step, rate, train_step(progress, batch, loss_fn, config, rate, run, after_backward))
             progress.step += 1
             bar.update()
             if after_step is not None:
                 after_step(progress.step)
             if progress.step % LOG_EVERY == 0:
-                losses.flush()
-                bar.set_postfix_str(losses.latest, refresh=False)
+                bar.set_postfix_str(losses.flush(), refresh=False)
             if progress.step % run.checkpoint_every == 0:
-                save()
+                progress.save(checkpoints, losses, run)
     bar.close()
     run.runtime.share_buffers(module)
     if checkpoints.numbers()[:1] != [total]:
-        save()
+        progress.save(checkpoints, losses, run)
     module.eval()
     return progress.ema
 
 
-def train_step(progress: Progress, batch, loss_fn, config: TrainConfig, rate: float, run: Run, after_backward):
+def train_step(
+    progress: Progress, batch: Batch, loss_fn: Callable, config: TrainConfig, rate: float, run: Run, after_backward
+) -> dict[str, Tensor]:
     """Forward, backward, clip, step, average. Returns the named terms of the loss."""
     for group in progress.optimizer.param_groups:
         group["lr"] = rate

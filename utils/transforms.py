@@ -6,6 +6,7 @@ worker processes; what follows the crop runs per batch on the device.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from utils.images import ImageSet
+from utils.images import ImageSet, decode_image
 
 RESIZE_MODES = {mode.value: mode for mode in InterpolationMode}
 
@@ -26,16 +27,16 @@ class Recipe:
     flip: bool = False  # horizontal, p = 0.5
     brightness: float = 0.0  # factor drawn from [1 - b, 1 + b]
     crop_scale: tuple[float, float] | None = None  # RandomResizedCrop's area; None: no resized crop
+    test_resize: str = "bilinear"  # of large test images
 
 
 RECIPES = {
     "none": Recipe(),
-    "shift": Recipe(padding=1),
     "crop": Recipe(padding=4),
     "cifar": Recipe(padding=4, flip=True, brightness=63 / 255),
     "imagenet": Recipe(flip=True, crop_scale=(0.08, 1.0)),
     "imagenet_jitter": Recipe(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0)),
-    "asp": Recipe(flip=True, crop_scale=(0.05, 1.0)),
+    "asp": Recipe(flip=True, crop_scale=(0.05, 1.0), test_resize="bicubic"),
 }
 
 
@@ -97,9 +98,9 @@ def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], ge
     return F.resize(F.center_crop(image, [side, side]), [size, size], antialias=True)
 
 
-def resize_and_crop(image: Tensor, size: int) -> Tensor:
+def resize_and_crop(image: Tensor, size: int, resize: str = "bilinear") -> Tensor:
     """The test view of one large image: the short side to size * 8 / 7, then the middle (C, size, size)."""
-    resized = F.resize(image, [size * 8 // 7], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    resized = F.resize(image, [size * 8 // 7], interpolation=RESIZE_MODES[resize], antialias=True)
     return F.center_crop(resized, [size, size])
 
 
@@ -109,23 +110,29 @@ def match_channels(image: Tensor, channels: int) -> Tensor:
 
 
 def stack(images: ImageSet, size: int, resize: str = "bicubic") -> Tensor:
-    """All images as one uint8 tensor (N, C, size, size), parts of another size resized with antialiasing.
+    """All images as one uint8 tensor (N, C, size, size), those of another size resized with antialiasing.
 
     Args:
-        images: may be empty only if it has no part at all, which is our own mistake.
+        images: at least one; files may have any sizes and be grey or coloured.
         size: side in pixels.
         resize: "bicubic", "bilinear" or "nearest".
     """
-    tensors = [part.images for part in images.decoded().parts]
-    channels = max(tensor.shape[1] for tensor in tensors)
     mode = RESIZE_MODES[resize]
-    resized = [
-        tensor
-        if tensor.shape[-2:] == (size, size)
-        else F.resize(tensor, [size, size], interpolation=mode, antialias=True)
-        for tensor in tensors
-    ]
-    return torch.cat([match_channels(tensor, channels) for tensor in resized])
+
+    def square(pixels: Tensor) -> Tensor:
+        if pixels.shape[-2:] == (size, size):
+            return pixels
+        return F.resize(pixels, [size, size], interpolation=mode, antialias=True)
+
+    tensors: list[Tensor] = []
+    for part in images.parts:
+        if isinstance(part.images, Tensor):
+            tensors.append(square(part.images))
+        else:
+            with ThreadPoolExecutor() as pool:
+                tensors += pool.map(lambda path: square(decode_image(path)).unsqueeze(0), part.images)
+    channels = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([match_channels(tensor, channels) for tensor in tensors])
 
 
 class ClassifierTransform:
@@ -147,12 +154,12 @@ class ClassifierTransform:
         """One uint8 (C, H, W) image to uint8 (3, S, S), in a worker."""
         scale = self.recipe.crop_scale
         if scale is None:
-            return match_channels(resize_and_crop(image, self.size), 3)
+            return match_channels(resize_and_crop(image, self.size, self.recipe.test_resize), 3)
         return match_channels(random_resized_crop(image, self.size, scale, generator), 3)
 
     def load_test(self, image: Tensor) -> Tensor:
         """One uint8 (C, H, W) image to uint8 (3, S, S), in a worker."""
-        return match_channels(resize_and_crop(image, self.size), 3)
+        return match_channels(resize_and_crop(image, self.size, self.recipe.test_resize), 3)
 
     def train(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 (B, C, S, S) to an augmented float batch (B, 3, S, S)."""

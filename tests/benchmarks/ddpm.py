@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +25,8 @@ from utils.runtime import Runtime, fast_bf16
 from utils.training import TrainConfig, fit
 
 UNET = {
-    "block_out_channels": [64, 128, 128], "layers_per_block": 1, "attention_levels": [], "dropout": 0.0,
+    "block_out_channels": [64, 120, 128], "layers_per_block": 1, "attention_levels": [], "dropout": 0.0,
+    "norm_num_groups": 4,
 }  # fmt: skip
 BATCH, STEPS, IMAGES, SAMPLE_STEPS = 64, 4, 32, 5
 LABELS = torch.arange(BATCH) % 10

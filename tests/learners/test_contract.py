@@ -5,7 +5,7 @@ import torch
 
 from learners import LEARNERS
 from synth import SOURCES
-from tests.toy import toy_experiment
+from tests.toy import TINY_SOURCES, toy_experiment
 from utils.checkpoint import folder_bytes
 
 ALL = LEARNERS.names()
@@ -94,6 +94,27 @@ def interrupt(experiment, stop, monkeypatch):
         experiment.run()
 
 
+@pytest.mark.parametrize("replay", ["keep", "redraw"])
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(replay, tmp_path, monkeypatch):
+    keys = {"epochs": 1, "synth": {"name": "ddpm", **TINY_SOURCES["ddpm"], "replay": replay}}
+    whole = toy_experiment("finetune", tmp_path / "whole", **keys)
+    expected = whole.run()
+    broken = toy_experiment("finetune", tmp_path / "broken", **keys)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(type(broken), "_write", lambda self: stop_after(self, tasks=2))
+        broken.run()
+    newest = broken.folder / "checkpoints" / "task_1" / "network.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    results = toy_experiment("finetune", tmp_path / "broken", **keys).run()
+    assert without_seconds(results) == without_seconds(expected)
+    assert "network.safetensors is damaged" in (broken.folder / "log.txt").read_text()
+
+
+def stop_after(experiment, tasks):
+    if len(experiment.results.accuracy_matrix) == tasks:
+        raise Interrupted
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_memory_ledger_equals_the_bytes_on_disk(name, tmp_path):
     experiment = toy_experiment(name, tmp_path)
@@ -103,8 +124,8 @@ def test_memory_ledger_equals_the_bytes_on_disk(name, tmp_path):
     assert ledger["source"] == folder_bytes(newest / "source")
     bank = tmp_path / "outputs" / "syn_image_toy_seed7"
     assert ledger["bank"] == sum(path.stat().st_size for path in bank.glob("task_*/*/*-*.png"))
-    uses = LEARNERS[name].uses_exemplars
-    assert ledger["exemplars"] == ((newest / "exemplars.safetensors").stat().st_size if uses else 0)
+    exemplars = (newest / "exemplars.safetensors").stat().st_size if LEARNERS[name].uses_exemplars else 0
+    assert ledger["exemplars"] == (ledger["all_real_data"] if LEARNERS[name].upper_bound else exemplars)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if not LEARNERS[name].upper_bound])

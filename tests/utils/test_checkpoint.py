@@ -15,7 +15,6 @@ from utils.checkpoint import (
     atomic_write,
     file_hash,
     folder_bytes,
-    load_module,
     load_tensors,
     save_tensors,
     write_json,
@@ -124,7 +123,7 @@ def test_a_module_keeps_its_memory_format_when_its_weights_are_loaded(tmp_path):
     module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     save_tensors(tmp_path / "m.safetensors", module.state_dict())
     storage, values = module.weight.data_ptr(), module.weight.detach().clone()
-    load_module(module, load_tensors(tmp_path / "m.safetensors"))
+    module.load_state_dict(load_tensors(tmp_path / "m.safetensors"))
     assert module.weight.data_ptr() == storage
     assert module.weight.is_contiguous(memory_format=torch.channels_last)
     assert_close(module.weight.detach(), values, rtol=0, atol=0)

@@ -71,7 +71,7 @@ def test_a_word_that_is_no_device_is_an_error_on_every_machine(monkeypatch, want
 @pytest.mark.parametrize(("world", "warns"), [("1", True), ("2", False)])
 def test_one_process_says_that_it_uses_one_of_several_gpus(monkeypatch, warnings, world, warns):
     pretend_gpus(monkeypatch, 2)
-    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", world)
     choose_device(["0", "1"])
     assert ("torchrun --nproc_per_node" in warnings.text) is warns
 
