@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _Head(nn.Module):
+class _Head(nn.Module, ABC):
     """Class vectors as rows of ``weight``, float (num_classes, D); subclasses say how a row starts and is compared."""
 
     def __init__(self, num_features: int):
@@ -38,9 +39,9 @@ class _Head(nn.Module):
         rows = self.draw_rows(torch.empty(num_classes - self.num_classes, self.num_features), generator)
         self.weight = nn.Parameter(torch.cat([self.weight.data, rows.to(self.weight)]))
 
+    @abstractmethod
     def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Fill new rows, float (R, D), in place."""
-        raise NotImplementedError
 
 
 class LinearHead(_Head):

@@ -20,6 +20,7 @@ from utils.errors import TrainingError
 from utils.run import Run
 
 log = logging.getLogger("reprise")
+LossFunction = Callable[[Batch], dict[str, Tensor]]  # named scalar terms
 LOG_EVERY = 50  # steps between two looks at the loss; looking synchronises a GPU
 
 
@@ -178,19 +179,11 @@ class LossLog:
 
 
 def fit(
-    module: nn.Module,
-    batches: Batches,
-    loss_fn: Callable[[Batch], dict[str, Tensor]],
-    config: TrainConfig,
-    *,
-    run: Run,
-    task: int,
-    purpose: str,
-    before_epoch: Callable[[int], None] | None = None,
-    after_backward: Callable[[Batch], None] | None = None,
-    after_step: Callable[[int], None] | None = None,
-    stateful: dict[str, object] | None = None,
-) -> nn.Module | None:
+    module: nn.Module, batches: Batches, loss_fn: LossFunction, config: TrainConfig, *,
+    run: Run, task: int, purpose: str,
+    before_epoch: Callable[[int], None] | None = None, after_backward: Callable[[Batch], None] | None = None,
+    after_step: Callable[[int], None] | None = None, stateful: dict[str, object] | None = None,
+) -> nn.Module | None:  # fmt: skip
     """Train a module, from its newest checkpoint if this training was cut off.
 
     Every step reseeds the global random generators from (seed, task, purpose, step), so a loss may draw from them.
@@ -249,7 +242,7 @@ def fit(
 
 
 def train_step(
-    progress: Progress, batch: Batch, loss_fn: Callable, config: TrainConfig, rate: float, run: Run, after_backward
+    progress: Progress, batch: Batch, loss_fn: LossFunction, config: TrainConfig, rate: float, run: Run, after_backward
 ) -> dict[str, Tensor]:
     """Forward, backward, clip, step, average. Returns the named terms of the loss."""
     for group in progress.optimizer.param_groups:

@@ -61,7 +61,7 @@ def images(*rows):
     return torch.tensor(rows).view(len(rows), 1, 2, 2)
 
 
-def close(actual, *rows):
+def assert_rows(actual, *rows):
     assert_close(actual.flatten(1), torch.tensor(rows, dtype=torch.float32), rtol=0, atol=2e-5)
 
 
@@ -154,16 +154,16 @@ def test_p2_betas_of_ddim50():
 )
 def test_p3_one_guided_step(variant, gradient, guided_x0, following):
     x0, xt = step_from_500(shrink, images([0.5, -1, 1.5, 0.25]), guide_of(variant, [0], 0.5))
-    close(x0, guided_x0)
-    close(xt, following)
+    assert_rows(x0, guided_x0)
+    assert_rows(xt, following)
     plain, alpha_bar = torch.tensor([0.1176741, -0.2353482, 0.3530221, 0.0588371]), PROCESS.alpha_bar[500].item()
-    close((x0.flatten() - plain)[None] * alpha_bar**0.5 / (1 - alpha_bar) / 0.5, gradient)
+    assert_rows((x0.flatten() - plain)[None] * alpha_bar**0.5 / (1 - alpha_bar) / 0.5, gradient)
 
 
 def test_p4_the_clamp_gates_the_gradient_and_the_guided_image_is_not_clamped_again():
     x0, xt = step_from_500(lambda xt, t: xt * 0, images([0.1, -0.2, 0.3, 0.05]), guide_of("guide", [0], 0.5))
-    close(x0, [-1.599878, -1.475278, 1, -1.268982])
-    close(xt, [0.0555699, -0.2389859, 0.3253098, 0.0149583])
+    assert_rows(x0, [-1.599878, -1.475278, 1, -1.268982])
+    assert_rows(xt, [0.0555699, -0.2389859, 0.3253098, 0.0149583])
 
 
 # ---------------------------------------------------------------------- P5, P6
@@ -184,7 +184,7 @@ def test_p4_the_clamp_gates_the_gradient_and_the_guided_image_is_not_clamped_aga
 )
 def test_p5_whole_trajectories(variant, scale, first, second):
     start = images([0.5, -1, 1.5, 0.25], [-2, 0.75, -0.5, 3])
-    close(sample_ddim(shrink, start, DDIM50, guide_of(variant, [0, 1], scale)), first, second)
+    assert_rows(sample_ddim(shrink, start, DDIM50, guide_of(variant, [0, 1], scale)), first, second)
 
 
 def test_p6_a_guide_of_scale_zero_changes_nothing_but_last_bits():
