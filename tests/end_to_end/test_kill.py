@@ -86,6 +86,6 @@ def test_ten_kills_of_a_short_run_change_no_bit(precision, tmp_path):
 def test_five_kills_of_the_digits_run_change_no_bit(tmp_path):
     seconds = finish(tmp_path / "whole", [])
     rng = random.Random(5)
-    moments = [rng.uniform(0.1, 0.3) * seconds for _ in range(5)]
+    moments = [rng.uniform(0.1, 0.19) * seconds for _ in range(5)]
     assert run_killed(tmp_path / "broken", [], moments) == 5
     assert_equal(outcome(tmp_path / "broken"), outcome(tmp_path / "whole"))
