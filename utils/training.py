@@ -222,8 +222,7 @@ def fit(
         module.train()
         for batch in islice(batches.epoch(epoch, start), total - progress.step):
             rate = config.learning_rate(progress.step, per_epoch)
-            # Every process draws noise of its own.
-            seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))
+            seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))  # own noise
             losses.add(progress.step, rate, train_step(progress, batch, loss_fn, config, rate, run, after_backward))
             progress.step += 1
             bar.update()
