@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from utils.config import apply_overrides, read_experiment
 
     config, unused = build_config(apply_overrides(read_experiment(args.config), args.overrides))
+    if config.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # said in the file, it must reach the hub's own code as well
     name = checked_name(args.name) if args.name else run_name(args.config, config, args.overrides)
     if args.plan:
         from learners.plan import describe_run
@@ -93,9 +95,8 @@ def run_name(path: str, config, overrides: list[str]) -> str:
 
 def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     """One full run per seed, then mean and spread."""
-    from learners.experiment import Experiment
+    from learners.experiment import Experiment, find_needs
     from utils.checkpoint import write_json
-    from utils.datasets import load_dataset
     from utils.results import summarise
     from utils.run import log, log_to_console
     from utils.run_folder import claim_folder, claim_machine, finished_results
@@ -104,7 +105,7 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     log_to_console(is_main=os.environ.get("RANK", "0") == "0")
     runtime = Runtime(config.device, config.precision)
     with runtime.accelerator.main_process_first():  # one process downloads
-        dataset = load_dataset(config.dataset, config.data_dir, config.offline)
+        dataset = find_needs(config)
     experiments = [Experiment(config, name, seed, dataset, runtime, unused) for seed in config.seed]
     experiments[0].check()
     with runtime.accelerator.main_process_first():

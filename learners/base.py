@@ -40,7 +40,7 @@ def backbone_options(config: RunConfig, dataset: Dataset) -> BackboneOptions:
         stem = "imagenet" if config.init_cls == config.increment else "imagenet_small"
     return BackboneOptions(
         stem=stem, image_size=dataset.image_size, pretrained=config.pretrained,
-        weights=config.backbone_weights, offline=config.offline,
+        weights=config.backbone_weights, offline=config.offline, args=config.backbone_args,
     )  # fmt: skip
 
 
@@ -85,7 +85,9 @@ class Learner(ABC):
         """Learn one task. The order is fixed; every step is a hook with a complete default."""
         images = self.data.train_images(task)
         self.grow_network(task)
-        if self.source is not None:
+        # A bank of another run's images, taken as it is, needs no source that could draw them.
+        fits = self.source is not None and self.config.synth.need_syn_imgs
+        if fits:
             with self.run.timed("fit_source"):
                 self.source.fit_before(task, images)
             self._keep_replay(task)
@@ -94,11 +96,11 @@ class Learner(ABC):
         with self.run.timed("train"):
             self.train(task)
             self.after_training(task)
+        if fits and (task.num_seen < self.data.num_classes or self.config.synth.fit_after_last_task):
+            with self.run.timed("fit_source"):
+                self.source.fit_after(task, images, self.replay, self.memory.images, self.network)
+            self._keep_replay(task)
         if self.source is not None:
-            if task.num_seen < self.data.num_classes or self.config.synth.fit_after_last_task:
-                with self.run.timed("fit_source"):
-                    self.source.fit_after(task, images, self.replay, self.memory.images, self.network)
-                self._keep_replay(task)
             self.after_source_fit(task)
         self.old_network = self.network.frozen_copy()
 
@@ -198,6 +200,15 @@ class Learner(ABC):
         unit = features / (features.norm(dim=1, keepdim=True) + 1e-8)
         return {"cnn": logits, "nme": -torch.cdist(unit, means).square()}
 
+    @classmethod
+    def saves_backbone(cls, config) -> bool:
+        """Whether checkpoints hold the backbone's weights; else they come from where the run had them."""
+        return True
+
+    def frozen_bytes(self) -> int:
+        """Bytes of weights that are used as they came and stay the same for every task."""
+        return 0
+
     # ------------------------------------------------------------------ what a checkpoint holds
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -230,10 +241,12 @@ class Learner(ABC):
             after_step=partial(self.after_step, task), stateful={"learner": _Extra(self)},
         )  # fmt: skip
 
-    def make_batches(self, task: Task, images: ImageSet, replay: ImageSet, purpose: str = "train") -> ImageBatches:
-        """Batches of real images and replay under this run's random key."""
+    def make_batches(
+        self, task: Task, images: ImageSet, replay: ImageSet, purpose: str = "train", batch_size: int | None = None
+    ) -> ImageBatches:
+        """Batches of real images and replay under this run's random key; null: the config's ``batch_size``."""
         return ImageBatches(
-            images, replay, transform=self.transform, batch_size=self.config.batch_size,
+            images, replay, transform=self.transform, batch_size=batch_size or self.config.batch_size,
             key=(self.run.seed, task.index, purpose), device=self.run.device, num_workers=self.run.num_workers,
             shard=self.run.runtime.shard,
         )  # fmt: skip

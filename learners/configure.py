@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from learners import LEARNERS
-from synth import SOURCES
-from utils.config import DEAD_KEYS, RunConfig, SourceConfig, merge_aliases
+from synth import SOURCES, build_source_config
+from utils.config import DEAD_KEYS, SOURCE_KEYS, RunConfig, merge_aliases
 from utils.errors import ConfigError
 from utils.registry import nearest
 
@@ -31,7 +31,7 @@ def build_config(raw: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     unused = sorted(
         key
         for key, value in raw.items()
-        if key not in learner.Config.model_fields and (key in known_elsewhere or key in DEAD_KEYS)
+        if key not in learner.Config.model_fields and (key in known_elsewhere or key in (*DEAD_KEYS, *SOURCE_KEYS))
     )
     used = {key: value for key, value in raw.items() if key not in unused}
     for key in used:
@@ -42,13 +42,6 @@ def build_config(raw: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     config = learner.Config.parse(used)
     _check_pair(learner, config)
     return config, unused
-
-
-def build_source_config(raw: Any) -> SourceConfig:
-    """The checked Config of the source that `synth.name` picks."""
-    if not isinstance(raw, dict) or "name" not in raw:
-        raise ConfigError(f"synth={raw!r}: must be an object with a name, one of {', '.join(SOURCES.names())}")
-    return SOURCES[str(raw["name"]).lower()].Config.parse({**raw, "name": str(raw["name"]).lower()}, where="synth.")
 
 
 def _check_pair(learner: type, config: RunConfig) -> None:

@@ -8,20 +8,23 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from learners import LEARNERS
-from learners.base import Learner, backbone_options
+from learners.base import Learner
+from models.options import BackboneOptions
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
 from utils.checkpoint import Checkpoints, folder_bytes, write_json
 from utils.config import RunConfig
-from utils.data_manager import DataManager
-from utils.datasets import Dataset
+from utils.data_manager import DataManager, cut_tasks
+from utils.datasets import Dataset, load_dataset
+from utils.errors import DataError, WeightsError
 from utils.report import GalleryRow, write_report
 from utils.results import Results
 from utils.run import Run, log_to_file
@@ -34,20 +37,40 @@ GALLERY_IMAGES = 8
 
 def make_data(config: RunConfig, seed: int, dataset: Dataset) -> DataManager:
     """The tasks of one seed."""
-    return DataManager(
-        dataset,
-        init_cls=config.init_cls,
-        increment=config.increment,
-        shuffle=config.shuffle,
-        order_seed=config.order_seed(seed),
-        run_seed=config.train_seed(seed),
-        kshot=config.kshot,
-        few_shot_draw=config.few_shot_draw,
-        imb_factor=config.imb_factor,
-        imb_type=config.imb_type,
-        val_share=config.val_share,
-        upper_bound=LEARNERS[config.model_name].upper_bound,
+    return cut_tasks(config, seed, dataset, LEARNERS[config.model_name].upper_bound)
+
+
+def find_needs(config: RunConfig) -> Dataset:
+    """Read the data set and find all weights, fetching what may be fetched.
+
+    Raises:
+        DataError, WeightsError: naming everything that is absent, not the first thing alone.
+    """
+    missing = missing_weights(config, config.offline)
+    try:
+        dataset = load_dataset(config.data_name, config.data_dir, config.offline)
+    except DataError as error:
+        raise DataError("\nerror: ".join([str(error), *missing])) from error
+    if missing:
+        raise WeightsError("\nerror: ".join(missing))
+    return dataset
+
+
+def missing_weights(config: RunConfig, offline: bool) -> list[str]:
+    """The weights that a run needs and that are not to be had, each with where they go."""
+    options = BackboneOptions(
+        pretrained=config.pretrained, weights=config.backbone_weights, args=config.backbone_args, offline=offline
     )
+    checks = [partial(check_backbone_name, config.convnet_type, options, fetch=True)]
+    if config.synth is not None and config.synth.need_syn_imgs:
+        checks.append(partial(SOURCES[config.synth.name].check_weights, config.synth, offline))
+    missing = []
+    for check in checks:
+        try:
+            check()
+        except WeightsError as error:
+            missing.append(str(error))
+    return missing
 
 
 def make_learner(config: RunConfig, name: str, seed: int, data: DataManager, run: Run) -> Learner:
@@ -80,8 +103,16 @@ class Experiment:
 
     def check(self) -> Learner:
         """Build network and source once, so that whatever does not fit is said before anything is written."""
-        check_backbone_name(self.config.convnet_type, backbone_options(self.config, self.data.dataset))
-        return make_learner(self.config, self.name, self.seed, self.data, self._make_run())
+        learner = make_learner(self.config, self.name, self.seed, self.data, self._make_run())
+        if self._uses_given_images and self.config.synth.replay == "keep":
+            for index in range(self.data.num_tasks - 1):  # nobody needs those of the last task
+                learner.bank.require(index)
+        return learner
+
+    @property
+    def _uses_given_images(self) -> bool:
+        """Whether replay images are there already, so that the source is neither fitted nor saved."""
+        return self.config.synth is not None and not self.config.synth.need_syn_imgs
 
     def _make_run(self) -> Run:
         return Run(
@@ -132,7 +163,8 @@ class Experiment:
             learner = self.learner
             tensors, state = learner.state()
             state |= {"results": self.results.state(), "seconds": self.work.seconds}
-            save_source = None if learner.source is None else lambda folder: _save_source(learner.source, folder)
+            keep = learner.source is not None and not self._uses_given_images
+            save_source = (lambda folder: _save_source(learner.source, folder)) if keep else None
             self._checkpoints.save(task.index, tensors, state, save_source)
             self.work.forget_fits()
             self._write()
@@ -181,8 +213,14 @@ class Experiment:
             "bank": 0 if self.learner.bank is None else self.learner.bank.memory_bytes(),
             "source": folder_bytes(folder / "source"),
             "network": (folder / "network.safetensors").stat().st_size if numbers else 0,
+            "frozen": self._frozen_bytes(),
             "all_real_data": self.data.all_real_bytes,
         }
+
+    def _frozen_bytes(self) -> int:
+        """Bytes of weights that are used as they came, the same for every task."""
+        source = self.learner.source
+        return self.learner.frozen_bytes() + (0 if source is None else source.frozen_bytes())
 
     def _gallery(self) -> list[GalleryRow]:
         rows = []
@@ -199,7 +237,7 @@ class Experiment:
             "name": self.name,
             "model_name": self.config.model_name,
             "source": None if self.config.synth is None else self.config.synth.name,
-            "dataset": self.config.dataset,
+            "dataset": self.config.data_name,
             "seed": self.seed,
             "upper_bound": self.learner.upper_bound,
             "eval_logits": "seen",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from learners import LEARNERS
 from learners.base import Learner, backbone_options
-from learners.experiment import Experiment
+from learners.experiment import Experiment, missing_weights
 from synth import SOURCES
 from utils.config import RunConfig
 from utils.datasets import DATASETS, find_dataset, load_dataset
@@ -35,15 +35,20 @@ def describe_all() -> str:
 def describe_run(config: RunConfig, name: str) -> str:
     """Task schedule, what will be trained and generated, data and weights, and what it takes on disk."""
     lines = [f"Run {name}: {config.model_name}, {len(config.seed)} seed(s) {config.seed}"]
-    found = find_dataset(config.dataset, config.data_dir)
+    found = find_dataset(config.data_name, config.data_dir)
     lines.append(f"Data: {found.text}" if found.present else f"Data, not on this machine yet: {found.text}")
     if not found.present:
         return "\n".join([*lines, "The schedule follows once the data is here."])
     try:
-        dataset = load_dataset(config.dataset, config.data_dir, offline=True)
+        dataset = load_dataset(config.data_name, config.data_dir, offline=True)
     except DataError as error:
         return "\n".join([*lines, f"It cannot be read: {error}"])
-    learner = Experiment(config, name, config.seed[0], dataset, Runtime(["cpu"], "fp32")).check()
+    experiment = Experiment(config, name, config.seed[0], dataset, Runtime(["cpu"], "fp32"))
+    missing = missing_weights(config, offline=True)
+    if missing:
+        lines += [f"Weights: {text}" for text in missing]
+        return "\n".join([*lines, "The schedule follows once the weights are here."])
+    learner = experiment.check()
     data = learner.data
     lines += _schedule(learner)
     options = backbone_options(config, dataset)
@@ -78,7 +83,8 @@ def _replay(config: RunConfig, name: str, data) -> list[str]:
     old = [data.task(index).num_old for index in range(data.num_tasks)]
     drawn = sum(per_class[: old[-1]]) if synth.replay == "keep" else sum(sum(per_class[:count]) for count in old)
     size = drawn * side * side * data.dataset.channels
+    what = "to draw per seed" if synth.need_syn_imgs else "that must be there"
     return [
-        f"Replay: {synth.name}, {synth.replay}: about {drawn} images to draw per seed, at most {size / 1e6:.1f} MB",
+        f"Replay: {synth.name}, {synth.replay}: about {drawn} images {what}, at most {size / 1e6:.1f} MB",
         f"  in {bank_folder(config, name, config.seed[0])}",
     ]

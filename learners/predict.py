@@ -39,8 +39,9 @@ def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner
         description = json.loads((folder / DESCRIPTION).read_text())
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is no run of Reprise: {error}") from error
-    here = {"device": device or raw["device"], "pretrained": False, "backbone_weights": None}
-    config, _ = build_config({**raw, **here})
+    config, _ = build_config({**raw, "device": device or raw["device"]})
+    if LEARNERS[config.model_name].saves_backbone(config):
+        config = config.model_copy(update={"pretrained": False, "backbone_weights": None})
     dataset = Dataset(**description["dataset"], train=ImageSet(), test=ImageSet())
     data: Any = SimpleNamespace(dataset=dataset, num_classes=len(description["class_names"]))
     run = Run(folder, 0, Runtime(config.device, config.precision), progress=False)

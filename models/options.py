@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from utils.errors import ConfigError
 
@@ -20,6 +21,7 @@ class BackboneOptions:
         pretrained: timm models start from published weights. Ours have none and start at random.
         weights: a local file of weights, for any backbone; it takes the place of published ones.
         offline: fetch nothing; what is absent is an error.
+        args: for a timm model that starts at random or from a local file: patch_size, embed_dim, depth, num_heads, ...
     """
 
     stem: str = "cifar"
@@ -27,6 +29,7 @@ class BackboneOptions:
     pretrained: bool = True
     weights: str | None = None
     offline: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.stem not in STEMS:

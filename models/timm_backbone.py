@@ -17,7 +17,12 @@ PILOT_ALIASES = {
     "vit_base_patch16_224": "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "pretrained_vit_b16_224_in21k": "vit_base_patch16_224.augreg_in21k",
     "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+    # ASP's, with prompts: the name meant these weights in the timm that it was written for.
+    "pretrained_vit_b16_224_vpt": "vit_base_patch16_224.augreg_in21k_ft_in1k",
 }
+# What timm's constructors raise for arguments that make no network.
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+OURS_TO_SAY = ("num_classes", "img_size", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
 
 
 class TimmBackbone(nn.Module):
@@ -43,20 +48,24 @@ def backbone_names() -> list[str]:
     return BACKBONES.names()
 
 
-def check_backbone_name(name: str, options: BackboneOptions) -> None:
-    """Find mistakes in the name and in where weights come from, without building, reading or fetching anything.
+def check_backbone_name(name: str, options: BackboneOptions, fetch: bool = False) -> None:
+    """Find mistakes in the name and in where weights come from, without building anything.
+
+    With ``fetch``, published weights are fetched into the cache unless they are there; else nothing is fetched.
 
     Raises:
-        ConfigError: for an unknown name or tag, or a timm model without a tag that says which weights to take.
-        WeightsError: if the local file is absent, or published weights are and ``offline`` forbids to fetch them.
+        ConfigError: for an unknown name or tag, a timm model without a tag that says which weights to take, or
+            arguments that cannot be given.
+        WeightsError: if the local file is absent, or published weights are and cannot be fetched.
     """
     if options.weights is not None:
         check_weights_file(options.weights)
+    _check_args(name, options)
     if name.lower() in BACKBONES:
         return
     name = _timm_name(name, options)
-    if _wants_published(options) and options.offline:
-        published_weights(_timm_cfg(name), offline=True)
+    if _wants_published(options) and (fetch or options.offline):
+        published_weights(_timm_cfg(name), options.offline)
 
 
 def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
@@ -68,9 +77,10 @@ def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
         options: see `BackboneOptions`.
 
     Raises:
-        ConfigError: for an unknown name or tag, a missing tag, or an image size that the model cannot take.
+        ConfigError: for an unknown name or tag, a missing tag, or a size of images or arguments that do not suit it.
         WeightsError: if weights are absent, unreadable or do not fit.
     """
+    _check_args(name, options)
     if name.lower() in BACKBONES:
         backbone = network = BACKBONES[name.lower()](options)
     else:
@@ -79,6 +89,21 @@ def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
     if options.weights is not None:
         _load_local(network, options.weights)
     return backbone
+
+
+def _check_args(name: str, options: BackboneOptions) -> None:
+    given = f"backbone_args={options.args!r}"
+    if not options.args:
+        return
+    if name.lower() in BACKBONES:
+        raise ConfigError(f"{given} is for timm's models: {name} takes no arguments")
+    if _wants_published(options):
+        raise ConfigError(
+            f"{given} builds another network than the published weights of {name} are for: say pretrained=false to "
+            "train it from scratch, or name a file that fits with backbone_weights"
+        )
+    if taken := sorted(set(options.args) & set(OURS_TO_SAY)):
+        raise ConfigError(f"backbone_args.{taken[0]} follows from the data and other keys: leave it out")
 
 
 def _wants_published(options: BackboneOptions) -> bool:
@@ -115,7 +140,7 @@ def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
     import timm
 
     cfg = _timm_cfg(name)
-    arguments: dict = {"num_classes": 0}
+    arguments: dict = {"num_classes": 0, **options.args}
     if cfg is not None and cfg.fixed_input_size:
         # Also with published weights: timm then interpolates the positions.
         arguments["img_size"] = options.image_size
@@ -126,8 +151,11 @@ def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
         network = timm.create_model(name, **arguments)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(f"timm cannot build {name} for images of {options.image_size} px: {error}") from error
+    except REFUSALS as error:
+        given = f" with backbone_args={options.args!r}" if options.args else ""
+        raise ConfigError(
+            f"timm cannot build {name} for images of {options.image_size} px{given}: {error or type(error).__name__}"
+        ) from error
     if 0 in getattr(getattr(network, "patch_embed", None), "grid_size", ()):
         raise ConfigError(
             f"images of {options.image_size} px are smaller than one patch of {name}: use larger images or a ResNet"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from utils.errors import WeightsError
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts put the weights
 NAMED_AT_MOST = 5  # keys in an error
 
@@ -64,7 +64,8 @@ def _read_pickle(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is a pickle that holds more than tensors, and reading it could run foreign code. If you trust it, "
-            "convert it once: safetensors.torch.save_file(torch.load(path, weights_only=False), 'weights.safetensors')"
+            "convert it once: safetensors.torch.save_file(torch.load(path, weights_only=False), 'out.safetensors'); "
+            "a training checkpoint has them under ['state_dict']"
         ) from error
     except (EOFError, RuntimeError) as error:
         raise WeightsError(f"{path} is no whole PyTorch file ({error}); fetch it again") from error
@@ -73,8 +74,23 @@ def _read_pickle(path: str | Path) -> dict:
     return weights
 
 
-def load_exactly(network: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+def load_exactly(
+    network: nn.Module,
+    weights: dict[str, Tensor],
+    path: str | Path,
+    what: str = "this backbone",
+    hint: str = "Check convnet_type, stem and image size",
+    assign: bool = False,
+) -> None:
     """Load weights of which every key is wanted, present and of the right shape.
+
+    Args:
+        network: takes the weights.
+        weights: by name.
+        path: where they come from, for the message.
+        what: the network's name in the message.
+        hint: what the user may do.
+        assign: take the very tensors instead of copying; for a network on the meta device.
 
     Raises:
         WeightsError: else; it counts missing, unexpected and misshapen keys and names the first.
@@ -93,15 +109,15 @@ def load_exactly(network: nn.Module, weights: dict[str, Tensor], path: str | Pat
         "misshapen": misshapen,
     }
     if any(problems.values()):
-        text = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        text = "; ".join(f"{len(keys)} {kind}: {some(keys)}" for kind, keys in problems.items() if keys)
         raise WeightsError(
-            f"{path} does not fit this backbone ({len(shared) - len(misshapen)} of {len(wanted)} keys do). {text}. "
-            "Check convnet_type, stem and image size"
+            f"{path} does not fit {what} ({len(shared) - len(misshapen)} of {len(wanted)} keys do). {text}. {hint}"
         )
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=assign)
 
 
-def _some(keys: list[str]) -> str:
+def some(keys: list[str]) -> str:
+    """The first few names."""
     return ", ".join(keys[:NAMED_AT_MOST]) + (", ..." if len(keys) > NAMED_AT_MOST else "")
 
 
@@ -122,12 +138,27 @@ def _from_hub(repository: str, filename: str | None, offline: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    for name in [filename] if filename else ["model.safetensors", "pytorch_model.bin"]:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=offline))
-        except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = error
+    reason: Exception | None = None
+    for only_cached in (True, False):  # what is in the cache, under either name, needs no network at all
+        if not only_cached and (offline or not hub_answers()):
+            break
+        for name in [filename] if filename else ["model.safetensors", "pytorch_model.bin"]:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=only_cached))
+            except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+                reason = None if only_cached else error
     raise _absent(repository, huggingface_hub.constants.HF_HUB_CACHE, offline, reason) from reason
+
+
+def hub_answers(seconds: float = 5.0) -> bool:
+    """Whether the hub can be reached: its own downloader repeats for most of a minute before it gives up."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
+    except Exception:  # which kind it is depends on the version of its client
+        return False
+    return True
 
 
 def _from_url(url: str, offline: bool) -> Path:
@@ -144,7 +175,8 @@ def _from_url(url: str, offline: bool) -> Path:
 
 
 def _absent(weights: str, cache: str | Path, offline: bool, reason: Exception | None) -> WeightsError:
-    why = "nothing is fetched offline" if offline else f"they could not be fetched ({type(reason).__name__})"
+    what = "no answer from the hub" if reason is None else type(reason).__name__
+    why = "nothing is fetched offline" if offline else f"they could not be fetched ({what})"
     return WeightsError(
         f"the weights {weights} are not in the cache {cache}, and {why}. Run once with a network, or copy the cache "
         "from a machine that has them, or name a local file with backbone_weights"

@@ -1,5 +1,16 @@
 """Replay sources: what plays the past back. `synth/base.py` says what a source is."""
 
+from typing import Any
+
+from utils.config import SourceConfig
+from utils.errors import ConfigError
 from utils.registry import Registry
 
 SOURCES: Registry = Registry("source", __name__)
+
+
+def build_source_config(raw: Any) -> SourceConfig:
+    """The checked Config of the source that `synth.name` picks."""
+    if not isinstance(raw, dict) or "name" not in raw:
+        raise ConfigError(f"synth={raw!r}: must be an object with a name, one of {', '.join(SOURCES.names())}")
+    return SOURCES[str(raw["name"]).lower()].Config.parse({**raw, "name": str(raw["name"]).lower()}, where="synth.")

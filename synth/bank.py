@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Iterable
@@ -10,23 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from synth.base import ReplaySource, Requests
-from utils.checkpoint import atomic_write, file_hash, write_json
+from synth.drawing import damaged_files, draw_missing, file_hashes, images_in, preview, require_same, short
+from utils.checkpoint import atomic_write, write_json
 from utils.config import SourceConfig
 from utils.data_manager import DataManager, Task
 from utils.errors import BankError
-from utils.images import IMAGE_SUFFIXES, ImageSet
+from utils.images import IMAGE_SUFFIXES, ImageSet, encode_image
 from utils.run import Run
 
 log = logging.getLogger("reprise")
-LARGEST_PNG = 64  # pixels; larger images are stored as JPEG
-PREVIEW_COLUMNS = 10
-ADOPTED_FIELDS = ("dataset", "class_order", "classes")  # what is known of images that another program drew
+LABEL_FIELDS = ("dataset", "class_order", "classes")  # what must fit of images that this run does not draw itself
 # Keys that say where images lie or how much is asked for, not what they look like.
-NOT_SETTINGS = {"syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task"}
+NOT_SETTINGS = {"need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task"}
+REMEDY = "Give another --name or syn_image_path, or delete the folder"
 
 
 class Bank:
@@ -41,39 +38,73 @@ class Bank:
 
     def __init__(self, root: Path, config: SourceConfig, data: DataManager, run: Run):
         self.root, self.config, self.data, self.run = Path(root), config, data, run
-        self._verified: set[Path] = set()
+        self._verified: set[Path] = set()  # folders whose files have the hashes that they were drawn with
+        self._required: set[Path] = set()  # folders that hold what ``need_syn_imgs: false`` relies on
         self.task_of: dict[int, int] = {}  # class -> the task that brought it
         for index, size in enumerate(data.task_sizes):
             self.task_of |= dict.fromkeys(range(len(self.task_of), len(self.task_of) + size), index)
 
     def draw(self, source: ReplaySource, task: Task, classes: Iterable[int]) -> None:
-        """Draw a task's classes once, into `task_<t>`."""
+        """Draw a task's classes once, into `task_<t>`; with ``need_syn_imgs`` false see that they are there.
+
+        Raises:
+            BankError: if the folder holds images of another run, or too few that nobody is to draw.
+        """
         key = (self.run.seed, self.config.name, task.index)
-        self._fill(source, self.root / f"task_{task.index}", list(classes), key)
+        self._fill(source, self._folder(task.index), list(classes), key)
 
     def redraw(self, source: ReplaySource, task: Task) -> ImageSet:
         """Draw all old classes anew from the newest source, into `task_<t of the class>/redraw_<u>`."""
         key = (self.run.seed, self.config.name, task.index)
         images = ImageSet()
         for index in range(task.index):
-            classes = [label for label in range(task.num_old) if self.task_of[label] == index]
-            folder = self.root / f"task_{index}" / f"redraw_{task.index}"
-            self._fill(source, folder, classes, key)
-            images = images + self._read(folder, classes)
+            folder = self._folder(index) / f"redraw_{task.index}"
+            self._fill(source, folder, self._classes(index), key)
+            images = images + self._read(folder, self._classes(index))
         return images
 
     def stored(self, classes: Iterable[int]) -> ImageSet:
         """The images of classes that were drawn before, as file paths.
 
         Raises:
-            BankError: if a class has none.
+            BankError: if a class has none, or too few that nobody is to draw.
         """
         images = ImageSet()
         for label in classes:
-            folder = self.root / f"task_{self.task_of[label]}"
+            folder = self._folder(self.task_of[label])
+            if not self.config.need_syn_imgs:
+                self.require(self.task_of[label])
             self._verify(folder)
             images = images + self._read(folder, [label])
         return images
+
+    def require(self, index: int) -> None:
+        """See that a task's images, which nobody is to draw, are there, enough, and of this run's classes.
+
+        Raises:
+            BankError: if they are not.
+        """
+        self._require(self._folder(index), self._classes(index))
+
+    def _folder(self, index: int) -> Path:
+        return self.root / f"task_{index}"
+
+    def _require(self, folder: Path, classes: list[int]) -> None:
+        if folder in self._required:
+            return
+        counts, wanted = _counts(folder, classes), self._per_class(classes[0])
+        if min(counts.values()) < wanted:
+            raise BankError(
+                f"need_syn_imgs=false, but {folder} has {short(counts)} images per class, {wanted} are wanted: name "
+                "another folder with syn_image_path, lower syn_per_class, or set need_syn_imgs=true"
+            )
+        manifest = self._manifest(None, classes, (self.run.seed, self.config.name, self.task_of[classes[0]]))
+        with self.run.runtime.accelerator.main_process_first():
+            if (folder / "manifest.json").exists():
+                require_same(folder, json.loads((folder / "manifest.json").read_text()), manifest, LABEL_FIELDS, REMEDY)
+            else:
+                self._adopt(folder, manifest, classes)
+        self._required.add(folder)
 
     def _verify(self, folder: Path) -> None:
         """Compare a finished folder's files with their hashes, once per process."""
@@ -82,18 +113,16 @@ class Bank:
         self._verified.add(folder)
         path = folder / "manifest.json"
         files = json.loads(path.read_text())["files"] if path.exists() else {}
-        damaged = [name for name, digest in files.items() if _damaged(folder / name, digest)]
+        damaged = damaged_files(folder, files)
         if damaged or not files:
-            what = (
-                f"{len(damaged)} images of {folder} have" if files else f"{folder} has no finished manifest: its images"
-            )
+            what = f"{len(damaged)} images of {folder} have" if files else f"{folder} was never finished: its images"
             raise BankError(f"{what} changed since they were drawn ({', '.join(damaged[:3])}); --overwrite draws anew")
 
     def newest(self, label: int) -> list[str]:
         """Paths of the last images drawn of a class; empty if none were."""
-        folder = self.root / f"task_{self.task_of[label]}"
+        folder = self._folder(self.task_of[label])
         redraws = sorted(folder.glob("redraw_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-        return [str(path) for path in _images_in((redraws or [folder])[-1] / str(label))]
+        return [str(path) for path in images_in((redraws or [folder])[-1] / str(label))]
 
     def memory_bytes(self) -> int:
         """Bytes of the stored images; 0 where images are redrawn, since they need not be carried from task to task."""
@@ -102,17 +131,22 @@ class Bank:
         files = (path for path in self.root.glob("task_*/*/*") if path.suffix in IMAGE_SUFFIXES)
         return sum(path.stat().st_size for path in files if path.parent.name.isdigit())
 
-    def _per_class(self, classes: list[int]) -> int:
+    def _classes(self, index: int) -> list[int]:
+        return [label for label, task in self.task_of.items() if task == index]
+
+    def _per_class(self, label: int) -> int:
         if self.config.syn_per_class is not None:
             return self.config.syn_per_class
-        counts = [self.data.class_counts[label] for label in classes]
-        return max(1, round(sum(counts) / len(counts)))
+        counts = self.data.class_counts
+        own = [counts[other] for other in self._classes(self.task_of[label])]
+        return max(1, round(sum(own) / len(own)))
 
     def _read(self, folder: Path, classes: list[int]) -> ImageSet:
+        """The first images of every class, as many as are wanted; a folder of another run may hold more."""
         paths: list[str] = []
         labels: list[int] = []
         for label in classes:
-            found = _images_in(folder / str(label))
+            found = images_in(folder / str(label))[: self._per_class(label)]
             if not found:
                 raise BankError(
                     f"no replay images of class {label} in {folder / str(label)}: delete {folder} to redraw"
@@ -123,41 +157,23 @@ class Bank:
 
     def _fill(self, source: ReplaySource, folder: Path, classes: list[int], key: tuple[int | str, ...]) -> None:
         """Bring a folder to its full count; chunks that are there already are left alone."""
-        requests = Requests.of_classes(classes, self._per_class(classes), key)
-        manifest = self._manifest(source, classes, requests)
+        if not self.config.need_syn_imgs:
+            self._require(folder, classes)
+            return
+        requests = Requests.of_classes(classes, self._per_class(classes[0]), key)
+        manifest = self._manifest(source, classes, key)
         with self.run.runtime.accelerator.main_process_first():  # the main process lays the manifest, others find it
             complete = self._check(folder, manifest, classes)
         if complete:
             return
-        chunks = list(requests.chunks(self.config.sample_batch))
-        rank, world = self.run.runtime.shard
-        bar = self.run.bar(len(requests), f"drawing {folder.name}")
-        for chunk in chunks[rank::world]:
-            paths = [self._path(folder, label, copy) for label, copy in zip(chunk.labels.tolist(), chunk.copy.tolist())]
-            # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
-            if not all(path.exists() for path in paths):
-                for path, image in zip(paths, source.generate(chunk).decoded().parts[0].images):
-                    atomic_write(path, encode_image(image, path.suffix), sync=False)
-            bar.update(len(chunk))
-        bar.close()
-        self.run.runtime.accelerator.wait_for_everyone()
+        draw_missing(source, folder, [requests])
         if self.run.runtime.is_main:
-            manifest["files"] = {
-                str(path.relative_to(folder)): file_hash(path)
-                for label in classes
-                for path in _images_in(folder / str(label))
-            }
+            manifest["files"] = file_hashes(folder, classes)
             images = {label: self._read(folder, [label]) for label in classes}
             atomic_write(folder / "preview.png", encode_image(preview(list(images.values())), ".png"))
             write_json(folder / "manifest.json", manifest)
 
-    def _path(self, folder: Path, label: int, copy: int) -> Path:
-        suffix = self.config.image_format
-        if suffix == "auto":
-            suffix = "png" if self.data.dataset.image_size <= LARGEST_PNG else "jpg"
-        return folder / str(label) / f"{label}-{copy}.{suffix}"
-
-    def _manifest(self, source: ReplaySource, classes: list[int], requests: Requests) -> dict[str, Any]:
+    def _manifest(self, source: ReplaySource | None, classes: list[int], key: tuple[int | str, ...]) -> dict[str, Any]:
         """What must be equal for images to belong to this run, and what tells a reader what they are."""
         names, order = self.data.class_names, self.data.class_order
         return {
@@ -166,9 +182,9 @@ class Bank:
             "source": self.config.name,
             "settings": self.config.model_dump(mode="json", exclude=NOT_SETTINGS),
             "run_seed": self.run.seed,
-            "weights": source.fingerprint(),
-            "per_class": len(requests) // len(classes),
-            "sample_key": list(requests.key),
+            "weights": None if source is None else source.fingerprint(),
+            "per_class": self._per_class(classes[0]),
+            "sample_key": list(key),
             "classes": {str(label): {"name": names[label], "original_id": order[label]} for label in classes},
             "files": {},
         }
@@ -181,20 +197,16 @@ class Bank:
         """
         path = folder / "manifest.json"
         if not path.exists():
-            if any(_images_in(folder / str(label)) for label in classes):
+            if any(images_in(folder / str(label)) for label in classes):
                 self._adopt(folder, manifest, classes)
                 return True
             if self.run.runtime.is_main:
                 write_json(path, manifest)
             return False
         stored = json.loads(path.read_text())
-        for field in ADOPTED_FIELDS if stored.get("adopted") else manifest.keys() - {"files"}:
-            if stored.get(field) != manifest[field]:
-                raise BankError(
-                    f"the replay images in {folder} are of another run: {field} is {_short(stored.get(field))} there, "
-                    f"{_short(manifest[field])} here. Give another --name or syn_image_path, or delete the folder"
-                )
-        damaged = [name for name, digest in stored["files"].items() if _damaged(folder / name, digest)]
+        fields = LABEL_FIELDS if stored.get("adopted") else [field for field in manifest if field != "files"]
+        require_same(folder, stored, manifest, fields, REMEDY)
+        damaged = damaged_files(folder, stored["files"])
         for name in damaged:
             log.warning("%s is missing or damaged: its chunk is drawn again", folder / name)
             (folder / name).unlink(missing_ok=True)
@@ -202,7 +214,7 @@ class Bank:
 
     def _adopt(self, folder: Path, manifest: dict[str, Any], classes: list[int]) -> None:
         """Take over images that another program left without a manifest."""
-        counts = {label: len(_images_in(folder / str(label))) for label in classes}
+        counts = _counts(folder, classes)
         if not self.config.adopt_syn_images:
             raise BankError(
                 f"{folder} holds images but no manifest.json, so nobody knows whose classes they are: set "
@@ -213,42 +225,9 @@ class Bank:
                 f"cannot adopt {folder}: it has {counts} images, {manifest['per_class']} per class are wanted"
             )
         log.info("Adopted %d images in %s, taken to be in this run's class order", sum(counts.values()), folder)
-        files = [path for label in classes for path in _images_in(folder / str(label))]
-        hashes = {str(path.relative_to(folder)): file_hash(path) for path in files}
+        hashes = file_hashes(folder, classes)
         write_json(folder / "manifest.json", {**manifest, "weights": None, "adopted": True, "files": hashes})
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Image files `<class>-<i>.*` in the order of i."""
-    files = (path for path in folder.glob("*-*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(files, key=lambda path: int(path.stem.rpartition("-")[2]))
-
-
-def _damaged(path: Path, digest: str) -> bool:
-    return not path.exists() or file_hash(path) != digest
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def encode_image(image: Tensor, suffix: str) -> bytes:
-    """One uint8 (C, H, W) image as the bytes of a PNG, or a JPEG of quality 95."""
-    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG" if suffix == ".png" else "JPEG", quality=95)
-    return buffer.getvalue()
-
-
-def preview(rows: list[ImageSet]) -> Tensor:
-    """The first images of every class, one class a row, uint8 (C, H, W); small images are enlarged."""
-    lines = []
-    for images in rows:
-        picked = images.take(range(min(PREVIEW_COLUMNS, len(images)))).decoded().parts[0].images
-        blank = torch.zeros(PREVIEW_COLUMNS - len(picked), *picked.shape[1:], dtype=torch.uint8)
-        lines.append(torch.cat([picked, blank]))
-    scale = max(1, 64 // lines[0].shape[-1])
-    tiles = torch.stack(lines).repeat_interleave(scale, -1).repeat_interleave(scale, -2)  # (R, K, C, H, W)
-    tiles = torch.nn.functional.pad(tiles, (2, 2, 2, 2), value=255)
-    return tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+def _counts(folder: Path, classes: list[int]) -> dict[int, int]:
+    return {label: len(images_in(folder / str(label))) for label in classes}

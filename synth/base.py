@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from utils.data_manager import Task
 from utils.errors import NotFittedError
 from utils.images import ImageSet
 from utils.run import Run
+
+log = logging.getLogger("reprise")
 
 # Clean predictions (B, C, H, W) in [-1, 1] and their labels (B,) to one log-likelihood per image, (B,), already
 # multiplied by its scale: sampling follows its gradient.
@@ -89,6 +92,16 @@ class ReplaySource(ABC):
         self.config, self.run, self.num_classes = config, run, num_classes
         self.class_names, self.dataset = class_names, dataset
         self.fitted_classes: set[int] = set()
+        self.chunk_size = config.sample_batch  # halved for good where the device's memory is too small for it
+        self.watcher: Callable[[int], None] | None = None  # looks on while it learns; see `let_watch`
+
+    @classmethod
+    def check_weights(cls, config, offline: bool) -> None:
+        """See that the weights a source starts from are here or can be fetched. Default: it needs none.
+
+        Raises:
+            WeightsError: if not; it names them and where they go.
+        """
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Learn from the task's real images before the classifier trains. Default: nothing."""
@@ -130,6 +143,10 @@ class ReplaySource(ABC):
             self.save(Path(directory))
             return folder_bytes(directory)
 
+    def frozen_bytes(self) -> int:
+        """Bytes of weights that are used as they came and stay the same for every task."""
+        return 0
+
     def describe(self) -> str:
         """One line for `--plan`: what will be trained, or which weights are needed."""
         return ""
@@ -137,6 +154,21 @@ class ReplaySource(ABC):
     def fingerprint(self) -> str:
         """A hash of the weights that generate; it changes whenever the images would."""
         return ""
+
+    def let_watch(self, task: Task, epoch: int, before: int = 0) -> None:
+        """Let the watcher see what would be drawn by now.
+
+        A source that learns calls it before every epoch and after the last one; ``generate`` must then draw with what
+        is learned so far.
+
+        Args:
+            task: that is being learned.
+            epoch: epochs of this training that are done.
+            before: epochs of earlier trainings of the task.
+        """
+        if self.watcher is not None:
+            self.fitted_classes |= set(task.classes)
+            self.watcher(before + epoch)
 
     def require_fitted(self, labels: Tensor) -> None:
         """Raise NotFittedError if a label was never learned."""
@@ -146,3 +178,41 @@ class ReplaySource(ABC):
                 f"cannot generate classes {unknown}: this source has learned {sorted(self.fitted_classes)}; "
                 "fit it on their task first"
             )
+
+    def in_chunks(self, requests: Requests, draw: Callable[[Requests], Tensor]) -> Tensor:
+        """Draw chunk by chunk, in order; where the device runs out of memory, on in chunks of half the size.
+
+        Args:
+            requests: N of them.
+            draw: one chunk to its samples, row by row.
+
+        Returns:
+            N rows.
+
+        Raises:
+            torch.OutOfMemoryError: if a single request is too many.
+        """
+        pieces, done = [], 0
+        while done < len(requests):
+            chunk = requests.take(torch.arange(done, min(done + self.chunk_size, len(requests))))
+            drawn = _if_it_fits(draw, chunk)
+            if drawn is not None:
+                pieces.append(drawn)
+                done += len(chunk)
+                continue
+            self.chunk_size = len(chunk) // 2
+            log.warning(
+                "Too little memory to draw %d images at once: going on with %d at a time, which may move a pixel by a "
+                "grey level; synth.sample_batch=%d says so from the start", len(chunk), *[self.chunk_size] * 2,
+            )  # fmt: skip
+        return torch.cat(pieces)
+
+
+def _if_it_fits(draw: Callable[[Requests], Tensor], chunk: Requests) -> Tensor | None:
+    """The drawn samples, or None where memory ran out; leaving this frame frees what the failed draw held."""
+    try:
+        return draw(chunk)
+    except torch.OutOfMemoryError:
+        if len(chunk) == 1:
+            raise
+        return None

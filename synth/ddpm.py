@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -99,7 +100,7 @@ class DDPM(ReplaySource):
 
         Balanced counts use the classifier's own replay; reference counts draw anew from the raw weights.
         """
-        if task.num_old and self.config.counts == "reference":
+        if self.fitted_classes and self.config.counts == "reference":
             replay = self._rehearse_reference(task, len(images))
         batches = ImageBatches(
             images, replay, transform=self.transform, batch_size=self.config.batch_size,
@@ -110,9 +111,17 @@ class DDPM(ReplaySource):
             steps=steps, lr=self.config.lr, optimizer="adamw", weight_decay=self.config.weight_decay,
             schedule=self.config.lr_schedule, ema_decay=self.config.ema_rate,
         )  # fmt: skip
-        average = fit(self.network, batches, self.loss, train_config, run=self.run, task=task.index, purpose="ddpm")
+        average = fit(
+            self.network, batches, self.loss, train_config, run=self.run, task=task.index, purpose="ddpm",
+            before_epoch=partial(self._before_epoch, task),
+        )  # fmt: skip
         self.generator = average if average is not None else self.network
         self.fitted_classes |= set(task.classes)
+        self.let_watch(task, math.ceil(steps / len(batches)))
+
+    def _before_epoch(self, task: Task, epoch: int) -> None:
+        self.generator = self.network.eval()  # while it trains, the average is not at hand
+        self.let_watch(task, epoch)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Noise prediction error of one batch."""
@@ -129,13 +138,13 @@ class DDPM(ReplaySource):
         size = self.config.batch_size
         total = math.ceil(per_task * task.index / size) * size
         draw = seeding.generator(self.run.seed, task.index, "rehearsal")
-        labels = torch.randint(task.num_old, (total,), generator=draw)
+        old = torch.tensor(sorted(self.fitted_classes))
+        labels = old[torch.randint(len(old), (total,), generator=draw)]
         key = (self.run.seed, "ddpm-rehearsal", task.index)
         requests = Requests(labels, torch.full_like(labels, -1), torch.arange(total), key)
         log.info("Task %d: the generator rehearses on %d images of its own", task.index, total)
         frozen = copy.deepcopy(self.network).eval()
-        pieces = [self._draw(chunk, frozen, None) for chunk in requests.chunks(self.config.sample_batch)]
-        return ImageSet.of(torch.cat(pieces), labels)
+        return ImageSet.of(self.in_chunks(requests, lambda chunk: self._draw(chunk, frozen, None)), labels)
 
     # ------------------------------------------------------------------ generating
 
@@ -154,8 +163,8 @@ class DDPM(ReplaySource):
             NotFittedError: if a label was never learned.
         """
         self.require_fitted(requests.labels)
-        pieces = [self._draw(chunk, self.generator, guide) for chunk in requests.chunks(self.config.sample_batch)]
-        return ImageSet.of(torch.cat(pieces), requests.labels)
+        images = self.in_chunks(requests, lambda chunk: self._draw(chunk, self.generator, guide))
+        return ImageSet.of(images, requests.labels)
 
     def _draw(self, requests: Requests, network: nn.Module, guide: Guide | None) -> Tensor:
         """uint8 (N, C, H, W) of one chunk, on the CPU."""

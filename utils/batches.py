@@ -6,7 +6,8 @@ Position alone restores an iteration, so nothing about the past has to be stored
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils import seeding
 from utils.images import ImageSet
-from utils.transforms import stack
+from utils.transforms import stacks
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Batch:
         is_replay: bool (B,), True where the image was generated.
         index: int64 (B,), position in the set that the batches were cut from.
         soft_targets: float (B, num_classes) or None.
+        replay: a second batch, of old classes, that goes through the network on its own; None: there is none.
     """
 
     images: Tensor
@@ -35,6 +37,7 @@ class Batch:
     is_replay: Tensor
     index: Tensor
     soft_targets: Tensor | None = None
+    replay: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,7 +84,8 @@ class ImageBatches:
         self.transform, self.batch_size, self.key, self.device = transform, batch_size, key, device
         self.num_workers, self.shard = num_workers, shard
         if transform.whole_batch:
-            self.pixels = stack(everything, transform.size, transform.resize).to(device)
+            # Mostly one tensor; replay of another size than the real images makes a second one.
+            self.stores = [pixels.to(device) for pixels in stacks(everything, partial(transform.keep, training=True))]
         else:
             self.images = everything
 
@@ -100,17 +104,28 @@ class ImageBatches:
         # A last batch with fewer images than processes goes to all of them whole: none has an empty batch, whose mean
         # would not be a number, and the mean over processes stays that of one.
         picks = [pick[rank::world] if len(pick) >= world else pick for pick in order.split(self.batch_size)][start:]
-        for step, (pick, pixels) in enumerate(zip(picks, self._pixels(picks, epoch)), start):
+        loaded = None if self.transform.whole_batch else self._load(picks, epoch)
+        for step, pick in enumerate(picks, start):
             augment = seeding.generator(*self.key, "augment", epoch, step, rank)
+            images = self._take(pick, augment) if loaded is None else self.transform.train(next(loaded), augment)
             pick = pick.to(self.device)
-            images = self.transform.train(pixels, augment)
             yield Batch(images, self.labels[pick], self.is_replay[pick], pick)
 
-    def _pixels(self, picks: list[Tensor], epoch: int) -> Iterator[Tensor]:
-        """uint8 (B, C, S, S) on the device, one per pick."""
-        if self.transform.whole_batch:
-            yield from (self.pixels[pick.to(self.device)] for pick in picks)
-            return
+    def _take(self, pick: Tensor, augment: torch.Generator) -> Tensor:
+        """Augmented float (B, C, S, S): the images of each store together, then all in the order of the pick."""
+        views, places, start = [], [], 0
+        for pixels in self.stores:
+            place = ((pick >= start) & (pick < start + len(pixels))).nonzero().flatten()
+            if len(place):
+                views.append(self.transform.train(pixels[(pick[place] - start).to(self.device)], augment))
+                places.append(place)
+            start += len(pixels)
+        if len(views) == 1:
+            return views[0]
+        return torch.cat(views)[torch.cat(places).argsort().to(self.device)]
+
+    def _load(self, picks: list[Tensor], epoch: int) -> Iterator[Tensor]:
+        """uint8 (B, C, S, S) on the device, one per pick, decoded and cropped by workers."""
         loader = DataLoader(
             _Decoded(self.images, self.transform.load_train, (*self.key, "crop", epoch)),
             batch_sampler=[pick.tolist() for pick in picks],
@@ -118,6 +133,40 @@ class ImageBatches:
             pin_memory=self.device.type == "cuda",
         )
         yield from (pixels.to(self.device, non_blocking=True) for pixels in loader)
+
+
+class PairedBatches:
+    """Batches of the present, each with a batch of replay beside it (`Batch.replay`).
+
+    An epoch is one of the present; replay goes round and round beneath it.
+
+    Args:
+        current: of the present.
+        replay: of the old classes.
+    """
+
+    def __init__(self, current: ImageBatches, replay: ImageBatches):
+        self.current, self.replay = current, replay
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore: position is enough."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        beside = self._endless(epoch * len(self) + start)
+        for batch in self.current.epoch(epoch, start):
+            yield replace(batch, replay=next(beside))
+
+    def _endless(self, step: int) -> Iterator[Batch]:
+        epoch, start = divmod(step, len(self.replay))
+        while True:
+            yield from self.replay.epoch(epoch, start)
+            epoch, start = epoch + 1, 0
 
 
 class _Decoded(Dataset):
@@ -141,7 +190,8 @@ def test_batches(images: ImageSet, transform, batch_size: int, device, num_worke
     if len(images) == 0:
         return
     if transform.whole_batch:
-        chunks = stack(images, transform.size, transform.resize).split(batch_size)
+        stores = stacks(images, partial(transform.keep, training=False))
+        chunks = (chunk for pixels in stores for chunk in pixels.split(batch_size))
     else:
         chunks = DataLoader(_Decoded(images, transform.load_test, None), batch_size, num_workers=num_workers)
     yield from (transform.test(chunk.to(device)) for chunk in chunks)

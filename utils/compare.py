@@ -21,6 +21,9 @@ REPLAY_MEMORY = ("exemplars", "bank", "source")
 UNFINISHED = "*"
 FOOTNOTE = f"{UNFINISHED} unfinished seed, not in the means"
 NUM_WORD_COLUMNS = 5  # run, learner, source, data set, seeds; numbers follow
+FEW_SHOT = {  # of the last session; columns that only few-shot runs have
+    "base": "base (%)", "novel": "novel (%)", "harmonic_mean": "harmonic mean (%)", "performance_drop": "drop (pts)"
+}  # fmt: skip
 LATEX_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX_WORDS)
 
@@ -58,6 +61,7 @@ class Row:
     forgetting: Spread
     memory: Spread  # exemplars, bank and source: all that a run keeps beside its classifier
     seconds: Spread
+    few_shot: dict[str, Spread]  # empty for other runs
 
     @property
     def spreads(self) -> tuple[Spread, ...]:
@@ -92,6 +96,7 @@ def read_run(folder: str | Path) -> Row | None:
         forgetting=Spread.of([result.get("forgetting") for result in done]),
         memory=Spread.of([_replay_bytes(result) for result in done]),
         seconds=Spread.of([(result.get("seconds") or {}).get("total") for result in done]),
+        few_shot=_few_shot(done),
     )
 
 
@@ -152,14 +157,23 @@ def as_latex(rows: Sequence[Row]) -> str:
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Raw numbers, mean and standard deviation in columns of their own; seeds are separated by blanks."""
-    numbers = ["final_accuracy", "average_incremental_accuracy", "forgetting", "replay_memory_bytes", "seconds"]
+    few_shot = _few_shot_columns(rows)
+    numbers = [
+        "final_accuracy",
+        "average_incremental_accuracy",
+        "forgetting",
+        "replay_memory_bytes",
+        "seconds",
+        *few_shot,
+    ]
     head = ["run", "learner", "source", "dataset", "seeds", "unfinished_seeds"]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(head + [f"{name}_{part}" for name in numbers for part in ("mean", "std")])
     for row in rows:
         writer.writerow([row.run, row.learner, row.source, row.dataset, " ".join(row.seeds), " ".join(row.unfinished)]
-                        + [value for spread in row.spreads for value in (spread.mean, spread.std)])  # fmt: skip
+                        + [value for spread in (*row.spreads, *_few_shot_of(row, few_shot))
+                           for value in (spread.mean, spread.std)])  # fmt: skip
     return file.getvalue()
 
 
@@ -188,7 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     head = ["run", "learner", "source", "data set", "seeds"]
     head += ["final acc. (%)", "avg. incremental (%)", "forgetting (pts)", "replay memory", "time"]
-    return head, [list(_words(row)) for row in rows]
+    few_shot = _few_shot_columns(rows)
+    cells = [[*_words(row), *(spread.text() for spread in _few_shot_of(row, few_shot))] for row in rows]
+    return [*head, *(FEW_SHOT[name] for name in few_shot)], cells
 
 
 def _words(row: Row) -> Iterator[str]:
@@ -197,6 +213,19 @@ def _words(row: Row) -> Iterator[str]:
     yield from (row.final.text(), row.average.text(), row.forgetting.text())
     for spread, write in ((row.memory, human_bytes), (row.seconds, human_seconds)):
         yield "-" if spread.mean is None else write(spread.mean)
+
+
+def _few_shot(done: Sequence[dict[str, Any]]) -> dict[str, Spread]:
+    sessions = [result["fscil"] for result in done if result.get("fscil")]
+    return {name: Spread.of([values[name][-1] for values in sessions]) for name in FEW_SHOT} if sessions else {}
+
+
+def _few_shot_columns(rows: Sequence[Row]) -> list[str]:
+    return list(FEW_SHOT) if any(row.few_shot for row in rows) else []
+
+
+def _few_shot_of(row: Row, columns: Sequence[str]) -> list[Spread]:
+    return [row.few_shot.get(name, Spread(None, None)) for name in columns]
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:

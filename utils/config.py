@@ -20,8 +20,15 @@ from utils.registry import nearest
 # Two settings that differ only in these are the same experiment.
 NOT_IDENTITY = ("seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every")
 ALIASES = {"backbone_type": "convnet_type"}
-# Keys that PyCIL's own files carry and nothing reads.
-DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix")
+# Flat keys of the original projects: the source that they imply where they are on, and their name inside `synth`.
+SOURCE_KEYS = {
+    "need_syn_imgs": ("ldm", "need_syn_imgs"),
+    "syn_image_path": ("ldm", "syn_image_path"),
+    "ldm_ckpt": ("ldm", "ldm_ckpt"),
+    "config": ("ldm", "yaml"),
+}
+# Keys that the files of PyCIL and FSCIL-ASP carry and nothing reads.
+DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix", "base_model_path")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's legacy generator takes, which orders PyCIL's classes
 
@@ -88,6 +95,9 @@ class SourceConfig(BaseConfig):
     syn_per_class: int | None = Field(
         None, ge=1, description="replay images per class; null: as many as the class's task has real images per class"
     )
+    need_syn_imgs: bool = Field(
+        True, description="false: use the images that are there, fail if a class has too few; fit and draw nothing"
+    )
     syn_image_path: str | None = Field(None, description="folder of the images; null: syn_image_<run>_seed<seed>")
     adopt_syn_images: bool = Field(False, description="take over a folder of images that has no manifest")
     image_format: Literal["auto", "png", "jpg"] = Field("auto", description="auto: png up to 64 px, jpg above")
@@ -112,6 +122,9 @@ class RunConfig(BaseConfig):
     offline: bool = Field(False, description="fetch nothing from a network")
 
     dataset: str = Field(description="a known data set or the name of a folder in data_dir")
+    cub_split: Literal["asp80", "official"] = Field(
+        "asp80", description="of dataset cub: ASP's class folders (about 80 % to train), or the split it came with"
+    )
     shuffle: bool = Field(True, description="permute the class order with the seed")
     init_cls: int = Field(ge=1, description="classes in the first task")
     increment: int = Field(ge=1, description="classes in every later task; the last one may be smaller")
@@ -129,6 +142,9 @@ class RunConfig(BaseConfig):
     stem: Literal["auto", "cifar", "imagenet", "imagenet_small"] = Field("auto", description="first layers of a ResNet")
     pretrained: bool = Field(True, description="load the weights that a timm name stands for")
     backbone_weights: str | None = Field(None, description="a local weight file for the backbone")
+    backbone_args: dict[str, Any] = Field(
+        {}, description="arguments of a timm model from scratch or from a local file: patch_size, embed_dim, depth, ..."
+    )
     replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field(
         "bicubic", description="resizing of replay images kept in memory"
     )
@@ -148,6 +164,12 @@ class RunConfig(BaseConfig):
         if not value or "/" in value or value.startswith("."):
             raise ValueError("give a name, not a path; data_dir says where the folder lies")
         return value
+
+    @property
+    def data_name(self) -> str:
+        """The data set as `utils.datasets` knows it: splits of one data set are data sets of their own."""
+        official = self.dataset.lower() == "cub" and self.cub_split == "official"
+        return "cub_official" if official else self.dataset
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same experiment: every resolved key but the ones that name a place or a machine."""
@@ -197,7 +219,12 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
         if not equals or not path:
             raise ConfigError(f"--set {override!r}: write --set key=value")
         *parents, key = path.strip().split(".")
-        key, target = key if parents else ALIASES.get(key, key), result
+        if not parents:
+            key = ALIASES.get(key, key)
+            inner = SOURCE_KEYS.get(key, ("", ""))[1]
+            if inner in (result.get("synth") or {}):
+                parents, key = ["synth"], inner
+        target = result
         for parent in parents:
             if not isinstance(target.get(parent), dict):
                 target[parent] = {}
@@ -206,7 +233,7 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
             target[key] = json.loads(text)
         except json.JSONDecodeError:
             target[key] = text
-    return result
+    return merge_aliases(result)
 
 
 def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
@@ -220,4 +247,31 @@ def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
             if result.get(key) not in (None, value):
                 raise ConfigError(f"{alias}={value!r} and {key}={result[key]!r} are one key: keep one of them")
             result[key] = value
-    return result
+    return _move_source_keys(result)
+
+
+def _move_source_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """Move the originals' flat keys into `synth`; where all of them are off and there is no source, they stay."""
+    result = {key: value for key, value in raw.items() if key not in SOURCE_KEYS}
+    flat = {key: value for key, value in raw.items() if key in SOURCE_KEYS and value is not None}
+    implied = next((SOURCE_KEYS[key][0] for key, value in flat.items() if _is_on(value)), None)
+    given = raw.get("synth")
+    if not flat or (given is None and implied is None) or not isinstance(given or {}, dict):
+        return {**result, **flat}
+    synth = {} if implied is None else {"name": implied}
+    synth |= {key: value for key, value in (given or {}).items() if value is not None}
+    for key, value in flat.items():
+        source, inner = SOURCE_KEYS[key]
+        # Keys that every source has, such as syn_image_path, name none; the others belong to theirs alone.
+        if inner not in SourceConfig.model_fields and str(synth.get("name", source)).lower() != source:
+            raise ConfigError(
+                f"{key}={value!r} is of the source {source!r}, and synth.name={synth['name']!r}: keep one"
+            )
+        if str(synth.get(inner, value)).lower() != str(value).lower():  # "true" is true
+            raise ConfigError(f"{key}={value!r} and synth.{inner}={synth[inner]!r} are one key: keep one of them")
+        synth[inner] = value
+    return {**result, "synth": synth}
+
+
+def _is_on(value: Any) -> bool:
+    return bool(value) and str(value).lower() != "false"

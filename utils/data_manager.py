@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from utils import subsets
+from utils.config import RunConfig
 from utils.datasets import Dataset
 from utils.errors import SealedDataError
 from utils.images import ImageSet
@@ -194,6 +195,24 @@ class DataManager:
                 f"the real images of task {task.index} are sealed while task {self._current.index} is being learned: "
                 "keep exemplars of them, or replay them from a source"
             )
+
+
+def cut_tasks(config: RunConfig, seed: int, dataset: Dataset, upper_bound: bool = False) -> DataManager:
+    """The tasks of one seed of an experiment."""
+    return DataManager(
+        dataset,
+        init_cls=config.init_cls,
+        increment=config.increment,
+        shuffle=config.shuffle,
+        order_seed=config.order_seed(seed),
+        run_seed=config.train_seed(seed),
+        kshot=config.kshot,
+        few_shot_draw=config.few_shot_draw,
+        imb_factor=config.imb_factor,
+        imb_type=config.imb_type,
+        val_share=config.val_share,
+        upper_bound=upper_bound,
+    )
 
 
 def _class_order(dataset: Dataset, shuffle: bool, seed: int) -> list[int]:

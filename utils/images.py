@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,14 @@ def decode_image(path: str | Path) -> Tensor:
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
     return torch.from_numpy(pixels).unsqueeze(0) if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def encode_image(image: Tensor, suffix: str) -> bytes:
+    """One uint8 (C, H, W) image as the bytes of a PNG, or a JPEG of quality 95."""
+    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG" if suffix == ".png" else "JPEG", quality=95)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

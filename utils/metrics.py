@@ -128,6 +128,22 @@ def forgetting(matrix: Matrix) -> float:
     return fmean(forgetting_per_task(matrix) or [0.0])
 
 
+def class_forgetting(rows: Sequence[Sequence[float | None]]) -> float:
+    """DDDR's forgetting measure: the mean loss of every class of earlier tasks since its best; 0.0 after one task.
+
+    Liang et al., ECCV 2024, arXiv:2409.01128. The last evaluation may be the best, so that it is never negative.
+
+    Args:
+        rows: accuracy per class after every task, each row as long as the classes seen by then; None (a class
+            without test images) is left out.
+    """
+    lost = []
+    for label in range(len(rows[-2]) if len(rows) > 1 else 0):
+        values = [row[label] for row in rows if label < len(row) and row[label] is not None]
+        lost += [max(values) - values[-1]] if values else []
+    return fmean(lost or [0.0])
+
+
 def backward_transfer(matrix: Matrix) -> float:
     """Mean over earlier tasks of A[T][j] - A[j][j]; 0.0 after one task (Lopez-Paz and Ranzato, GEM, 2017, Eq. 3)."""
     return fmean([matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)] or [0.0])
@@ -161,6 +177,29 @@ def fscil(matrix: Matrix, test_counts: Sequence[int]) -> dict[str, list[float | 
         "harmonic_mean": [None if n is None else harmonic_mean(b, n) for b, n in zip(base, novel)],
         "performance_drop": [overall[0] - value for value in overall],
     }
+
+
+def asp_averages(predictions: Array, labels: Array, init_cls: int, increment: int) -> dict[str, float | None]:
+    """FSCIL-ASP's Old, New and HAcc: means over groups of ``increment`` classes instead of over test images.
+
+    As in its code, a group is old if it ends below ``init_cls`` and new if it ends above, so that one which ends
+    there (``increment`` 1) is neither. The base classes of a session are one task here, but many groups.
+
+    Args:
+        predictions, labels: (N,) integers in learning order.
+        init_cls: classes of the first task.
+        increment: classes of every later task.
+
+    Returns:
+        Percentages ``old``, ``new``, ``harmonic_mean``; None where there is no group.
+    """
+    table = group_accuracies(predictions, labels, init_cls, increment)
+    ends = {int(name.split("-")[1]): value for name, value in table.items() if "-" in name}
+    old = [value for end, value in ends.items() if end < init_cls]
+    new = [value for end, value in ends.items() if end > init_cls]
+    old, new = fmean(old) if old else None, fmean(new) if new else None
+    both = None if old is None or new is None else harmonic_mean(old, new)
+    return {"old": old, "new": new, "harmonic_mean": both}
 
 
 def many_medium_few(accuracies: Sequence[float | None], counts: Sequence[int]) -> dict[str, float | None]:

@@ -34,6 +34,7 @@ MEMORY_NAMES = {
     "bank": "bank (generated images kept)",
     "source": "replay source (its weights)",
     "network": "classifier",
+    "frozen": "frozen weights, not counted as memory of the past",
     "all_real_data": "for comparison: all real training data",
 }
 SECONDS_NAMES = {
@@ -45,6 +46,11 @@ SECONDS_NAMES = {
 TASKS_NOTE = (
     "Percent right on each task's test images, among all classes seen by then. "
     "Lost: points between a task's best accuracy before the end and its accuracy at the end."
+)
+FEW_SHOT = ("base", "novel", "harmonic_mean", "performance_drop")
+SESSIONS_NOTE = (
+    "Base: classes of the first session; novel: all later ones; in percent of their test images. Performance drop: "
+    "points that the accuracy over all classes seen lies below the first session's."
 )
 
 
@@ -81,7 +87,8 @@ def write_report(
     sections = [
         ("Accuracy over classes seen", "After every task, in percent of the test images of all classes seen.", _curves),
         ("Accuracy and forgetting per task", TASKS_NOTE, _tasks),
-        ("Few-shot and long-tailed figures", "", _special),
+        ("Few-shot sessions", SESSIONS_NOTE, _sessions),
+        ("Long tail", "", _long_tail),
         ("Classes", "In learning order, at the end of the run.", _classes),
         ("Real and generated images", "", lambda _: _gallery(gallery, results)),
         ("Memory", "What the run keeps from task to task, beside all the real data that it saw.", _memory),
@@ -133,6 +140,10 @@ def _headline(results: dict) -> str:
             tiles.append(tile(title, f"{results[key]:.1f} %", note))
     if results.get("forgetting") is not None:
         tiles.append(tile("Forgetting", f"{results['forgetting']:.1f} pts", "mean over earlier tasks"))
+    last = {name: values[-1] for name, values in _few_shot(results).items()}
+    if last.get("harmonic_mean") is not None:
+        base, novel, both, _ = last.values()
+        tiles.append(tile("Harmonic mean", f"{both:.1f} %", f"base {base:.1f} %, novel {novel:.1f} %"))
     memory = results.get("memory_bytes") or {}
     if memory.get("exemplars") is not None:
         kept = sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
@@ -180,18 +191,29 @@ def _forgetting(matrix: list[list[float]], task_sizes: list[int]) -> str:
     return table(["task", "classes", "when new", "best", "at the end", "lost", ""], rows) if rows else ""
 
 
-def _special(results: dict) -> str:
-    blocks = []
-    if few_shot := results.get("fscil"):
-        values = {key: value if isinstance(value, list) else [value] for key, value in few_shot.items()}
-        length = max(map(len, values.values()))
-        first = 0 if length > 1 else len(results.get("task_sizes") or [1]) - 1
-        head = ["few-shot session", *(key.replace("_", " ") for key in values)]
-        blocks.append(table(head, ([f"{first + i}", *cells] for i, cells in enumerate(zip(*values.values())))))
-    if long_tail := results.get("long_tail"):
-        rows = [[f"{name} training images per class", value] for name, value in long_tail.items()]
-        blocks.append(table(["long tail", "accuracy (%)"], rows))
-    return f'<div class="columns">{"".join(blocks)}</div>' if blocks else ""
+def _few_shot(results: dict) -> dict[str, list[float | None]]:
+    """The few-shot figures as lists of one length; empty for other runs."""
+    given = results.get("fscil")
+    return {name: list(given.get(name) or [None]) for name in FEW_SHOT} if given else {}
+
+
+def _sessions(results: dict) -> str:
+    figures = _few_shot(results)
+    if not figures:
+        return ""
+    names = [name.replace("_", " ") for name in figures]
+    sessions = range(max(map(len, figures.values())))
+    columns = [_padded(values, len(sessions)) for values in figures.values()]
+    numbers = table(["session", *names], ([f"{i}", *cells] for i, cells in enumerate(zip(*columns))))
+    if len(sessions) == 1:
+        return numbers
+    chart = line_chart(dict(zip(names[:3], columns)), sessions, "session", width=540)
+    return f'<div class="columns">{chart}{numbers}</div>'
+
+
+def _long_tail(results: dict) -> str:
+    rows = [[f"{name} training images per class", value] for name, value in (results.get("long_tail") or {}).items()]
+    return table(["", "accuracy (%)"], rows) if rows else ""
 
 
 def _classes(results: dict) -> str:
@@ -239,7 +261,8 @@ def _memory(results: dict) -> str:
     memory = {key: value for key, value in (results.get("memory_bytes") or {}).items() if value is not None}
     if not memory:
         return ""
-    largest, real = max(memory.values()) or 1, memory.get("all_real_data")
+    largest = max((count for key, count in memory.items() if key != "frozen"), default=0) or 1
+    real = memory.get("all_real_data")
     known = [key for key in MEMORY_NAMES if key in memory]
     rows = []
     for key in [*(key for key in memory if key not in MEMORY_NAMES), *known]:

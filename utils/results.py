@@ -74,6 +74,26 @@ class Results:
             if kind in scores:
                 average = metrics.average_incremental_accuracy(self.curves[f"{kind}_top1"])
                 log.info("Average Accuracy (%s): %s", kind.upper(), average)
+        if self.few_shot:
+            self._add_session(predictions, labels)
+
+    def _add_session(self, predictions: Tensor, labels: Tensor) -> None:
+        """Log a few-shot session in one line, and keep ASP's averages of it."""
+        init_cls, *later = self.data.task_sizes
+        averages = metrics.asp_averages(predictions, labels, init_cls, later[0] if later else init_cls)
+        for name, value in averages.items():
+            self.curves.setdefault(f"asp_{name}", []).append(value)
+        session = len(self.accuracy_matrix) - 1
+        figures = {name.replace("_", " "): values[session] for name, values in self._fscil().items()}
+        words = (f"{name} {_text(value)}" for name, value in figures.items())
+        log.info("Few-shot session %d: %s", session, ", ".join(words))
+
+    def _fscil(self) -> dict[str, list[float | None]]:
+        """`metrics.fscil`, and ASP's averages."""
+        bounds = pairwise(accumulate(self.data.task_sizes[: len(self.accuracy_matrix)], initial=0))
+        per_task = [sum(self.test_counts[first:last]) for first, last in bounds]
+        asp = {name: self.curves[name] for name in ("asp_old", "asp_new", "asp_harmonic_mean")}
+        return {**metrics.fscil(self.accuracy_matrix, per_task), **asp}
 
     def _extend(self, kind: str, scores: Tensor, labels: Tensor) -> None:
         for k in (1, 5):
@@ -88,8 +108,6 @@ class Results:
         """The content of `results.json`."""
         matrix, counts = self.accuracy_matrix, self.data.class_counts
         seen = len(self.per_class_accuracy)
-        bounds = pairwise(accumulate(self.data.task_sizes[: len(matrix)], initial=0))
-        per_task = [sum(self.test_counts[first:last]) for first, last in bounds]
         return {
             **self.header,
             "finished": len(matrix) == self.data.num_tasks,
@@ -108,21 +126,34 @@ class Results:
             "train_counts": counts,
             "test_counts": self.test_counts,
             "few_shot_indices": self.data.few_shot_indices or None,
-            "fscil": metrics.fscil(matrix, per_task) if self.few_shot else None,
+            "fscil": self._fscil() if self.few_shot else None,
             "long_tail": metrics.many_medium_few(self.per_class_accuracy, counts[:seen]) if self.long_tailed else None,
             "memory_bytes": memory_bytes,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
         }
 
 
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 SUMMARISED = ("final_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer")
+FEW_SHOT = ("base", "novel", "harmonic_mean", "performance_drop")
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over seeds (0.0 for one seed) of the headline figures."""
+    """Mean and sample standard deviation over seeds (0.0 for one seed) of the headline figures.
+
+    Few-shot runs also have those of their last session, under ``fscil``.
+    """
     summary: dict[str, Any] = {"seeds": [result["seed"] for result in results]}
-    for name in SUMMARISED:
-        values = [result[name] for result in results]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary[name] = {"mean": statistics.fmean(values), "std": spread}
+    summary |= {name: _spread([result[name] for result in results]) for name in SUMMARISED}
+    sessions = [result["fscil"] for result in results if result.get("fscil")]
+    if sessions:
+        last = {name: [values[name][-1] for values in sessions if values[name][-1] is not None] for name in FEW_SHOT}
+        summary["fscil"] = {name: _spread(values) for name, values in last.items() if values}
     return summary
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}

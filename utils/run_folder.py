@@ -31,8 +31,14 @@ def bank_folder(config: RunConfig, name: str, seed: int) -> Path:
     return Path(config.output_dir) / f"syn_image_{name}_{config.seed_tag(seed).replace('_', '', 1)}"
 
 
-def claim_folder(config: RunConfig, name: str, overwrite: bool) -> Path:
+def claim_folder(config: RunConfig, name: str, overwrite: bool, flag: str = "--name") -> Path:
     """The run's folder with its config.json; a folder of another experiment is refused.
+
+    Args:
+        config: of the run.
+        name: of the folder in ``output_dir``.
+        overwrite: delete what is there.
+        flag: what the user names the folder with, for messages.
 
     Raises:
         ConfigError: if the folder holds another setting; the keys that differ are named.
@@ -40,7 +46,7 @@ def claim_folder(config: RunConfig, name: str, overwrite: bool) -> Path:
     folder = Path(config.output_dir) / name
     if overwrite and folder.exists():
         if not (folder / "config.json").exists():
-            raise ConfigError(f"{folder} is no run of Reprise, so --overwrite leaves it alone: give another --name")
+            raise ConfigError(f"{folder} is no run of Reprise, so --overwrite leaves it alone: give another {flag}")
         shutil.rmtree(folder)
         if config.synth is not None and config.synth.syn_image_path is None:
             for seed in config.seed:
@@ -50,15 +56,21 @@ def claim_folder(config: RunConfig, name: str, overwrite: bool) -> Path:
         try:
             stored = json.loads(path.read_text())["identity"]
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}; give --overwrite or another --name") from error
-        here = config.identity()
+            raise CheckpointError(f"{path} is damaged: {error}; give --overwrite or another {flag}") from error
+        stored, here = _flat(stored), _flat(config.identity())
         differ = [key for key in {**here, **stored} if here.get(key) != stored.get(key)]
         if differ:
             changes = ", ".join(f"{key} was {stored.get(key)!r} and is {here.get(key)!r}" for key in sorted(differ)[:4])
-            raise ConfigError(f"{folder} holds another experiment: {changes}. Give another --name, or --overwrite")
+            raise ConfigError(f"{folder} holds another experiment: {changes}. Give another {flag}, or --overwrite")
     else:
         write_json(path, {"identity": config.identity(), "config": config.model_dump(mode="json")})
     return folder
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """With the keys of `synth` beside the others, so that a difference is named by its key."""
+    synth = identity.get("synth") or {}
+    return {**identity, "synth": bool(synth), **{f"synth.{key}": value for key, value in synth.items()}}
 
 
 def claim_machine(folder: Path, runtime: Runtime) -> None:
@@ -81,10 +93,11 @@ def claim_machine(folder: Path, runtime: Runtime) -> None:
 
 
 def describe_data(folder: Path, data: DataManager) -> None:
-    """Write what classifying needs to know of the data, so that the data itself need not be there."""
+    """Write what classifying and drawing need to know of the data, so that the data itself need not be there."""
     fields = {field.name: getattr(data.dataset, field.name) for field in dataclasses.fields(Dataset)}
     plain = {name: value for name, value in fields.items() if not isinstance(value, ImageSet)}
-    write_json(folder / DESCRIPTION, {"dataset": plain, "class_names": data.class_names})
+    described = {"dataset": plain, "class_names": data.class_names, "class_order": data.class_order}
+    write_json(folder / DESCRIPTION, described)
 
 
 def finished_results(folder: Path) -> list[dict[str, Any]]:

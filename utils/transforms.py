@@ -6,14 +6,17 @@ worker processes; what follows the crop runs per batch on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from utils.crops import crop_and_flip, random_resized_crop, shift_and_flip
 from utils.images import ImageSet, decode_image
 
 RESIZE_MODES = {mode.value: mode for mode in InterpolationMode}
@@ -55,51 +58,8 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def shift_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Zero-padded random crop and horizontal flip of a whole batch in one gather.
-
-    Args:
-        images: (B, C, H, W), any dtype, on any device.
-        padding: up to so many pixels of shift in each direction.
-        flip: mirror each image with probability one half.
-        generator: on the CPU; draws are made there and moved.
-
-    Returns:
-        (B, C, H, W), the same dtype.
-    """
-    size, height, width = len(images), images.shape[-2], images.shape[-1]
-    top = torch.randint(2 * padding + 1, (size, 1), generator=generator)
-    left = torch.randint(2 * padding + 1, (size, 1), generator=generator)
-    rows = torch.arange(height) + top  # (B, H)
-    columns = (torch.arange(width) + left).where(
-        torch.rand(size, 1, generator=generator) < 0.5 if flip else torch.ones(size, 1, dtype=torch.bool),
-        torch.arange(width).flip(0) + left,
-    )
-    padded = torch.nn.functional.pad(images, (padding,) * 4) if padding else images
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    batch = torch.arange(size, device=images.device)
-    # Channels move last so that one index fetches a whole pixel; the result is in channels_last order.
-    picked = padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)
-
-
-def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """A random part of one image, uint8 (C, H, W), as (C, size, size): area in ``scale``, aspect from 3/4 to 4/3."""
-    height, width = image.shape[-2:]
-    for _ in range(10):
-        area = height * width * torch.empty(1).uniform_(*scale, generator=generator).item()
-        ratio = torch.empty(1).uniform_(-1, 1, generator=generator).mul(torch.tensor(4 / 3).log()).exp().item()
-        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            top = int(torch.randint(height - h + 1, (1,), generator=generator))
-            left = int(torch.randint(width - w + 1, (1,), generator=generator))
-            return F.resized_crop(image, top, left, h, w, [size, size], antialias=True)
-    side = min(height, width)
-    return F.resize(F.center_crop(image, [side, side]), [size, size], antialias=True)
-
-
 def resize_and_crop(image: Tensor, size: int, resize: str = "bilinear") -> Tensor:
-    """The test view of one large image: the short side to size * 8 / 7, then the middle (C, size, size)."""
+    """The test view of images, (..., C, H, W): the short side to size * 8 / 7, then the middle (..., C, size, size)."""
     resized = F.resize(image, [size * 8 // 7], interpolation=RESIZE_MODES[resize], antialias=True)
     return F.center_crop(resized, [size, size])
 
@@ -117,71 +77,106 @@ def stack(images: ImageSet, size: int, resize: str = "bicubic") -> Tensor:
         size: side in pixels.
         resize: "bicubic", "bilinear" or "nearest".
     """
-    mode = RESIZE_MODES[resize]
+    return stacks(images, lambda pixels: square(pixels, size, resize))[0]
 
-    def square(pixels: Tensor) -> Tensor:
-        if pixels.shape[-2:] == (size, size):
-            return pixels
-        return F.resize(pixels, [size, size], interpolation=mode, antialias=True)
 
+def stacks(images: ImageSet, fit: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """All images in memory, in stored order: uint8 (N_i, C, H_i, W_i), a tensor for each stretch of one size.
+
+    Args:
+        images: at least one; files may have any sizes and be grey or coloured.
+        fit: brings one image (C, H, W), or many of one size (N, C, H, W), to the size that they are kept at.
+    """
     tensors: list[Tensor] = []
     for part in images.parts:
         if isinstance(part.images, Tensor):
-            tensors.append(square(part.images))
+            tensors.append(fit(part.images))
         else:
             with ThreadPoolExecutor() as pool:
-                tensors += pool.map(lambda path: square(decode_image(path)).unsqueeze(0), part.images)
+                tensors += pool.map(lambda path: fit(decode_image(path)).unsqueeze(0), part.images)
     channels = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([match_channels(tensor, channels) for tensor in tensors])
+    stretches = groupby((match_channels(tensor, channels) for tensor in tensors), key=lambda tensor: tensor.shape[2:])
+    return [torch.cat(list(stretch)) for _, stretch in stretches]
+
+
+def square(pixels: Tensor, size: int, resize: str) -> Tensor:
+    """Images (..., C, H, W) as (..., C, size, size), resized with antialiasing unless they have this size."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return F.resize(pixels, [size, size], interpolation=RESIZE_MODES[resize], antialias=True)
 
 
 class ClassifierTransform:
     """A data set's views of its images: training, test, both float (B, 3, S, S).
+
+    Small images lie on the device as uint8 at the size that ``keep`` gives them. Where the recipe crops them, that is
+    their own: enlarged copies would take 49 times the memory at 32 -> 224 pixels, and are made per batch instead.
 
     Args:
         recipe: what is done to training images.
         size: side of the network's input in pixels.
         mean, std: three floats for images in [0, 1].
         in_memory: small images that are augmented as a batch; else ``load_*`` works image by image in a worker.
+        resize: how images are brought to the network's size where the recipe says nothing: replay of another size.
     """
 
     def __init__(self, recipe: Recipe, size: int, mean, std, in_memory: bool, resize: str = "bicubic"):
-        self.recipe, self.size, self.resize = recipe, size, resize
-        self.whole_batch = in_memory and recipe.crop_scale is None
+        self.recipe, self.size, self.resize, self.whole_batch = recipe, size, resize, in_memory
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+
+    @property
+    def _crops_batches(self) -> bool:
+        return self.whole_batch and self.recipe.crop_scale is not None
+
+    def keep(self, pixels: Tensor, training: bool) -> Tensor:
+        """uint8 (..., C, H, W) at the size that small images, and replay beside them, are kept at."""
+        if not self._crops_batches:
+            return square(pixels, self.size, self.resize)
+        if max(pixels.shape[-2:]) <= self.size:
+            return pixels
+        return square(pixels, self.size, self.resize) if training else self._test_view(pixels)
 
     def load_train(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """One uint8 (C, H, W) image to uint8 (3, S, S), in a worker."""
         scale = self.recipe.crop_scale
         if scale is None:
-            return match_channels(resize_and_crop(image, self.size, self.recipe.test_resize), 3)
+            return match_channels(self._test_view(image), 3)
         return match_channels(random_resized_crop(image, self.size, scale, generator), 3)
 
     def load_test(self, image: Tensor) -> Tensor:
         """One uint8 (C, H, W) image to uint8 (3, S, S), in a worker."""
-        return match_channels(resize_and_crop(image, self.size, self.recipe.test_resize), 3)
+        return match_channels(self._test_view(image), 3)
 
     def train(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 (B, C, S, S) to an augmented float batch (B, 3, S, S)."""
+        """uint8 (B, C, H, W), as kept or as loaded, to an augmented float batch (B, 3, S, S)."""
         recipe = self.recipe
+        if self._crops_batches:
+            # Colours first, on the few stored pixels; stretching changes neither their scale nor their mean.
+            pixels = self._colour(images, generator)
+            return crop_and_flip(pixels, self.size, recipe.crop_scale, recipe.flip, generator)
         padding = recipe.padding if self.whole_batch else 0
         if padding or recipe.flip:
             images = shift_and_flip(images, padding, recipe.flip, generator)
-        pixels = images.float() / 255
-        if recipe.brightness:
-            factor = torch.empty(len(images), 1, 1, 1).uniform_(
-                1 - recipe.brightness, 1 + recipe.brightness, generator=generator
-            )
+        return self._colour(images, generator).contiguous(memory_format=torch.channels_last)
+
+    def test(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W), as kept or as loaded, to a float batch (B, 3, S, S)."""
+        if images.shape[-2:] != (self.size, self.size):
+            images = self._test_view(images)
+        return self._normalise(images.float() / 255).contiguous(memory_format=torch.channels_last)
+
+    def _test_view(self, images: Tensor) -> Tensor:
+        return resize_and_crop(images, self.size, self.recipe.test_resize)
+
+    def _colour(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        pixels, brightness = images.float() / 255, self.recipe.brightness
+        if brightness:
+            factor = torch.empty(len(images), 1, 1, 1).uniform_(1 - brightness, 1 + brightness, generator=generator)
             pixels = (pixels * factor.to(pixels.device)).clamp(0, 1)
         return self._normalise(pixels)
 
-    def test(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, S, S) to a float batch (B, 3, S, S)."""
-        return self._normalise(images.float() / 255)
-
     def _normalise(self, pixels: Tensor) -> Tensor:
-        result = normalise(pixels, self.mean.to(pixels.device), self.std.to(pixels.device))
-        return result.contiguous(memory_format=torch.channels_last)
+        return normalise(pixels, self.mean.to(pixels.device), self.std.to(pixels.device))
 
 
 class DiffusionTransform:
@@ -191,6 +186,10 @@ class DiffusionTransform:
 
     def __init__(self, size: int, flip: bool, resize: str = "bicubic"):
         self.size, self.flip, self.resize = size, flip, resize
+
+    def keep(self, pixels: Tensor, training: bool) -> Tensor:
+        """uint8 (..., C, H, W) at the generator's size."""
+        return square(pixels, self.size, self.resize)
 
     def train(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 (B, C, S, S) to float (B, C, S, S) in [-1, 1]."""

@@ -74,6 +74,52 @@ def test_an_image_smaller_than_a_patch_is_refused():
         build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=8))
 
 
+def test_arguments_make_a_small_network_for_small_images():
+    sizes = {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    options = BackboneOptions(pretrained=False, image_size=8, args=sizes)
+    check_backbone_name("vit_tiny_patch16_224", options)
+    backbone = build_backbone("vit_tiny_patch16_224", options).eval()
+    assert (backbone.num_features, len(backbone.network.blocks)) == (64, 4)
+    assert backbone(torch.randn(2, 3, 8, 8)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("act", [check_backbone_name, build_backbone])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (TAGGED, {}, "backbone_args=.*another network than the published weights.*pretrained=false.*backbone_weights"),
+        ("resnet20", {"pretrained": False}, "backbone_args=.*is for timm's models: resnet20"),
+        ("test_vit", {"pretrained": False, "args": {"num_classes": 9}}, "backbone_args.num_classes follows from"),
+    ],
+)
+def test_arguments_that_cannot_be_given_are_refused_before_anything_is_built(act, name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        act(name, BackboneOptions(**{"args": {"depth": 2}, **options}))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"patch_siz": 2}, "unexpected keyword argument 'patch_siz'"),
+        ({"num_heads": 7}, "divisible"),
+        ({"patch_size": 0}, "zero"),
+        ({"patch_size": [2]}, "out of range"),
+        ({"act_layer": "none_such"}, "none_such"),
+    ],
+)
+def test_arguments_that_timm_refuses_are_named_with_its_reason(args, said):
+    with pytest.raises(ConfigError, match=f"test_vit for images of 32 px with backbone_args=.*{said}"):
+        build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=32, args=args))
+
+
+def test_arguments_serve_a_local_file_of_another_depth(tmp_path):
+    options = {"image_size": 32, "args": {"depth": 2}}
+    saved = build_backbone("test_vit", BackboneOptions(pretrained=False, **options))
+    save_file(saved.network.state_dict(), tmp_path / "two.safetensors")
+    loaded = build_backbone("test_vit", BackboneOptions(weights=str(tmp_path / "two.safetensors"), **options))
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict())
+
+
 def test_published_weights_arrive_without_their_classifier(monkeypatch, published):
     reference, path = published
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, local_files_only: str(path))

@@ -1,6 +1,7 @@
 """Weight files are read without running code, and loaded whole or not at all."""
 
 import pickle
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -107,10 +108,33 @@ def only_cached(repository, filename, local_files_only):
     raise LocalEntryNotFoundError("not cached" if local_files_only else "no network")
 
 
-def test_an_unreachable_hub_is_told_from_offline(monkeypatch):
+def test_a_download_that_fails_is_told_from_offline(monkeypatch):
+    monkeypatch.setattr("models.weights.hub_answers", lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", only_cached)
     with pytest.raises(WeightsError, match=r"timm/none .* could not be fetched \(LocalEntryNotFoundError\)"):
         published_weights(Source(hub="timm/none"), offline=False)
+
+
+def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=unreachable))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *names, **keys: asked.append(keys) or only_cached(*names, **keys)
+    )
+    with pytest.raises(WeightsError, match=rf"timm/none .*{tmp_path}.*no answer from the hub.*backbone_weights"):
+        published_weights(Source(hub="timm/none"), offline=False)
+    assert all(keys["local_files_only"] for keys in asked)  # its downloader was never let loose
+
+
+def test_weights_in_the_cache_ask_no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("models.weights.hub_answers", None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, local_files_only: str(tmp_path / names[1]))
+    assert published_weights(Source(hub="timm/none"), offline=False) == tmp_path / "model.safetensors"
+
+
+def unreachable(*call, **keys):
+    raise OSError("no route")
 
 
 def test_a_file_in_the_torch_cache_is_found_offline(monkeypatch, tmp_path):
@@ -122,9 +146,6 @@ def test_a_file_in_the_torch_cache_is_found_offline(monkeypatch, tmp_path):
 
 
 def test_a_failed_download_is_a_weights_error(monkeypatch, tmp_path):
-    def unreachable(url, target):
-        raise OSError("no route")
-
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(WeightsError, match="could not be fetched"):

@@ -1,4 +1,4 @@
-"""Metric values of the specification cards: PyCIL 11.4, 11.5, GUIDE P10, ASP 5.2 and 23, TDFA 1.10."""
+"""Metric values of the specification cards: PyCIL 11.4, 11.5, GUIDE P10, ASP 5.2 and 23, DDDR 16, TDFA 1.10."""
 
 import numpy as np
 import pytest
@@ -39,6 +39,16 @@ def test_guides_forgetting_is_negative_where_a_task_improved():
     assert metrics.forgetting([[0.5], [0.6, 0.8]]) == pytest.approx(-0.1)
 
 
+@pytest.mark.parametrize(("after", "lost"), [(1, 0.0), (2, 0.30), (3, 0.20)])
+def test_dddrs_forgetting_of_classes(after, lost):
+    rows = [[0.9, 0.8], [0.5, 0.6, 0.7, 0.9], [0.6, 0.5, 0.6, 0.8, 0.9, 0.9]]
+    assert metrics.class_forgetting(rows[:after]) == pytest.approx(lost)
+
+
+def test_dddrs_forgetting_is_never_negative_and_skips_classes_without_test_images():
+    assert metrics.class_forgetting([[0.5, 0.5, None], [0.9, 0.3, None, 0.1]]) == pytest.approx(0.1)
+
+
 def test_asps_harmonic_mean():
     assert metrics.harmonic_mean(80.454, 52.928) == pytest.approx(63.8507, abs=5e-5)
 
@@ -48,6 +58,14 @@ def test_asps_novel_accuracy_covers_all_novel_groups_and_base_only_the_base():
     assert figures["base"][-1] == 80.454
     assert figures["novel"] == pytest.approx([None, 50.0, 52.928])
     assert figures["harmonic_mean"][-1] == pytest.approx(63.8507, abs=5e-5)
+
+
+def test_asps_old_and_new_are_means_over_base_and_over_all_novel_groups():
+    labels = np.repeat(np.arange(15), 100)
+    shares = np.repeat([0.80, 0.90, 0.50, 0.40, 0.60], 3)  # of five groups of three classes, three of them novel
+    predictions = np.where(np.tile(np.arange(100) / 100, 15) < np.repeat(shares, 100), labels, -1)
+    averages = metrics.asp_averages(predictions, labels, init_cls=6, increment=3)
+    assert averages == pytest.approx({"old": 85.0, "new": 50.0, "harmonic_mean": 2 * 85 * 50 / 135})
 
 
 @pytest.mark.parametrize(

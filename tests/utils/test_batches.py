@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from utils.batches import Batch, ImageBatches, test_batches
+from utils.batches import Batch, ImageBatches, PairedBatches, test_batches
 from utils.images import ImageSet
 from utils.transforms import RECIPES, ClassifierTransform
 
@@ -71,6 +71,32 @@ def test_replay_of_another_size_is_brought_to_the_networks():
     assert epoch[0].images.shape == (4, 3, 8, 8)
 
 
+def test_small_images_stay_small_and_larger_replay_is_kept_at_the_networks_size():
+    batches = batches_of(images_of(6), images_of(4, size=64, start=6), recipe="asp", size=32)
+    assert [tuple(pixels.shape) for pixels in batches.stores] == [(6, 3, 8, 8), (4, 3, 32, 32)]
+    assert all(pixels.dtype == torch.uint8 for pixels in batches.stores)
+
+
+def test_images_of_two_sizes_stay_with_their_labels_in_every_batch():
+    def flat(count, size, start):
+        levels = torch.arange(start, start + count).to(torch.uint8)
+        return ImageSet.of(levels.view(-1, 1, 1, 1).repeat(1, 3, size, size), torch.arange(start, start + count))
+
+    batches = batches_of(flat(6, 8, 0) + flat(3, 40, 6), flat(5, 16, 9), recipe="asp", size=32)
+    for batch in batches.epoch(0):
+        levels = ((batch.images + 1) * 127.5).mean((1, 2, 3)).round()
+        assert batch.images.shape[1:] == (3, 32, 32)
+        assert levels.tolist() == batch.labels.tolist() == batch.index.tolist()
+
+
+def test_a_set_of_two_sizes_is_evaluated_in_stored_order():
+    images = images_of(3) + images_of(2, size=64, start=3) + images_of(1, size=32, start=5)
+    transform = ClassifierTransform(RECIPES["asp"], 32, (0.0,) * 3, (1.0,) * 3, True)
+    together = torch.cat(list(test_batches(images, transform, 2, CPU)))
+    apart = [next(test_batches(images.take([i]), transform, 2, CPU)) for i in range(6)]
+    assert_close(together, torch.cat(apart), rtol=0, atol=0)
+
+
 def test_order_and_augmentation_depend_on_the_key_alone():
     first = list(batches_of(images_of(12)).epoch(0))
     torch.manual_seed(99)
@@ -133,7 +159,7 @@ def test_each_large_image_is_cropped_by_its_own_key(photographs):
     def crops(batch_size):
         batches = batches_of(photographs, recipe="imagenet", size=16, in_memory=False, batch_size=batch_size)
         picks = torch.arange(9).split(batch_size)
-        return torch.cat(list(batches._pixels(picks, epoch=0)))
+        return torch.cat(list(batches._load(picks, epoch=0)))
 
     assert_close(crops(2), crops(9), rtol=0, atol=0)
 
@@ -144,8 +170,10 @@ def test_test_batches_keep_the_stored_order_without_augmentation(in_memory):
     transform = ClassifierTransform(RECIPES["imagenet"], 16, (0.5,) * 3, (0.5,) * 3, in_memory)
     chunks = list(test_batches(images, transform, 4, CPU))
     assert [len(chunk) for chunk in chunks] == [4, 4, 2]
-    expected = transform.test(torch.stack([transform.load_test(image) for image in images.parts[0].images]))
-    assert_close(torch.cat(chunks), expected, rtol=0, atol=0)
+    pixels = images.parts[0].images
+    # Small images of the network's size are shown whole, large ones as ImageNet's are.
+    views = pixels if in_memory else torch.stack([transform.load_test(image) for image in pixels])
+    assert_close(torch.cat(chunks), views / 127.5 - 1)
 
 
 def test_no_images_give_no_test_batches():
@@ -161,3 +189,38 @@ def test_take_keeps_the_rows_of_a_mask(soft):
     assert replay.labels.tolist() == replay.index.tolist() == [1, 3]
     assert_close(replay.images, batch.images[[1, 3]])
     assert_close(replay.soft_targets, None if soft is None else soft[[1, 3]])
+
+
+# ---------------------------------------------------------------------- replay beside the present
+
+
+def paired(replay_size=4) -> PairedBatches:
+    """Three batches of the present per epoch; five images of replay, which go round beneath them."""
+    replay = batches_of(ImageSet(), images_of(5, start=50), key=(1993, 1, "replay"), batch_size=replay_size)
+    return PairedBatches(batches_of(images_of(10)), replay)
+
+
+def test_an_epoch_is_one_of_the_present_with_replay_beside_every_batch():
+    batches = paired()
+    epoch = list(batches.epoch(0))
+    assert len(batches) == len(epoch) == 3
+    assert_same(epoch, list(batches_of(images_of(10)).epoch(0)))
+    assert all(batch.replay.is_replay.all() and not batch.is_replay.any() for batch in epoch)
+    assert all((batch.replay.labels >= 50).all() for batch in epoch)
+
+
+@pytest.mark.parametrize("replay_size", [2, 5, 9])  # more, and fewer, batches than the present has
+def test_replay_goes_round_and_round_beneath_the_epochs(replay_size):
+    batches = paired(replay_size)
+    beside = [batch.replay for epoch in range(3) for batch in batches.epoch(epoch)]
+    rounds = [batch for number in range(9) for batch in batches.replay.epoch(number)]
+    assert_same(beside, rounds[:9])
+
+
+@pytest.mark.parametrize("position", range(9))
+def test_paired_batches_go_on_at_any_step_with_the_same_bits(position):
+    whole = [batch for epoch in range(3) for batch in paired().epoch(epoch)]
+    epoch, start = divmod(position, 3)
+    rest = list(paired().epoch(epoch, start))
+    assert_same(rest, whole[position : 3 * epoch + 3])
+    assert_same([batch.replay for batch in rest], [batch.replay for batch in whole[position : 3 * epoch + 3]])

@@ -51,6 +51,26 @@ def test_replay_memory_is_exemplars_bank_and_source(tmp_path, capsys):
     assert "1.5 KiB" in table_of(capsys, run)
 
 
+def few_shot(base, novel):
+    """The figures of two sessions, the last ones given."""
+    return {"fscil": {"base": [90.0, base], "novel": [None, novel], "harmonic_mean": [None, 60.0],
+                      "performance_drop": [0.0, 12.5]}}  # fmt: skip
+
+
+def test_few_shot_runs_have_columns_of_their_last_session(tmp_path, capsys):
+    run = write_run(tmp_path, "asp", {1: 50.0}, **few_shot(80.0, 48.0))
+    head, _, row = table_of(capsys, run).splitlines()
+    assert head.endswith("base (%)  novel (%)  harmonic mean (%)  drop (pts)")
+    assert row.split()[-4:] == ["80.00", "48.00", "60.00", "12.50"]
+
+
+def test_runs_without_few_shots_beside_few_shot_runs_leave_these_columns_empty(tmp_path, capsys):
+    write_run(tmp_path, "a_asp", {1: 50.0, 2: 50.0}, **few_shot(80.0, 48.0))
+    write_run(tmp_path, "b_wa", {1: 50.0})
+    asp, wa = csv_of(capsys, str(tmp_path))
+    assert (asp["base_mean"], asp["novel_std"], wa["base_mean"]) == ("80.0", "0.0", "")
+
+
 def test_one_seed_has_no_deviation(tmp_path, capsys):
     run = write_run(tmp_path, "cifar_wa", {1: 50.0})
     assert csv_of(capsys, run)[0]["final_accuracy_std"] == ""

@@ -185,6 +185,90 @@ def test_two_spellings_of_one_key_must_agree():
         merge_aliases({"backbone_type": "a", "convnet_type": "b"})
 
 
+# ---------------------------------------------------------------------- flat keys of the originals
+
+
+@pytest.mark.parametrize(
+    ("flat", "synth"),
+    [
+        ({"need_syn_imgs": True}, {"name": "ldm", "need_syn_imgs": True}),
+        ({"need_syn_imgs": "true"}, {"name": "ldm", "need_syn_imgs": "true"}),
+        ({"ldm_ckpt": "a.ckpt", "config": "a.yaml"}, {"name": "ldm", "ldm_ckpt": "a.ckpt", "yaml": "a.yaml"}),
+        (
+            {"syn_image_path": "bank", "need_syn_imgs": False},
+            {"name": "ldm", "syn_image_path": "bank", "need_syn_imgs": False},
+        ),
+        ({"need_syn_imgs": True, "syn_image_path": None}, {"name": "ldm", "need_syn_imgs": True}),
+        ({"need_syn_imgs": False}, None),  # no images wanted, none named
+        ({"need_syn_imgs": "false"}, None),
+        ({"syn_image_path": None, "config": None}, None),
+        ({"ldm_ckpt": "a", "synth": {"guidance": 3}}, {"name": "ldm", "guidance": 3, "ldm_ckpt": "a"}),
+        ({"ldm_ckpt": "a", "synth": {"name": "LDM", "ldm_ckpt": "a"}}, {"name": "LDM", "ldm_ckpt": "a"}),  # they agree
+        ({"need_syn_imgs": True, "synth": {"need_syn_imgs": "true"}}, {"name": "ldm", "need_syn_imgs": True}),
+        ({"need_syn_imgs": False, "synth": DDPM}, {"name": "ddpm", "need_syn_imgs": False}),  # every source has it
+        ({"synth": DDPM}, DDPM),
+    ],
+)
+def test_flat_keys_of_the_originals_move_into_a_source(flat, synth):
+    moved = merge_aliases({"dataset": "digits", **flat})
+    assert moved.get("synth") == synth
+    assert synth is None or set(moved) == {"dataset", "synth"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({"ldm_ckpt": "a", "synth": {"name": "ldm", "ldm_ckpt": "b"}}, ["ldm_ckpt='a'", "synth.ldm_ckpt='b'"]),
+        ({"config": "a", "synth": {"name": "ldm", "yaml": "b"}}, ["config='a'", "synth.yaml='b'"]),
+        ({"need_syn_imgs": True, "synth": {"need_syn_imgs": False}}, ["need_syn_imgs=T", "synth.need_syn_imgs=F"]),
+        ({"ldm_ckpt": "a", "synth": DDPM}, ["ldm_ckpt='a'", "synth.name='ddpm'"]),
+    ],
+)
+def test_a_flat_key_that_contradicts_the_source_is_named_with_what_it_contradicts(raw, named):
+    with pytest.raises(ConfigError) as caught:
+        merge_aliases(raw)
+    assert all(words in str(caught.value) for words in named)
+
+
+@pytest.mark.parametrize(
+    ("raw", "overrides", "synth"),
+    [
+        ({"ldm_ckpt": "a"}, ["ldm_ckpt=b"], {"name": "ldm", "ldm_ckpt": "b"}),
+        ({"ldm_ckpt": "a"}, ["synth.ldm_ckpt=b"], {"name": "ldm", "ldm_ckpt": "b"}),
+        ({"need_syn_imgs": "true"}, ["need_syn_imgs=false"], {"name": "ldm", "need_syn_imgs": False}),
+        ({}, ["need_syn_imgs=true", "config=x.yaml"], {"name": "ldm", "need_syn_imgs": True, "yaml": "x.yaml"}),
+        ({"synth": DDPM}, ["syn_image_path=x"], {"name": "ddpm", "syn_image_path": "x"}),
+        ({"ldm_ckpt": "a"}, ["synth=null"], None),
+        ({"need_syn_imgs": False}, [], None),
+    ],
+)
+def test_an_override_of_a_flat_key_wins_over_the_file_in_either_spelling(raw, overrides, synth):
+    assert apply_overrides(raw, overrides).get("synth") == synth
+
+
+def test_need_syn_imgs_written_as_text_is_a_boolean_of_the_source():
+    config, _ = build_config({**BASE, "need_syn_imgs": "false", "synth": DDPM})
+    assert config.synth.need_syn_imgs is False
+    assert build_config({**BASE, "synth": DDPM})[0].synth.need_syn_imgs is True
+
+
+def test_flat_keys_that_are_off_without_a_source_are_listed_as_unused():
+    config, unused = build_config({**BASE, "need_syn_imgs": "false"})
+    assert (config.synth, unused) == (None, ["need_syn_imgs"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"dataset": "cub"}, "cub"),
+        ({"dataset": "CUB", "cub_split": "official"}, "cub_official"),
+        ({"dataset": "cifar224", "cub_split": "official"}, "cifar224"),
+    ],
+)
+def test_the_split_of_cub_picks_the_data_set(keys, name):
+    assert run_config(**keys).data_name == name
+
+
 # ---------------------------------------------------------------------- identity and seeds
 
 
@@ -268,3 +352,20 @@ def test_a_pycil_file_runs_unchanged(tmp_path):
     config, unused = build_config(read_experiment(tmp_path / "icarl.json"))
     assert unused == []
     assert {key: getattr(config, key) for key in pycil} == pycil
+
+
+def test_an_asp_file_with_the_flat_keys_of_generated_replay_runs_unchanged():
+    asp = {
+        "prefix": "asp", "model_prefix": "asp", "dataset": "cifar224", "memory_size": 0, "shuffle": False,
+        "init_cls": 60, "increment": 5, "kshot": 5, "model_name": "asp", "backbone_type": "pretrained_vit_b16_224_vpt",
+        "device": ["0"], "seed": [2024], "vpt_type": "Deep", "prompt_token_num": 6, "TIP_init": "zero",
+        "avg_alpha": 0.8, "EMA_beta": 0.99, "perturb_var": 1, "anchor_lambda": 0.1, "kl_weight": 0.001,
+        "optimizer": "sgd", "init_lr": 0.01, "min_lr": 0, "weight_decay": 0.0005, "tuned_epoch": 20, "fs_epoch": 0,
+        "batch_size": 48, "fs_batch_size": 16, "fs_lr": 0.001, "top_k": 5, "base_model_path": "none",
+    }  # fmt: skip
+    flat = {"need_syn_imgs": "true", "syn_image_path": None, "ldm_ckpt": "model.ckpt", "config": "ldm.yaml"}
+    config, unused = build_config({**asp, **flat})
+    assert unused == ["base_model_path", "model_prefix", "top_k"]
+    assert config.convnet_type == "pretrained_vit_b16_224_vpt"
+    source = config.synth
+    assert (source.name, source.need_syn_imgs, source.ldm_ckpt, source.yaml) == ("ldm", True, "model.ckpt", "ldm.yaml")

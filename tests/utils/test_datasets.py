@@ -178,6 +178,55 @@ def test_imagenet100_can_be_drawn_from_all_of_imagenet(tmp_path):
     assert load_dataset("imagenet100", tmp_path).class_names == expected
 
 
+def write_cub(data_dir, split=("1", "0", "0", "1"), labels=("1", "1", "2", "2")):
+    """CUB-200-2011 as published, with two classes of two images."""
+    names, folder = ["001.Albatross", "002.Auklet"], data_dir / "CUB_200_2011"
+    paths = [f"{name}/{name}_{i}.jpg" for name in names for i in range(2)]
+    for i, path in enumerate(paths):
+        write_image(folder / "images" / path, size=(70, 80), level=50 * i)
+    tables = {"images": paths, "train_test_split": split, "image_class_labels": labels, "classes": names}
+    for table, values in tables.items():
+        lines = [f"{i} {value}" for i, value in enumerate(values, 1)]
+        (folder / f"{table}.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_cub_is_read_with_its_official_split_as_published(tmp_path):
+    write_cub(tmp_path)
+    dataset = load_dataset("cub_official", tmp_path)
+    assert dataset.class_names == ["001.Albatross", "002.Auklet"]
+    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([0, 1], [0, 1])
+    levels = [
+        round(image_set.image(i).float().mean().item(), -1)
+        for image_set in (dataset.train, dataset.test)
+        for i in (0, 1)
+    ]
+    assert levels == [0, 150, 50, 100]
+    assert (dataset.image_size, dataset.augmentation, dataset.mean) == (224, "asp", (0,) * 3)
+    assert "official split" in dataset.source and "2 training and 2 test images" in dataset.source
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"), [({"split": ["1"]}, "no split or no class for image 2"), ({"labels": "1113"}, "for image 4")]
+)
+def test_an_image_of_cub_that_the_tables_leave_out_is_named(tmp_path, broken, said):
+    write_cub(tmp_path, **broken)
+    with pytest.raises(DataError, match=said):
+        load_dataset("cub_official", tmp_path)
+
+
+def test_a_table_of_cub_that_is_cut_off_is_named_with_its_line(tmp_path):
+    write_cub(tmp_path)
+    (tmp_path / "CUB_200_2011" / "classes.txt").write_text("1 001.Albatross\n2\n")
+    with pytest.raises(DataError, match=r"classes\.txt, line 2: not an id and a value"):
+        load_dataset("cub_official", tmp_path)
+
+
+def test_absent_cub_says_how_to_unpack_it(tmp_path):
+    assert "CUB_200_2011" in find_dataset("cub_official", tmp_path).text
+    with pytest.raises(DataError, match=r"unpacked as .*CUB_200_2011 with images.txt beside images/"):
+        load_dataset("cub_official", tmp_path)
+
+
 def test_digits_are_scaled_to_bytes_and_split_by_class():
     dataset = load_dataset("digits")
     images = torch.cat([dataset.train.parts[0].images, dataset.test.parts[0].images])

@@ -128,10 +128,42 @@ def test_memory_stands_beside_all_real_data(tmp_path):
         assert words in page
 
 
-@pytest.mark.parametrize("few_shot", [{"base": [90.0, 80.0], "novel": [None, 33.3]}, {"base": 80.0, "novel": 33.3}])
-def test_few_shot_and_long_tailed_figures_are_shown(tmp_path, few_shot):
-    page, _ = page_of(tmp_path, results_of(2, fscil=few_shot, long_tail={"many": 71.5, "medium": 2.0, "few": None}))
-    assert "33.3" in page and "71.5" in page
+FEW_SHOT = {
+    "base": [90.0, 80.5],
+    "novel": [None, 33.3],
+    "harmonic_mean": [None, 47.1],
+    "performance_drop": [0.0, 21.2],
+    "asp_old": [90.0, 80.4],
+}
+
+
+def test_few_shot_sessions_have_a_table_a_curve_and_a_headline(tmp_path):
+    page, _ = page_of(tmp_path, results_of(2, fscil=FEW_SHOT))
+    assert all(f">{value}</td>" in page for value in ("80.5", "33.3", "47.1", "21.2"))
+    assert 'aria-label="base, novel, harmonic mean over session"' in page
+    assert "<b>47.1 %</b><small>base 80.5 %, novel 33.3 %</small>" in page
+
+
+def test_a_first_session_alone_has_no_curve_and_no_harmonic_mean(tmp_path):
+    page, _ = page_of(tmp_path, results_of(1, fscil={name: values[:1] for name, values in FEW_SHOT.items()}))
+    assert "Few-shot sessions" in page and "over session" not in page and "<span>Harmonic mean" not in page
+
+
+def test_runs_without_few_shots_have_no_such_section(tmp_path):
+    assert "Few-shot sessions" not in page_of(tmp_path, results_of(2, fscil=None))[0]
+
+
+def test_long_tailed_figures_are_shown(tmp_path):
+    page, _ = page_of(tmp_path, results_of(2, long_tail={"many": 71.5, "medium": 2.0, "few": None}))
+    assert "71.5" in page and "many training images" in page
+
+
+def test_frozen_weights_stand_in_the_memory_table_but_not_in_the_memory_of_the_past(tmp_path):
+    memory = results_of(2)["memory_bytes"]
+    page, _ = page_of(tmp_path, results_of(2, memory_bytes={**memory, "frozen": 327 << 20}))
+    assert "frozen weights, not counted as memory of the past" in page and "327.0 MiB" in page
+    assert "2.0 MiB with bank and source" in page
+    assert 'style="width:50.00%"' in page  # the source's bar is still measured by the real data
 
 
 def test_upper_bounds_and_unfinished_runs_say_so(tmp_path):

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 from torchvision import transforms as tv
+from torchvision.transforms.v2 import functional as tv2
 
+from utils.crops import crop_and_flip, crop_boxes, random_resized_crop, shift_and_flip
 from utils.images import ImageSet
 from utils.transforms import (
     RECIPES,
@@ -16,9 +18,7 @@ from utils.transforms import (
     Recipe,
     match_channels,
     normalise,
-    random_resized_crop,
     resize_and_crop,
-    shift_and_flip,
     stack,
     to_uint8,
     to_unit_range,
@@ -159,15 +159,57 @@ def test_a_resized_crop_has_the_asked_size_whatever_the_image(height, width):
     assert all(crop.shape == (3, 32, 32) and crop.dtype == torch.uint8 for crop in crops)
 
 
-def test_a_resized_crop_keeps_area_and_aspect_in_range(monkeypatch):
-    boxes = []
-    monkeypatch.setattr("utils.transforms.F.resized_crop", lambda *call, **_: boxes.append(call[3:5]))
-    for seed in range(200):
-        random_resized_crop(noise_images(1, 1, 100, 120)[0], 32, (0.2, 0.6), generator(seed))
-    areas = torch.tensor([h * w / 12000 for h, w in boxes])
-    ratios = torch.tensor([w / h for h, w in boxes])
+def test_a_resized_crop_keeps_area_and_aspect_in_range_and_lies_anywhere():
+    top, left, h, w = crop_boxes(4000, 100, 120, (0.2, 0.6), generator())
+    areas, ratios = h * w / 12000, w / h
     assert 0.19 < areas.min() < 0.22 and 0.57 < areas.max() < 0.61
-    assert 0.73 < ratios.min() < 0.8 and 1.25 < ratios.max() < 1.36
+    assert 0.73 < ratios.min() < 0.77 and 1.3 < ratios.max() < 1.36
+    assert areas.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert ratios.log().mean().item() == pytest.approx(0, abs=0.01)  # 3/4 is as likely as 4/3
+    assert (top.min(), left.min(), (top + h).max(), (left + w).max()) == (0, 0, 100, 120)
+    assert ((top + h / 2).mean() / 100).item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 32), (7, 9)])
+@pytest.mark.parametrize("size", [32, 224])
+def test_a_batch_is_cropped_as_torchvision_crops_its_images_one_by_one(height, width, size):
+    images = noise_images(12, 3, height, width)
+    top, left, h, w = crop_boxes(12, height, width, (0.05, 1.0), generator(4))
+    crops = crop_and_flip(images.float(), size, (0.05, 1.0), False, generator(4))
+    expected = [
+        tv2.resized_crop(image, *box, [size, size], antialias=True)
+        for image, *box in zip(images, *(numbers.tolist() for numbers in (top, left, h, w)))
+    ]
+    assert_close(crops, torch.stack(expected).float(), rtol=0, atol=1)
+    assert crops.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_of_the_cropped_images_are_mirrored_and_the_rest_are_not():
+    images = noise_images(1, 3, 16, 16).float().expand(400, -1, -1, -1)
+    crops = crop_and_flip(images, 16, (1.0, 1.0), True, generator())  # of a square only the whole has its full area
+    mirrored = (crops == images.flip(-1)).flatten(1).all(1)
+    assert_close(crops[~mirrored], images[~mirrored], rtol=0, atol=0)
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["asp", "imagenet_jitter"])
+def test_a_cropped_training_batch_stays_in_range_and_is_normalised(recipe):
+    kept = ClassifierTransform(RECIPES[recipe], 32, MEAN, STD, True)
+    plain = ClassifierTransform(RECIPES[recipe], 32, (0.0,) * 3, (1.0,) * 3, True)
+    images = noise_images(6)
+    batch = plain.train(images, generator(2))
+    assert batch.shape == (6, 3, 32, 32) and batch.min() >= 0 and batch.max() <= 1
+    assert_close(kept.train(images, generator(2)), tv.Normalize(MEAN, STD)(batch))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 32)])
+def test_small_images_are_tested_as_pil_would_enlarge_them(height, width):
+    images = noise_images(3, 3, height, width)
+    batch = ClassifierTransform(RECIPES["asp"], 224, (0.0,) * 3, (1.0,) * 3, True).test(images)
+    view = tv.Compose([tv.Resize(256, tv.InterpolationMode.BICUBIC), tv.CenterCrop(224)])
+    expected = torch.stack([as_tensor(view(as_pil(image))) for image in images])
+    assert_close(batch * 255, expected.float(), rtol=0, atol=1)
+    assert_close(batch * 255, resize_and_crop(images, 224, "bicubic").float())
 
 
 def test_an_image_too_long_for_any_crop_gives_its_middle_as_pil_resizes_it():
@@ -212,10 +254,31 @@ def test_grey_is_repeated_to_three_equal_channels():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "in_memory", "whole"), [("cifar", True, True), ("cifar", False, False), ("asp", True, False)]
+    ("recipe", "side", "training", "kept"),
+    [
+        ("cifar", 8, True, 8),
+        ("cifar", 4, True, 32),  # without a crop, other sizes are brought to the network's
+        ("asp", 8, True, 8),  # with one, small images are enlarged per batch
+        ("asp", 8, False, 8),
+        ("asp", 40, True, 32),
+        ("asp", 40, False, 32),
+    ],
 )
-def test_only_small_images_without_resized_crops_are_augmented_as_a_batch(recipe, in_memory, whole):
-    assert transform(RECIPES[recipe], in_memory=in_memory).whole_batch is whole
+def test_images_are_kept_small_where_every_batch_is_cropped_anew(recipe, side, training, kept):
+    size = 8 if (recipe, side) == ("cifar", 8) else 32
+    pixels = transform(RECIPES[recipe], size).keep(noise_images(2, 3, side, side), training)
+    assert pixels.shape == (2, 3, kept, kept)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_only_small_images_are_augmented_as_a_batch(in_memory):
+    assert all(transform(recipe, in_memory=in_memory).whole_batch is in_memory for recipe in RECIPES.values())
+
+
+def test_large_images_beside_small_ones_are_tested_by_their_middle():
+    image = noise_images(1, 3, 60, 80)
+    kept = transform(RECIPES["asp"], 32).keep(image, training=False)
+    assert_close(kept, resize_and_crop(image, 32, "bicubic"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("recipe", ["none", "imagenet"])

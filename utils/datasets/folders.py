@@ -58,7 +58,29 @@ def read_folders(folder: Path, test_folders: Sequence[str], class_names: list[st
     _check_same_classes(folder / "train", list(train), test_folder, list(test))
     _check_not_empty(folder / "train", train)
     _check_not_empty(test_folder, test)
-    return _images(folder, train, {name: test[name] for name in train})
+    return read_files(train, {name: test[name] for name in train}, f"class folders in {folder}")
+
+
+def read_files(train: dict[str, list[str]], test: dict[str, list[str]], source: str) -> Images:
+    """Both splits from the files of every class: small images of one size in memory, others by their paths.
+
+    Args:
+        train, test: paths by class name, the same names in the same order.
+        source: what is read, in words.
+
+    Raises:
+        DataError: if an image is broken.
+    """
+    splits = [_flat(train), _flat(test)]
+    paths = [path for split_paths, _ in splits for path in split_paths]
+    headers = set(_in_threads(_read_header, paths, "checking images"))
+    channels = 1 if all(header.grey for header in headers) else 3
+    sizes = {(header.width, header.height) for header in headers}
+    if len(sizes) == 1 and max(sizes.pop()) <= SMALL_SIDE:
+        splits = [(_decode(split_paths, channels), labels) for split_paths, labels in splits]
+    counts = f"{len(splits[0][1])} training and {len(splits[1][1])} test images, {len(train)} classes"
+    sets = [ImageSet.of(images, labels) for images, labels in splits]
+    return Images(*sets, list(train), channels, f"{source} ({counts})")
 
 
 def _pick_test_folder(folder: Path, names: Sequence[str]) -> Path:
@@ -126,19 +148,6 @@ def _check_not_empty(split: Path, files: dict[str, list[str]]) -> None:
 def _listed(names: list[str], most: int = 5) -> str:
     shown = ", ".join(names[:most]) or "none"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
-
-
-def _images(folder: Path, train: dict[str, list[str]], test: dict[str, list[str]]) -> Images:
-    splits = [_flat(train), _flat(test)]
-    paths = [path for split_paths, _ in splits for path in split_paths]
-    headers = set(_in_threads(_read_header, paths, "checking images"))
-    channels = 1 if all(header.grey for header in headers) else 3
-    sizes = {(header.width, header.height) for header in headers}
-    if len(sizes) == 1 and max(sizes.pop()) <= SMALL_SIDE:
-        splits = [(_decode(split_paths, channels), labels) for split_paths, labels in splits]
-    counts = f"{len(splits[0][1])} training and {len(splits[1][1])} test images, {len(train)} classes"
-    sets = [ImageSet.of(images, labels) for images, labels in splits]
-    return Images(*sets, list(train), channels, f"class folders in {folder} ({counts})")
 
 
 def _flat(files: dict[str, list[str]]) -> tuple[list[str], Tensor]:

@@ -9,10 +9,12 @@ import numpy as np
 
 from utils.datasets import DATASETS
 from utils.datasets.base import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIDE, Images, Recipe
-from utils.datasets.folders import list_class_names, read_folders
+from utils.datasets.folders import list_class_names, read_files, read_folders
 
 EITHER = ("test", "val")
 IMAGENET_FOLDERS = ("imagenet1000", "imagenet")
+CUB_FOLDER = "CUB_200_2011"
+CUB_TABLES = ("images", "train_test_split", "image_class_labels", "classes")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,43 @@ class FirstOfImageNet:
         return next((folder for folder in folders if (folder / "train").is_dir()), None)
 
 
+@dataclass(frozen=True)
+class OfficialCub:
+    """CUB-200-2011 as published, with the split of `train_test_split.txt` (Wah et al., 2011)."""
+
+    num_classes: int = 200
+    fetchable: bool = False
+
+    def describe(self, data_dir: Path) -> tuple[bool, str]:
+        folder = data_dir / CUB_FOLDER
+        if (folder / "train_test_split.txt").is_file():
+            return True, f"CUB-200-2011 and its official split in {folder}"
+        return False, f"the published archive, unpacked as {folder} with images.txt beside images/, is read as it is"
+
+    def load(self, data_dir: Path, offline: bool) -> Images:
+        present, text = self.describe(data_dir)
+        if not present:
+            raise FileNotFoundError(text)
+        folder = data_dir / CUB_FOLDER
+        paths, splits, labels, names = (_read_table(folder / f"{name}.txt") for name in CUB_TABLES)
+        train, test = ({name: [] for name in names.values()} for _ in range(2))
+        for image, path in paths.items():
+            files, name = {"1": train, "0": test}.get(splits.get(image)), names.get(labels.get(image))
+            if files is None or name is None:
+                raise ValueError(f"the tables of {folder} give no split or no class for image {image}, {path}")
+            files[name].append(str(folder / "images" / path))
+        return read_files(train, test, text)
+
+
+def _read_table(path: Path) -> dict[str, str]:
+    """Lines of an id and a value, divided by a blank, in their order."""
+    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    short = [number for number, row in enumerate(rows, 1) if len(row) != 2]
+    if short:
+        raise ValueError(f"{path}, line {short[0]}: not an id and a value")
+    return dict(rows)
+
+
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "test_folders": EITHER}
 # ASP and PILOT feed these to a ViT as pixels in [0, 1], without mean and deviation (ASP card, 2.4).
 ASP = {"augmentation": "asp", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": LARGE_SIDE}
@@ -56,5 +95,6 @@ for name, recipe in {
     "imagenet1000": Recipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
     "imagenetr": Recipe(folders=("imagenet-r",), test_folders=EITHER, **ASP),
     "cub": Recipe(folders=("cub200",), **ASP),
+    "cub_official": Recipe(provider=OfficialCub(), **ASP),
 }.items():
     DATASETS.register(name)(recipe)

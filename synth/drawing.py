@@ -1,0 +1,99 @@
+"""A folder of drawn images, `<class>/<class>-<i>.png`: what is missing is drawn, what is there is found and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synth.base import ReplaySource, Requests
+from utils.checkpoint import atomic_write, file_hash
+from utils.config import SourceConfig
+from utils.errors import BankError
+from utils.images import IMAGE_SUFFIXES, ImageSet, encode_image
+
+MANIFEST = "manifest.json"
+LARGEST_PNG = 64  # pixels; larger images are stored as JPEG
+PREVIEW_COLUMNS = 10
+
+
+def draw_missing(source: ReplaySource, folder: Path, requests: list[Requests]) -> None:
+    """Draw every chunk of which an image is absent; several processes share the chunks of each of ``requests``."""
+    run = source.run
+    rank, world = run.runtime.shard
+    bar = run.bar(sum(map(len, requests)), f"drawing {folder.name}")
+    for asked in requests:
+        for chunk in list(asked.chunks(source.config.sample_batch))[rank::world]:
+            names = zip(chunk.labels.tolist(), chunk.copy.tolist())
+            paths = [folder / str(label) / f"{label}-{copy}" for label, copy in names]  # without suffix
+            # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
+            if not all(path.with_suffix(".png").exists() or path.with_suffix(".jpg").exists() for path in paths):
+                for path, image in zip(paths, source.generate(chunk).decoded().parts[0].images):
+                    suffix = _suffix(source.config, image)
+                    atomic_write(path.with_suffix(suffix), encode_image(image, suffix), sync=False)
+            bar.update(len(chunk))
+    bar.close()
+    run.runtime.accelerator.wait_for_everyone()
+
+
+def _suffix(config: SourceConfig, image: Tensor) -> str:
+    auto = "png" if max(image.shape[-2:]) <= LARGEST_PNG else "jpg"
+    return "." + (auto if config.image_format == "auto" else config.image_format)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Image files `<class>-<i>.*` of one class, in the order of i."""
+    files = (path for path in folder.glob("*-*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(files, key=lambda path: int(path.stem.rpartition("-")[2]))
+
+
+def file_hashes(folder: Path, classes: Iterable[int]) -> dict[str, str]:
+    """The hash of every image of these classes, by its path below the folder."""
+    files = [path for label in classes for path in images_in(folder / str(label))]
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+
+
+def damaged_files(folder: Path, hashes: dict[str, str]) -> list[str]:
+    """Those that are missing or changed since they were hashed."""
+    return [
+        name for name, digest in hashes.items() if not (folder / name).exists() or file_hash(folder / name) != digest
+    ]
+
+
+def require_same(
+    folder: Path, stored: dict[str, Any], here: dict[str, Any], fields: Iterable[str], remedy: str
+) -> None:
+    """Raise BankError at the first of these fields in which a folder's manifest differs from what is wanted here."""
+    for field in fields:
+        there, wanted = stored.get(field), here[field]
+        if there != wanted:
+            if isinstance(there, dict) and isinstance(wanted, dict):
+                inner = next(key for key in {**there, **wanted} if there.get(key) != wanted.get(key))
+                field, there, wanted = f"{field}.{inner}", there.get(inner), wanted.get(inner)
+            raise BankError(
+                f"the images in {folder} are of another run: {field} is {short(there)} there, {short(wanted)} here. "
+                f"{remedy}"
+            )
+
+
+def short(value: Any) -> str:
+    """JSON of at most 80 characters, for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def preview(rows: list[ImageSet]) -> Tensor:
+    """The first images of every class, one class a row, uint8 (C, H, W); small images are enlarged."""
+    lines = []
+    for images in rows:
+        picked = images.take(range(min(PREVIEW_COLUMNS, len(images)))).decoded().parts[0].images
+        blank = torch.zeros(PREVIEW_COLUMNS - len(picked), *picked.shape[1:], dtype=torch.uint8)
+        lines.append(torch.cat([picked, blank]))
+    scale = max(1, 64 // lines[0].shape[-1])
+    tiles = torch.stack(lines).repeat_interleave(scale, -1).repeat_interleave(scale, -2)  # (R, K, C, H, W)
+    tiles = torch.nn.functional.pad(tiles, (2, 2, 2, 2), value=255)
+    return tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

@@ -1,0 +1,102 @@
+"""Random crops and flips, of whole batches of small images and of single large ones.
+
+A batch is cut in one operation on its device; the draws are made on the CPU, so that a seed means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision.transforms.v2.functional as F
+from torch import Tensor
+
+
+def shift_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Zero-padded random crop and horizontal flip of a whole batch in one gather.
+
+    Args:
+        images: (B, C, H, W), any dtype, on any device.
+        padding: up to so many pixels of shift in each direction.
+        flip: mirror each image with probability one half.
+        generator: on the CPU; draws are made there and moved.
+
+    Returns:
+        (B, C, H, W), the same dtype.
+    """
+    size, height, width = len(images), images.shape[-2], images.shape[-1]
+    top = torch.randint(2 * padding + 1, (size, 1), generator=generator)
+    left = torch.randint(2 * padding + 1, (size, 1), generator=generator)
+    rows = torch.arange(height) + top  # (B, H)
+    columns = (torch.arange(width) + left).where(
+        torch.rand(size, 1, generator=generator) < 0.5 if flip else torch.ones(size, 1, dtype=torch.bool),
+        torch.arange(width).flip(0) + left,
+    )
+    padded = torch.nn.functional.pad(images, (padding,) * 4) if padding else images
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    batch = torch.arange(size, device=images.device)
+    # Channels move last so that one index fetches a whole pixel; the result is in channels_last order.
+    picked = padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)
+
+
+def crop_boxes(
+    count: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random boxes as torchvision's RandomResizedCrop draws them: area in ``scale``, aspect from 3/4 to 4/3.
+
+    Returns:
+        top, left, height and width in pixels, int64 (count,) each; the middle square where ten draws do not fit.
+    """
+    area = height * width * torch.empty(count, 10).uniform_(*scale, generator=generator)
+    ratio = torch.empty(count, 10).uniform_(-1, 1, generator=generator).mul(torch.tensor(4 / 3).log()).exp()
+    widths, heights = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)  # (count, 10)
+    first, found, side = fits.int().argmax(1, keepdim=True), fits.any(1), min(height, width)
+    h = heights.gather(1, first).flatten().where(found, torch.tensor(side))
+    w = widths.gather(1, first).flatten().where(found, torch.tensor(side))
+    top, left = (
+        (torch.rand(count, generator=generator) * (room + 1)).long().where(found, torch.round(room / 2).long())
+        for room in (height - h, width - w)
+    )
+    return top, left, h, w
+
+
+def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """A random part of one image, uint8 (C, H, W), as (C, size, size); see ``crop_boxes``."""
+    top, left, h, w = (int(number) for number in crop_boxes(1, *image.shape[-2:], scale, generator))
+    return F.resized_crop(image, top, left, h, w, [size, size], antialias=True)
+
+
+def crop_and_flip(
+    images: Tensor, size: int, scale: tuple[float, float], flip: bool, generator: torch.Generator
+) -> Tensor:
+    """Random resized crop and horizontal flip of a whole batch of small images in two matrix products.
+
+    Bilinear like ``random_resized_crop``, and the same within rounding; without antialiasing, which has no effect
+    where images are enlarged: keep them no larger than ``size``.
+
+    Args:
+        images: float (B, C, H, W), H, W <= size, on any device.
+        size: side of the result in pixels.
+        scale: range of a crop's share of the area.
+        flip: mirror each image with probability one half.
+        generator: on the CPU; draws are made there and moved.
+
+    Returns:
+        (B, C, size, size) in channels_last order.
+    """
+    count, channels, height, width = images.shape
+    top, left, h, w = crop_boxes(count, height, width, scale, generator)
+    rows, columns = _bilinear(top, h, size, height), _bilinear(left, w, size, width)
+    if flip:
+        mirrored = torch.rand(count, 1, 1, generator=generator) < 0.5
+        columns = columns.flip(1).where(mirrored, columns)
+    wide = images.flatten(1, 2) @ columns.to(images.device).transpose(1, 2)  # (B, C * H, size)
+    wide = wide.view(count, channels, height, size).permute(0, 2, 3, 1).flatten(2)  # (B, H, size * C)
+    return (rows.to(images.device) @ wide).view(count, size, size, channels).permute(0, 3, 1, 2)
+
+
+def _bilinear(start: Tensor, length: Tensor, size: int, total: int) -> Tensor:
+    """Weights (B, size, total) that stretch ``length`` pixels from ``start`` on to ``size``; edges are repeated."""
+    position = start[:, None] + (torch.arange(size) + 0.5) * (length / size)[:, None] - 0.5  # (B, size)
+    position = position.clamp(start[:, None], (start + length - 1)[:, None])
+    return (1 - (position[:, :, None] - torch.arange(total)).abs()).clamp(min=0)
