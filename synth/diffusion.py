@@ -113,6 +113,8 @@ def predict_eps(xt: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
 
 def classifier_free(conditional: Model, unconditional: Model, guidance: float) -> Model:
     """eps_u + g (eps_c - eps_u) (Ho and Salimans 2022, arXiv:2207.12598, in the g = 1 + w convention)."""
+    if guidance in (0, 1):  # one of the two is all there is to compute
+        return conditional if guidance else unconditional
 
     def model(xt: Tensor, t: Tensor) -> Tensor:
         eps = unconditional(xt, t)

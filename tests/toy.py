@@ -11,6 +11,7 @@ from learners import LEARNERS
 from learners.configure import build_config
 from learners.experiment import Experiment
 from synth import SOURCES
+from tests.tiny_ldm import tiny_ldm_folder
 from utils import seeding
 from utils.datasets import Dataset
 from utils.images import ImageSet
@@ -33,6 +34,49 @@ TINY_SOURCES = {
         "sample_batch": 4,
         "syn_per_class": 3,
     },
+    "ldm": {
+        "ldm_ckpt": tiny_ldm_folder,  # a function: the model is made when it is first asked for
+        "samples_per_class": 12,
+        "g_local_bs": 6,
+        "sample_steps": 2,
+        "guidance": 2.0,
+        "sample_batch": 4,
+        "syn_per_class": 3,
+    },
+    "small_ldm": {
+        "vae_channels": [8, 8],
+        "vae_steps": 3,
+        "vae_batch_size": 8,
+        "block_out_channels": [8],
+        "attention_levels": [0],
+        "num_heads": 2,
+        "norm_num_groups": 2,
+        "vector_size": 8,
+        "num_tokens": 2,
+        "unet_steps": 3,
+        "unet_batch_size": 8,
+        "ema_rate": 0.5,
+        "samples_per_class": 12,
+        "g_local_bs": 6,
+        "sample_steps": 2,
+        "sample_batch": 4,
+        "syn_per_class": 3,
+    },
+}
+# What learners need that resnet20 and `TINY_TRAINING` do not serve.
+TINY_LEARNERS = {
+    "asp": {
+        "convnet_type": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "backbone_args": {"patch_size": 2, "embed_dim": 48, "depth": 2, "num_heads": 2},
+        "pretrain_epochs": 8,
+        "pretrain_batch_size": 8,
+        "tuned_epoch": 2,
+        "fs_epoch": 2,
+        "fs_batch_size": 8,
+    },
+    "dddr": {"com_round": 2, "local_ep": 1, "lr": 0.02, "scl_hidden": 8, "scl_size": 4},
+    "simplecil": {"pretrain_epochs": 8, "pretrain_batch_size": 8},
 }
 TINY_TRAINING = {"init_epoch": 2, "epochs": 2, "init_lr": 0.05, "lrate": 0.05, "batch_size": 16}
 
@@ -62,6 +106,12 @@ def toy_dataset(num_classes: int = 6, per_class: int = 10) -> Dataset:
     )
 
 
+def tiny_source(name: str) -> dict[str, Any]:
+    """The nested object `synth` of a source's smallest settings."""
+    settings = TINY_SOURCES[name].items()
+    return {"name": name, **{key: value() if callable(value) else value for key, value in settings}}
+
+
 def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) -> dict[str, Any]:
     """An experiment's JSON object."""
     raw = {
@@ -70,8 +120,9 @@ def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) 
     }  # fmt: skip
     known = LEARNERS[learner].Config.model_fields
     raw |= {key: value for key, value in TINY_TRAINING.items() if key in known}
+    raw |= TINY_LEARNERS.get(learner, {})
     if source is not None:
-        raw["synth"] = {"name": source, **TINY_SOURCES[source]}
+        raw["synth"] = tiny_source(source)
     return {**raw, **keys}
 
 

@@ -5,7 +5,7 @@ import torch
 
 from synth import SOURCES
 from synth.base import Requests
-from tests.toy import TINY_SOURCES, toy_dataset
+from tests.toy import tiny_source, toy_dataset
 from utils.data_manager import DataManager
 from utils.errors import NotFittedError
 from utils.images import ImageSet
@@ -16,7 +16,7 @@ ALL = SOURCES.names()
 
 
 def make_source(name, folder, seed=7, **keys):
-    config = SOURCES[name].Config.parse({"name": name, **TINY_SOURCES[name], **keys})
+    config = SOURCES[name].Config.parse({**tiny_source(name), **keys})
     run = Run(folder, seed, Runtime(["cpu"], "fp32"), progress=False)
     dataset = toy_dataset()
     return SOURCES[name](config, run, dataset.num_classes, dataset.class_names, dataset)

@@ -1,0 +1,243 @@
+"""What `synth.train` and `synth.sample` share: config files, classes by name, fitted sources on disk, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, SerializeAsAny
+
+from synth import build_source_config
+from synth.drawing import damaged_files
+from utils.checkpoint import Checkpoints
+from utils.config import (
+    ALIASES,
+    NOT_IDENTITY,
+    SOURCE_KEYS,
+    RunConfig,
+    SourceConfig,
+    apply_overrides,
+    read_experiment,
+)  # fmt: skip
+from utils.datasets import Dataset
+from utils.errors import CheckpointError, ConfigError, RepriseError
+from utils.images import ImageSet
+from utils.registry import nearest
+from utils.run_folder import DESCRIPTION
+
+FITTED = "fitted.json"  # of a folder that synth.train has finished: the classes, and the files with their hashes
+SECTION = "reprise"  # of a CompVis YAML: what such a file does not say, the data and the source
+# What an experiment file says of the classifier, its memory and the run's name: nothing that a source could see.
+OF_THE_CLASSIFIER = {
+    "prefix", "model_name", "memory_size", "memory_per_class", "fixed_memory", "convnet_type", "stem", "pretrained",
+    "backbone_weights", "backbone_args", "replay_resize",
+}  # fmt: skip
+
+
+class FitConfig(RunConfig):
+    """An experiment of which only the data, its tasks and the source count: no classifier is trained."""
+
+    model_name: str = Field("", description="the experiment's learner, which is not used")
+    init_cls: int | None = Field(None, ge=1, description="classes in the first task; null: all, in their own order")
+    increment: int | None = Field(None, ge=1, description="classes in every later task; null: as init_cls")
+    synth: SerializeAsAny[SourceConfig] = Field(description="the replay source and its keys")
+    classes: list[int | str] = Field([], description="fit these alone, ids in learning order or names; empty: all")
+    task: int | None = Field(None, ge=0, description="fit this task's classes alone; null: all tasks")
+
+    def scheduled(self, num_classes: int) -> FitConfig:
+        """With the tasks said: without `init_cls` one of all classes, in the data set's own order."""
+        if self.init_cls is None:
+            return self.model_copy(update={"init_cls": num_classes, "increment": num_classes, "shuffle": False})
+        return self.model_copy(update={"increment": self.increment or self.init_cls})
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two fitted sources the same; the seed too, since a folder holds one."""
+        return self.model_dump(mode="json", exclude={*NOT_IDENTITY, *OF_THE_CLASSIFIER} - {"seed"})
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that both commands have."""
+    parser.add_argument("--dataset", help="data set, where the file names none or for another one")
+    parser.add_argument("--data_dir", help="where data sets lie (default: data, or what the file says)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a key of the file; may be given many times; dots reach into synth, "
+                        "such as synth.guidance=3")  # fmt: skip
+    parser.add_argument("--seed", type=int, help="of all random choices (default: the file's first, or 1993)")
+    parser.add_argument("--device", help='GPU id, "cpu" or "auto" (default: what the file says, or auto)')
+    parser.add_argument("--offline", action="store_true", help="fetch nothing from a network")
+
+
+def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """What ``run`` returns, or 2 after one message about a mistake that the user can repair."""
+    if args.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        os.environ["HF_HUB_OFFLINE"], args.offline = "1", True
+    try:
+        return run(args)
+    except RepriseError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full: {error.filename or ''}; make room and give the command again", file=sys.stderr)
+    return 2
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The keys of an experiment file, or of a CompVis YAML's section `reprise`.
+
+    A YAML without that section describes a model and nothing else: the source "ldm" then reads it.
+
+    Raises:
+        ConfigError: if the file is absent, broken, or holds no object.
+    """
+    if Path(path).suffix not in (".yaml", ".yml"):
+        return _checked(path, apply_overrides(read_experiment(path), []))
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no file {path}; the one that comes with Reprise is exps/ldm/ldm_dddr.yaml") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
+    return _checked(path, content.get(SECTION, {"synth": {"name": "ldm", "yaml": str(path)}}))
+
+
+def _checked(path: str | Path, keys: Any) -> dict[str, Any]:
+    if not isinstance(keys, dict) or not isinstance(keys.get("synth") or {}, dict):
+        raise ConfigError(f"{path}: must hold keys such as dataset and synth, and synth an object with a name")
+    return keys
+
+
+def build_config(raw: dict[str, Any], args: argparse.Namespace, **flags: Any) -> FitConfig:
+    """The checked config of keys from a file under the shared flags.
+
+    Args:
+        raw: keys of an experiment file, whose learner's own keys are passed over, or of a section `reprise`.
+        args: of a parser with the shared flags.
+        flags: further keys given on the command line; None leaves a key alone.
+
+    Raises:
+        ConfigError: for an unknown key, a wrong value, a source or data set that is not said, and for a learner's
+            file that leaves the class order to the learner.
+    """
+    for override in args.overrides:
+        key = override.partition("=")[0].strip().split(".")[0]
+        if key not in {*FitConfig.model_fields, *SOURCE_KEYS, *ALIASES}:
+            raise ConfigError(f"--set {override}: unknown key {key!r}{nearest(key, FitConfig.model_fields)}")
+    flags |= {"dataset": args.dataset, "data_dir": args.data_dir, "seed": args.seed, "device": args.device}
+    flags["offline"] = args.offline or None
+    raw = {**apply_overrides(raw, args.overrides), **{key: value for key, value in flags.items() if value is not None}}
+    if raw.get("synth") is None:
+        raise ConfigError('no replay source is named: add "synth": {"name": ...} to the file, or --set synth.name=ddpm')
+    if raw.get("dataset") is None:
+        raise ConfigError("the file does not say which data: give --dataset")
+    if raw.get("model_name"):
+        _require_class_order(raw)
+        raw = {key: value for key, value in raw.items() if key in FitConfig.model_fields}
+    synth = build_source_config(raw["synth"])
+    # The commands fit and draw whatever the experiment does with its stored images, in folders of their own.
+    synth = synth.model_copy(update={"need_syn_imgs": True, "syn_image_path": None, "adopt_syn_images": False})
+    return FitConfig.parse({**raw, "synth": synth})
+
+
+def _require_class_order(raw: dict[str, Any]) -> None:
+    """Learners have defaults of their own for these keys; a guess would give the classes other labels than the run."""
+    for key in ["shuffle"] + ["few_shot_draw"] * bool(raw.get("kshot")):
+        if raw.get(key) is None:
+            raise ConfigError(
+                f"the file leaves {key!r} to the learner {raw['model_name']!r}, whose default is not known here: "
+                f"give --set {key}=..., so that classes and images are those of the run"
+            )
+
+
+def pick_classes(wanted: Iterable[int | str], class_names: list[str], known: Iterable[int], what: str) -> list[int]:
+    """Labels of classes that are given as ids in learning order or as names, ascending.
+
+    Args:
+        wanted: empty for all of ``known``. What reads as a number is an id.
+        class_names: in learning order.
+        known: labels that can be picked.
+        what: names the flag in messages.
+
+    Raises:
+        ConfigError: if one is unknown; the nearest known name is named.
+    """
+    known, picked = sorted(known), set()
+    by_name = {class_names[label].lower(): label for label in known}
+    for item in map(str, wanted):
+        text = item.strip()
+        label = int(text) if text.isdigit() else by_name.get(text.lower(), -1)
+        if label not in known:
+            shown = ", ".join(f"{label} ({class_names[label]})" for label in known[:10]) + ", ..." * (len(known) > 10)
+            raise ConfigError(f"{what} {text!r}: no such class{nearest(text.lower(), by_name) or '.'} Known: {shown}")
+        picked.add(label)
+    return sorted(picked) or known
+
+
+@dataclass(frozen=True)
+class FittedSource:
+    """A source on disk, fitted by `synth.train` or by a run.
+
+    Attributes:
+        folder: what its ``load`` reads.
+        raw: keys of the config that it was fitted with.
+        dataset: without its images.
+        class_names, class_order: in learning order; the order holds original ids.
+    """
+
+    folder: Path
+    raw: dict[str, Any]
+    dataset: Dataset
+    class_names: list[str]
+    class_order: list[int]
+
+
+def find_fitted(path: Path) -> FittedSource | None:
+    """The fitted source in a folder, or None where there is none.
+
+    Args:
+        path: of `synth.train`, finished or not; of a run's seed; `task_<t>` or `task_<t>/source` in its checkpoints.
+
+    Raises:
+        CheckpointError: if the source is damaged, or nothing says what it was fitted on.
+    """
+    folder = _source_folder(path.absolute())
+    if folder is None:
+        return None
+    home = next((parent for parent in (folder, *folder.parents) if (parent / DESCRIPTION).exists()), folder)
+    try:
+        described = json.loads((home / DESCRIPTION).read_text())
+        place = home if (home / "config.json").exists() else home.parent  # a run's seeds share one
+        raw = json.loads((place / "config.json").read_text())["config"]
+        if place != home:
+            raw["seed"] = [int(home.name.split("_")[1])]
+        dataset = Dataset(**described["dataset"], train=ImageSet(), test=ImageSet())
+        return FittedSource(folder, raw, dataset, described["class_names"], described["class_order"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} lies in no folder of `python -m synth.train` or of a run: {error!r}"
+        ) from error
+
+
+def _source_folder(path: Path) -> Path | None:
+    if (path / FITTED).exists():
+        damaged = damaged_files(path, json.loads((path / FITTED).read_text())["files"])
+        if damaged:
+            raise CheckpointError(f"{path / damaged[0]} is missing or damaged: fit the source again with --overwrite")
+        return path
+    if path.name == "source" and path.is_dir():
+        return path
+    if (path / "source").is_dir():
+        return path / "source"
+    checkpoints = Checkpoints(path / "checkpoints", "task")  # of a training or a run that goes on
+    found = [checkpoints.path(number) / "source" for number in checkpoints.numbers()]
+    return next((folder for folder in found if folder.is_dir()), None)

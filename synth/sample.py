@@ -1,0 +1,260 @@
+"""Draw images from a fitted source: `python -m synth.sample --ckpt outputs/diffusion_model/ --num_samples 10`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synth import SOURCES, build_source_config
+from synth.bank import NOT_SETTINGS
+from synth.base import ReplaySource, Requests
+from synth.command import (
+    FitConfig,
+    FittedSource,
+    add_shared_flags,
+    build_config,
+    exit_code,
+    find_fitted,
+    pick_classes,
+    read_file,
+)  # fmt: skip
+from synth.drawing import (
+    MANIFEST,
+    damaged_files,
+    draw_missing,
+    file_hashes,
+    images_in,
+    preview,
+    require_same,
+)  # fmt: skip
+from utils import subsets
+from utils.checkpoint import atomic_write, write_json
+from utils.config import apply_overrides
+from utils.data_manager import Task, cut_tasks
+from utils.datasets import Dataset, load_dataset
+from utils.errors import BankError, ConfigError
+from utils.images import ImageSet, encode_image
+from utils.run import Run, log, log_to_console
+from utils.runtime import Runtime
+
+EMBEDDINGS = "class_embeddings.safetensors"  # what class inversion saves
+# What must agree between images that lie in one folder.
+SAME = ("dataset", "class_order", "source", "settings", "run_seed", "weights")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source that is ready to draw.
+
+    Attributes:
+        source: with its classes, their names, and the run's seed.
+        config: tasks and settings.
+        class_order: original ids in learning order.
+    """
+
+    source: ReplaySource
+    config: FitConfig
+    class_order: list[int]
+
+    def requests(self, classes: list[int], per_class: int) -> list[Requests]:
+        """Those of a run with these tasks and this seed, so that its images are drawn again."""
+        sizes = subsets.task_sizes(len(self.class_order), self.config.init_cls, self.config.increment)
+        tasks = [index for index, size in enumerate(sizes) for _ in range(size)]  # of every class
+        # With `redraw`, a run draws all old classes in the name of the task that comes next.
+        keep, coming = self.config.synth.replay == "keep", 1 + max(tasks[label] for label in self.source.fitted_classes)
+        asked = []
+        for index in sorted({tasks[label] for label in classes}):
+            key = (self.source.run.seed, self.config.synth.name, index if keep else coming)
+            asked.append(Requests.of_classes([label for label in classes if tasks[label] == index], per_class, key))
+        return asked
+
+    def manifest(self, classes: list[int]) -> dict[str, Any]:
+        """What the images are, for whoever finds them."""
+        names, order = self.source.class_names, self.class_order
+        return {
+            "dataset": self.source.dataset.name,
+            "class_order": order,
+            "source": self.config.synth.name,
+            "settings": self.config.synth.model_dump(mode="json", exclude=NOT_SETTINGS),
+            "run_seed": self.source.run.seed,
+            "weights": self.source.fingerprint(),
+            "classes": {str(label): {"name": names[label], "original_id": order[label]} for label in classes},
+            "files": {},
+        }
+
+
+def open_source(args: argparse.Namespace) -> Opened:
+    """The source that --ckpt stands for, with the embeddings of --embeddings or beside it."""
+    fitted = find_fitted(Path(args.ckpt))
+    if fitted is None:
+        return _open_foreign(args)
+    if args.embeddings is not None:
+        raise ConfigError(f"--ckpt {args.ckpt} has embeddings of its own: --embeddings goes with a foreign checkpoint")
+    return _open_fitted(fitted, args)
+
+
+def _open_fitted(fitted: FittedSource, args: argparse.Namespace, **synth: Any) -> Opened:
+    """As it was fitted, but for what --config and --set say of the drawing."""
+    given = {} if args.config is None else read_file(args.config)
+    raw = {**fitted.raw, "synth": {**fitted.raw["synth"], **(given.get("synth") or {}), **synth}}
+    raw = apply_overrides({**raw, "dataset": args.dataset or given.get("dataset") or raw["dataset"]}, args.overrides)
+    name = raw["synth"].get("name") if isinstance(raw["synth"], dict) else raw["synth"]
+    for what, there, here in (
+        ("dataset", fitted.raw["dataset"], raw["dataset"]),
+        ("synth.name", fitted.raw["synth"]["name"], name),
+    ):
+        if str(there).lower() != str(here).lower():
+            raise ConfigError(f"{fitted.folder} was fitted with {what}={there!r}, not with {here!r}: leave that out")
+    config = build_config(raw, args)
+    source = _build(args, config, fitted.dataset, fitted.class_names)
+    source.load(fitted.folder)
+    return Opened(source, config.scheduled(len(fitted.class_names)), fitted.class_order)
+
+
+def _open_foreign(args: argparse.Namespace) -> Opened:
+    """A published model: with embeddings that were found for it, or drawing from the names of the classes."""
+    if args.config is None and args.dataset is None:
+        raise ConfigError(f"{_no_source(args.ckpt)}; for a published model say with --config or --dataset what to draw")
+    raw = {"synth": {"name": "ldm"}} if args.config is None else read_file(args.config)
+    if "ldm_ckpt" not in type(build_source_config(raw.get("synth"))).model_fields:
+        raise ConfigError(_no_source(args.ckpt))
+    embeddings = _find_embeddings(args)
+    fitted = None if embeddings is None else find_fitted(embeddings)
+    if fitted is not None:
+        return _open_fitted(fitted, args, ldm_ckpt=args.ckpt)
+    found = {"ldm_ckpt": args.ckpt, "inversion": embeddings is not None}
+    config = build_config({**raw, "synth": {**raw["synth"], **found}}, args)
+    dataset = load_dataset(config.data_name, config.data_dir, config.offline)
+    config = config.scheduled(dataset.num_classes)
+    data = cut_tasks(config, config.seed[0], dataset)
+    source = _build(args, config, data.dataset, data.class_names)
+    if embeddings is not None:
+        source.load(embeddings)
+    else:
+        log.info("No %s: the names of the classes are the prompts (--embeddings FILE names some)", EMBEDDINGS)
+        source.fit_before(Task(0, range(data.num_classes), tuple(data.class_names)), ImageSet())
+    return Opened(source, config, data.class_order)
+
+
+def _no_source(ckpt: str) -> str:
+    return (
+        f"--ckpt {ckpt} holds no fitted source: give a folder that `python -m synth.train` wrote, or a run's "
+        "outputs/<run>/seed_<s>/checkpoints/task_<t>/source"
+    )
+
+
+def _find_embeddings(args: argparse.Namespace) -> Path | None:
+    """The folder of the class embeddings, or None where none are named and none lie beside the checkpoint."""
+    path = Path(args.embeddings or args.ckpt)
+    folder = path if path.is_dir() else path.parent
+    if all((folder / name).exists() for name in (EMBEDDINGS, "source.json")):
+        return folder
+    if args.embeddings is None:
+        return None
+    raise ConfigError(
+        f"--embeddings {path}: {folder} lacks {EMBEDDINGS} or the source.json that `python -m synth.train` writes "
+        "beside it"
+    )
+
+
+def _build(args: argparse.Namespace, config: FitConfig, dataset: Dataset, class_names: list[str]) -> ReplaySource:
+    run = Run(Path(args.output_dir), config.train_seed(config.seed[0]), Runtime(config.device, config.precision))
+    return SOURCES[config.synth.name](config.synth, run, len(class_names), class_names, dataset)
+
+
+def draw(opened: Opened, classes: list[int], per_class: int, folder: Path) -> None:
+    """Bring a folder to ``per_class`` images of every class; images that are there are left alone.
+
+    Raises:
+        BankError: if the folder holds images of other settings, or images without a manifest.
+    """
+    runtime = opened.source.run.runtime
+    with runtime.accelerator.main_process_first():
+        manifest = _claim(folder, opened.manifest(classes), runtime.is_main)
+    draw_missing(opened.source, folder, opened.requests(classes, per_class))
+    if runtime.is_main:
+        labels = sorted(map(int, manifest["classes"]))  # earlier commands' too
+        found = {label: [str(path) for path in images_in(folder / str(label))] for label in labels}
+        rows = [ImageSet.of(paths, torch.full((len(paths),), label)) for label, paths in found.items() if paths]
+        atomic_write(folder / "preview.png", encode_image(preview(rows), ".png"))
+        write_json(folder / MANIFEST, {**manifest, "files": file_hashes(folder, labels)})
+
+
+def _claim(folder: Path, manifest: dict[str, Any], is_main: bool) -> dict[str, Any]:
+    """The folder's manifest with the classes to come; damaged images are forgotten."""
+    path = folder / MANIFEST
+    if path.exists():
+        stored = json.loads(path.read_text())
+        require_same(folder, stored, manifest, SAME, "Give another --output_dir, or delete the folder")
+        manifest = {**manifest, "classes": {**stored["classes"], **manifest["classes"]}, "files": stored["files"]}
+        for name in damaged_files(folder, stored["files"]):
+            log.warning("%s is missing or damaged: its chunk is drawn again", folder / name)
+            (folder / name).unlink(missing_ok=True)
+    elif any(images_in(folder / label) for label in manifest["classes"]):
+        raise BankError(f"{folder} holds images but no {MANIFEST}, so nobody knows whose: give another --output_dir")
+    if is_main:
+        write_json(path, manifest)
+    return manifest
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything is checked before anything is written."""
+    log_to_console(is_main=os.environ.get("RANK", "0") == "0")
+    opened, folder = open_source(args), Path(args.output_dir)
+    names = opened.source.class_names
+    wanted = args.cond_class.split(",") if args.cond_class else []
+    classes = pick_classes(wanted, names, opened.source.fitted_classes, "--cond_class")
+    log.info("Drawing %d images of each class: %s", args.num_samples, ", ".join(f"{i} ({names[i]})" for i in classes))
+    draw(opened, classes, args.num_samples, folder)
+    log.info("The images lie in %s", folder)
+    return 0
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m synth.sample",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Draw images of chosen classes from a fitted replay source. They go to\n"
+        "<output_dir>/<class>/<class>-<i>.png (or .jpg above 64 pixels), beside preview.png to look at and\n"
+        "manifest.json, which says what made them. The same command again draws what is missing.",
+        epilog="examples:\n"
+        "  python -m synth.sample --ckpt outputs/diffusion_model/ --num_samples 10 --cond_class 0,rose\n"
+        "  python -m synth.sample --ckpt outputs/digits/seed_1993/checkpoints/task_4/source --output_dir outputs/look\n"
+        "  python -m synth.sample --config exps/ldm/ldm_dddr.yaml --ckpt models/ldm/text2img-large/model.ckpt",
+    )
+    parser.add_argument("--ckpt", required=True, help="what draws: a folder of `python -m synth.train`; a run's "
+                        "outputs/<run>/seed_<s>/checkpoints/task_<t>/source; or a published model for the source ldm "
+                        "(hub id, folder or model.ckpt)")  # fmt: skip
+    parser.add_argument("--config", help="experiment file or YAML; a fitted source has its own settings and takes from "
+                        "the file what it says of synth, such as another guidance")  # fmt: skip
+    parser.add_argument("--output_dir", default="outputs/syn_images", help="folder of the images (default: "
+                        "%(default)s)")  # fmt: skip
+    parser.add_argument("--num_samples", type=_positive, default=10, help="images per class (default: %(default)s)")
+    parser.add_argument("--cond_class", help="classes: ids in learning order, as the folders are called, or names, "
+                        "comma between them (default: all that were fitted)")  # fmt: skip
+    parser.add_argument("--embeddings", metavar="FILE", help=f"{EMBEDDINGS} for a published model (default: the one "
+                        "beside --ckpt; without any, the names of the classes are the prompts)")  # fmt: skip
+    add_shared_flags(parser)
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of at least 1")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one message about a mistake that the user can repair."""
+    return exit_code(run, parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
