@@ -1,0 +1,109 @@
+"""What learners on a frozen backbone share: training it first where nobody else has, and class-mean prototypes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from learners.base import Learner, backbone_options
+from models.frozen import Frozen
+from models.heads import CosineHead, LinearHead
+from models.incremental import IncrementalNet
+from models.timm_backbone import build_backbone
+from utils import seeding
+from utils.batches import Batch
+from utils.config import RunConfig
+from utils.data_manager import Task
+from utils.images import ImageSet
+from utils.training import TrainConfig, fit
+from utils.transforms import classifier_transform
+
+NORMALIZE = {"none": (0.0, 1.0), "0.5": (0.5, 0.5)}
+
+
+class FrozenBackboneLearner(Learner):
+    """A learner whose backbone never changes after it was loaded, or after the first task has trained it."""
+
+    class Config(RunConfig):
+        shuffle: bool = Field(False, description="permute the class order with the seed")
+        normalize: Literal["none", "0.5", "dataset"] = Field(
+            "none", description="pixels: none: in [0, 1], as in ASP's code; 0.5: in [-1, 1]; dataset: by its own mean"
+        )
+        batch_size: int = Field(48, ge=1, description="images per step of the first task")
+        pretrain_epochs: int = Field(0, ge=0, description="epochs that train the backbone on the first task; 0: none")
+        pretrain_lr: float = Field(1e-3, gt=0, description="AdamW's rate there, with cosine decay")
+        pretrain_weight_decay: float = Field(0.05, ge=0, description="AdamW's there")
+        pretrain_batch_size: int = Field(128, ge=1, description="images per step there")
+
+    head = "cosine"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.transform = self._transform()
+
+    def _transform(self):
+        transform = classifier_transform(self.data.dataset, self.config.replay_resize)
+        if self.config.normalize in NORMALIZE:
+            mean, std = NORMALIZE[self.config.normalize]
+            transform.mean, transform.std = torch.full((3,), mean), torch.full((3,), std)
+        return transform
+
+    def build_network(self) -> IncrementalNet:
+        seeding.seed_everything(self.run.seed, "network")
+        network = build_backbone(self.config.convnet_type, backbone_options(self.config, self.data.dataset))
+        self.frozen = Frozen(network.to(self.run.device), learned=self.config.pretrain_epochs > 0)
+        if not self.frozen.learned:
+            self.frozen.freeze(self.run.runtime.bf16)
+        backbone = self.build_backbone(self.frozen)
+        return IncrementalNet(backbone, CosineHead(backbone.num_features)).to(self.run.device).eval()
+
+    def build_backbone(self, frozen: Frozen) -> torch.nn.Module:
+        """What stands before the head; the default is the frozen network itself."""
+        return frozen
+
+    def before_training(self, task: Task) -> None:
+        """Train the backbone on the first task if the config wants it."""
+        if task.index == 0 and self.config.pretrain_epochs:
+            self.pretrain(task)
+
+    def pretrain(self, task: Task) -> None:
+        """Train the backbone with a linear head on the task's real images, then freeze it."""
+        config, backbone = self.config, self.frozen.network.requires_grad_(True)
+        head = LinearHead(backbone.num_features)
+        head.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "pretrain-head"))
+        module = IncrementalNet(backbone, head).to(self.run.device)
+        batches = self.make_batches(
+            task, self.data.train_images(task), ImageSet(), "pretrain", config.pretrain_batch_size
+        )
+        train_config = TrainConfig(
+            epochs=config.pretrain_epochs, lr=config.pretrain_lr, optimizer="adamw", schedule="cosine",
+            weight_decay=config.pretrain_weight_decay,
+        )  # fmt: skip
+        with self.run.timed("train"):
+            fit(module, batches, partial(_classify, module), train_config, run=self.run, task=task.index,
+                purpose="pretrain")  # fmt: skip
+        self.frozen.freeze(self.run.runtime.bf16)
+
+    @classmethod
+    def saves_backbone(cls, config) -> bool:
+        return config.pretrain_epochs > 0
+
+    def frozen_bytes(self) -> int:
+        """Of the backbone, unless it was learned here."""
+        return 0 if self.frozen.learned else self.frozen.nbytes()
+
+    @torch.no_grad()
+    def set_prototypes(self, images: ImageSet) -> None:
+        """Give the classes of these images their mean feature as class vector (not normalised before the mean)."""
+        features = self.extract_features(images)
+        for label in images.classes:
+            self.network.head.weight[label] = features[images.labels == label].mean(0).to(self.run.device)
+
+
+def _classify(module: IncrementalNet, batch: Batch) -> dict[str, Tensor]:
+    return {"cross_entropy": F.cross_entropy(module(batch.images), batch.labels)}

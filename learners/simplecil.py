@@ -1,0 +1,29 @@
+"""SimpleCIL: class means on a frozen backbone, the baseline of every method that has one."""
+
+from __future__ import annotations
+
+from learners import LEARNERS
+from learners.frozen_backbone import FrozenBackboneLearner
+from utils.data_manager import Task
+from utils.training import TrainConfig
+
+
+@LEARNERS.register("simplecil")
+class SimpleCIL(FrozenBackboneLearner):
+    """Nothing is trained: a class is the mean feature of its images, and cosine decides.
+
+    Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity are
+    All You Need", IJCV 2024, arXiv:2303.07338, section 4.1.
+    """
+
+    accepts = frozenset()
+
+    def train_config(self, task: Task) -> TrainConfig:
+        """No epoch."""
+        return TrainConfig(epochs=0, lr=0.0)
+
+    def train(self, task: Task) -> None:
+        """Nothing to train."""
+
+    def after_training(self, task: Task) -> None:
+        self.set_prototypes(self.data.train_images(task))

@@ -1,0 +1,172 @@
+"""One epoch of ASP's base session: ours against the same mathematics in the manner of the original.
+
+`python -m tests.benchmarks.asp_epoch`; exit code 1 if a ratio falls short. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from learners import LEARNERS
+from learners.asp import ASP
+from learners.configure import build_config
+from tests.benchmarks.timing import alternate, peak_memory, verdict
+from tests.tiny_asp import base_loss_as_tokens, encode_layers, prompted_as_tokens
+from utils.batches import test_batches
+from utils.data_manager import DataManager, Task
+from utils.datasets import Dataset
+from utils.images import ImageSet
+from utils.run import Run
+from utils.runtime import Runtime, fast_bf16
+
+# 65 tokens, and as many classes, images per step and test images for each training image as with CIFAR-100.
+VIT = {"patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
+SIDE, CLASSES, PER_CLASS, TEST_PER_CLASS, BATCH = 64, 60, 10, 2, 48
+SEGMENTS = 3
+CONFIG = {
+    "model_name": "asp", "dataset": "bench", "init_cls": CLASSES, "increment": 1, "device": "cpu", "num_workers": 0,
+    "convnet_type": "vit_tiny_patch16_224", "pretrained": False, "backbone_args": VIT, "batch_size": BATCH,
+    "tuned_epoch": 1, "deduplicate_anchors": True,
+}  # fmt: skip
+
+
+def photographs(per_class: int, seed: int) -> ImageSet:
+    """Soft random colours, as photographs have them."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(CLASSES * per_class, 3, 6, 6, generator=generator)
+    pixels = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
+    return ImageSet.of((pixels * 255).to(torch.uint8), torch.arange(CLASSES).repeat(per_class))
+
+
+def begin(precision: str, folder: Path) -> tuple[ASP, Task]:
+    """The learner at the start of its base session."""
+    names = [str(label) for label in range(CLASSES)]
+    images, half = (photographs(PER_CLASS, 0), photographs(TEST_PER_CLASS, 1)), (0.5,) * 3
+    data = DataManager(Dataset("bench", *images, names, SIDE, 3, True, half, half, "asp", ""), init_cls=CLASSES,
+                       increment=1, shuffle=False)  # fmt: skip
+    run = Run(folder, 0, Runtime(["cpu"], precision), num_workers=0, progress=False)
+    learner = LEARNERS["asp"](build_config({**CONFIG, "precision": precision})[0], data, run)
+    task = next(iter(data.tasks()))
+    learner.grow_network(task)
+    return learner, task
+
+
+def our_epochs(precision: str, folder: Path):
+    """One epoch per call through the learner's own training, its anchor search, checkpoint and log included."""
+    learner, task = begin(precision, folder)
+    learner.before_training(task)  # queries of the training images, once for a whole run
+    count = iter(range(10**6))
+
+    def epoch() -> int:
+        learner.fit(task, f"bench-{next(count)}", learner.network, learner.batches(task),
+                    partial(learner.compute_loss, task=task), learner.train_config(task))  # fmt: skip
+        return CLASSES * PER_CLASS
+
+    return epoch
+
+
+class Original:
+    """Two ViTs, prompts as tokens, a copy of its anchor for every image, every query computed when it is asked for."""
+
+    def __init__(self, folder: Path):
+        self.learner, self.task = begin("fp32", folder)
+        self.net, self.backbone = self.learner.network, self.learner.backbone
+        vit = self.learner.frozen.network.network
+        self.vits = vit, copy.deepcopy(vit)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), 0.01, 0.9, weight_decay=5e-4)
+        self.images = self.learner.data.train_images(self.task)
+        self.test_images = self.learner.data.test_images(range(CLASSES))
+        self.num_epochs = 0
+
+    def epoch(self) -> int:
+        self.search_anchors()
+        for batch in self.learner.batches(self.task).epoch(self.num_epochs):
+            noise = torch.randn(2 * len(batch), *self.backbone.tip.flatten(1).shape)
+            terms = self.terms(batch, noise)
+            self.optimizer.zero_grad()
+            sum(terms.values()).backward()
+            self.optimizer.step()
+        self.num_epochs += 1
+        for _ in range(2):
+            self.net.head(self.features(self.test_images)).argmax(1)
+        return len(self.images)
+
+    def terms(self, batch, noise) -> dict[str, torch.Tensor]:
+        terms = base_loss_as_tokens(self.net, batch.images, batch.labels, self.anchors, noise, self.vits)
+        return {name: {"anchor": 0.1, "kl": 1e-3}.get(name, 1) * term for name, term in terms.items()}
+
+    def views(self, images: ImageSet):
+        return test_batches(images, self.learner.transform, BATCH, torch.device("cpu"))
+
+    @torch.no_grad()
+    def features(self, images: ImageSet) -> torch.Tensor:
+        return torch.cat([prompted_as_tokens(self.backbone, x, None, self.vits)[0] for x in self.views(images)])
+
+    @torch.no_grad()
+    def search_anchors(self) -> None:
+        """One pass for the features, and one more of the query's ViT for the average prompt."""
+        features, labels = self.features(self.images), self.images.labels
+        means = torch.stack([features[labels == label].mean(0) for label in range(CLASSES)])
+        cosines = F.normalize(features) @ F.normalize(means).T
+        cosines[labels[:, None] != torch.arange(CLASSES)] = -2.0
+        self.anchors = torch.cat([next(self.views(self.images.take([i]))) for i in cosines.argmax(0).tolist()])
+        mu = torch.cat([encode_layers(self.backbone, self.vits[1](x))[0] for x in self.views(self.images)])
+        self.backbone.average_prompt.copy_(mu.mean(0).view_as(self.backbone.tip))
+
+
+def check_equal_losses(folder: Path) -> None:
+    """Where copies of an anchor share their noise, both ways give one loss for the same weights, batch and anchors."""
+    original = Original(folder)
+    ours, task = original.learner, original.task
+    torch.nn.init.normal_(ours.backbone.tip)  # prompts that matter, unlike the zeros that they start with
+    ours.before_training(task)
+    ours.before_epoch(task, 0)
+    original.anchors = ours.anchor_images
+    batch = next(ours.batches(task).epoch(0))
+    own, of_class = (torch.randn(size, *ours.backbone.tip.flatten(1).shape) for size in (len(batch), CLASSES))
+    expected = original.terms(batch, torch.cat([own, of_class[batch.labels]]))
+    ours.noise = lambda num_images: torch.cat([own, of_class[batch.labels.unique()]]).flatten(0, 1)
+    terms = ours.base_loss(batch)
+    for name, term in terms.items():
+        print(f"  {name:<24} original {expected[name].item():.6f}, ours {term.item():.6f}")
+    torch.testing.assert_close(terms, expected, rtol=1e-4, atol=1e-6)
+
+
+def _segment(make, *args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        arm = make(*args, Path(folder))
+        arm()
+
+
+def original_epochs(folder: Path):
+    return Original(folder).epoch
+
+
+def main() -> int:
+    precisions = ["fp32", "bf16"] if fast_bf16(torch.device("cpu")) else ["fp32"]
+    wanted = {"fp32": 1.6, "bf16": 2.5}
+    print(f"ViT of width {VIT['embed_dim']}, {VIT['depth']} layers, {SIDE} px; batch {BATCH} of {CLASSES * PER_CLASS} "
+          f"images, {CLASSES} classes; {torch.get_num_threads()} threads; images/s over a base epoch:")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        check_equal_losses(Path(folder) / "check")
+        arms = {"original, fp32": original_epochs(Path(folder) / "original")}
+        arms |= {f"ours, {name}": our_epochs(name, Path(folder) / name) for name in precisions}
+        rates = alternate(arms, SEGMENTS)
+    good = True
+    for name in precisions:
+        good &= verdict(f"{name} against the original", rates[f"ours, {name}"] / rates["original, fp32"], wanted[name])
+    memory = {"original": peak_memory(partial(_segment, original_epochs))}
+    memory |= {f"ours, {name}": peak_memory(partial(_segment, our_epochs, name)) for name in precisions}
+    print("peak memory of the process: " + ", ".join(f"{arm} {size / 1e6:.0f} MB" for arm, size in memory.items()))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Learners on a backbone that never changes: where it comes from, what is kept of it, and what stands on it."""
+
+import copy
+from pkgutil import resolve_name
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from learners import LEARNERS
+from learners.configure import build_config
+from tests.toy import TINY_SOURCES, toy_experiment, toy_raw
+from utils.errors import ConfigError
+from utils.run import Run
+
+EXACT = {"rtol": 0, "atol": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("utils.checkpoint.os.fsync", lambda _: None)
+
+
+def make_learner(folder, name="simplecil", **keys):
+    experiment = toy_experiment(name, folder, **keys)
+    run = Run(experiment.folder, 7, experiment.runtime, progress=False)
+    return LEARNERS[name](experiment.config, experiment.data, run)
+
+
+def learn(learner):
+    for task in learner.data.tasks():
+        learner.learn_task(task)
+    return learner
+
+
+# ---------------------------------------------------------------------- the backbone
+
+
+def test_pretraining_changes_the_backbone_in_the_first_task_alone(tmp_path):
+    learner = make_learner(tmp_path)
+    states = [copy.deepcopy(learner.frozen.network.state_dict())]
+    for task in learner.data.tasks():
+        learner.learn_task(task)
+        states.append(copy.deepcopy(learner.frozen.network.state_dict()))
+    assert not torch.equal(states[0]["conv.weight"], states[1]["conv.weight"])
+    assert_close(states[1:3], states[2:4], **EXACT)
+    assert not any(parameter.requires_grad for parameter in learner.frozen.network.parameters())
+
+
+def test_without_pretraining_the_backbone_stays_as_it_came(tmp_path):
+    learner = make_learner(tmp_path, pretrain_epochs=0)
+    before = copy.deepcopy(learner.frozen.network.state_dict())
+    assert_close(learn(learner).frozen.network.state_dict(), before, **EXACT)
+
+
+@pytest.mark.parametrize(("pretrain_epochs", "saved"), [(0, False), (1, True)])
+def test_a_backbone_is_saved_as_memory_or_counted_as_frozen(pretrain_epochs, saved, tmp_path):
+    learner = make_learner(tmp_path, pretrain_epochs=pretrain_epochs)
+    keys = learner.network.state_dict().keys()
+    assert any(key.startswith("backbone.") for key in keys) == saved
+    assert (learner.frozen_bytes() == 0) == saved
+    assert learner.saves_backbone(learner.config) == saved
+
+
+@pytest.mark.parametrize(
+    ("normalize", "black", "white"), [("none", 0.0, 1.0), ("0.5", -1.0, 1.0), ("dataset", -0.2 / 0.3, 0.8 / 0.3)]
+)
+def test_pixels_reach_the_backbone_as_normalize_says(normalize, black, white, tmp_path):
+    transform = make_learner(tmp_path, normalize=normalize).transform
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    expected = torch.tensor([black, white]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    assert_close(transform.test(pixels), expected)
+    assert_close(transform.train(pixels, torch.Generator()), expected)
+
+
+# ---------------------------------------------------------------------- SimpleCIL
+
+
+def test_simplecil_decides_by_the_cosine_to_the_mean_feature(tmp_path):
+    learner = make_learner(tmp_path, init_cls=6)
+    task = next(iter(learner.data.tasks()))
+    learner.learn_task(task)
+    train, test = learner.data.train_images(task), learner.data.test_images(range(6))
+    features = learner.extract_features(train)
+    means = torch.stack([features[train.labels == label].mean(0) for label in range(6)])
+    cosines = F.cosine_similarity(learner.extract_features(test)[:, None], means[None], dim=2)
+    assert_close(learner.predict(test)["cnn"], cosines)
+
+
+def test_simplecil_ends_the_same_however_classes_are_cut_into_tasks(tmp_path):
+    keys = {"pretrain_epochs": 0, "precision": "fp32"}
+    weights = [
+        learn(make_learner(tmp_path / str(size), init_cls=size, increment=size, **keys)).network.head.weight.data
+        for size in (1, 2, 6)
+    ]
+    assert_close(weights[0], weights[2], rtol=0, atol=1e-5)
+    assert_close(weights[1], weights[2], rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- ASP
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize(
+    ("place", "steps"),
+    [
+        ("learners.frozen_backbone._classify", 3),  # pretraining
+        ("learners.asp.ASP.base_loss", 3),  # first epoch
+        ("learners.asp.ASP.base_loss", 9),  # second epoch, whose anchors were chosen by features that are gone
+        ("learners.asp.ASP.session_loss", 3),
+    ],
+)
+def test_asp_goes_on_in_the_middle_of_an_epoch_with_the_same_bits(place, steps, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "reprise")
+    keys = {"pretrain_epochs": 2, "batch_size": 4, "increment": 4, "checkpoint_every": 2}
+    whole = toy_experiment("asp", tmp_path / "whole", **keys)
+    whole.run()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, place, steps)
+        toy_experiment("asp", tmp_path / "broken", **keys).run()
+    broken = toy_experiment("asp", tmp_path / "broken", **keys)
+    broken.run()
+    assert "continues at step" in (broken.folder / "log.txt").read_text()
+    assert_close(broken.learner.network.state_dict(), whole.learner.network.state_dict(), **EXACT)
+
+
+def stop_after(patch, place, steps):
+    """Let a loss be computed so many times, then raise."""
+    module, _, name = place.rpartition(".")
+    original, left = resolve_name(place), iter(range(steps))
+
+    def limited(*args):
+        if next(left, None) is None:
+            raise Interrupted
+        return original(*args)
+
+    patch.setattr(resolve_name(module), name, limited)
+
+
+@pytest.mark.parametrize(("fs_epoch", "warned"), [(0, True), (1, False)])
+def test_asp_says_if_replay_has_nothing_to_act_on(fs_epoch, warned, tmp_path):
+    experiment = toy_experiment("asp", tmp_path, "ddpm", fs_epoch=fs_epoch, pretrain_epochs=0, increment=4)
+    experiment.run()
+    assert ("replay changes nothing" in (experiment.folder / "log.txt").read_text()) == warned
+
+
+def test_asp_wants_a_source_to_refresh_old_prototypes_from(tmp_path):
+    with pytest.raises(ConfigError, match=r"refresh_old_prototypes=True.*add a synth"):
+        build_config(toy_raw("asp", tmp_path, refresh_old_prototypes=True))
+    synth = {"name": "ddpm", **TINY_SOURCES["ddpm"]}
+    assert build_config(toy_raw("asp", tmp_path, refresh_old_prototypes=True, synth=synth))[0].refresh_old_prototypes
+
+
+def test_asp_refuses_a_backbone_without_tokens(tmp_path):
+    with pytest.raises(ConfigError, match="prompts need a vision transformer"):
+        make_learner(tmp_path, "asp", convnet_type="resnet20", backbone_args={})
