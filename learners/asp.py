@@ -164,10 +164,12 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
         labels, backbone = batch.labels, self.backbone
         classes, counts = labels.unique(return_counts=True)
         picks = classes if self.config.deduplicate_anchors else labels
-        images = torch.cat([batch.images, self.anchor_images[picks]])
-        queries = torch.cat([backbone.query(batch.images), self.anchor_queries[picks]])
-        features, mu, sigma = backbone.prompted(images, queries, self.noise(len(images)))
-        features, anchors = features.split([len(labels), len(picks)])
+        noise = self.noise(len(labels) + len(picks))
+        own, of_anchors = noise.split([len(labels) * backbone.num_layers, len(picks) * backbone.num_layers])
+        features, mu, sigma = backbone.prompted(batch.images, backbone.query(batch.images), own)
+        with torch.no_grad():  # the loss detaches them, so nothing would come back through the network
+            anchors = backbone.prompted(self.anchor_images[picks], self.anchor_queries[picks], of_anchors)[0]
+        mu, sigma = map(torch.cat, zip((mu, sigma), backbone.encode(self.anchor_queries[picks])))
         ones = torch.ones(len(labels), device=labels.device)
         weights = torch.cat([ones, counts.float() if self.config.deduplicate_anchors else ones])
         with torch.autocast(features.device.type, enabled=False):

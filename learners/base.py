@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learners.backbones import backbone_options
 from models.heads import CosineHead, LinearHead
 from models.incremental import IncrementalNet
-from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
 from synth.bank import Bank
 from synth.base import ReplaySource
@@ -20,7 +20,6 @@ from utils import seeding
 from utils.batches import Batch, Batches, ImageBatches, test_batches
 from utils.config import RunConfig
 from utils.data_manager import DataManager, Task
-from utils.datasets import Dataset
 from utils.images import ImageSet
 from utils.memory import ExemplarMemory, class_mean, herding
 from utils.run import Run
@@ -29,19 +28,6 @@ from utils.transforms import classifier_transform
 
 log = logging.getLogger("reprise")
 EVAL_BATCH = 256
-
-
-def backbone_options(config: RunConfig, dataset: Dataset) -> BackboneOptions:
-    """How the backbone of a run is built; the stem follows PyCIL where the config leaves it open."""
-    stem = config.stem
-    if stem == "auto" and dataset.in_memory:
-        stem = "cifar"
-    elif stem == "auto":
-        stem = "imagenet" if config.init_cls == config.increment else "imagenet_small"
-    return BackboneOptions(
-        stem=stem, image_size=dataset.image_size, pretrained=config.pretrained,
-        weights=config.backbone_weights, offline=config.offline, args=config.backbone_args,
-    )  # fmt: skip
 
 
 class Learner(ABC):

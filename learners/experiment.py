@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 
 from learners import LEARNERS
+from learners.backbones import weight_options
 from learners.base import Learner
-from models.options import BackboneOptions
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
@@ -58,9 +59,7 @@ def find_needs(config: RunConfig) -> Dataset:
 
 def missing_weights(config: RunConfig, offline: bool) -> list[str]:
     """The weights that a run needs and that are not to be had, each with where they go."""
-    options = BackboneOptions(
-        pretrained=config.pretrained, weights=config.backbone_weights, args=config.backbone_args, offline=offline
-    )
+    options = replace(weight_options(config), offline=offline)
     checks = [partial(check_backbone_name, config.convnet_type, options, fetch=True)]
     if config.synth is not None and config.synth.need_syn_imgs:
         checks.append(partial(SOURCES[config.synth.name].check_weights, config.synth, offline))

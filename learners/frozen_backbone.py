@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Literal
 
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from learners.base import Learner, backbone_options
+from learners.backbones import backbone_options, weight_options
+from learners.base import Learner
 from models.frozen import Frozen
 from models.heads import CosineHead, LinearHead
 from models.incremental import IncrementalNet
-from models.timm_backbone import build_backbone
+from models.timm_backbone import build_backbone, has_weights
 from utils import seeding
 from utils.batches import Batch
 from utils.config import RunConfig
@@ -23,6 +25,7 @@ from utils.images import ImageSet
 from utils.training import TrainConfig, fit
 from utils.transforms import classifier_transform
 
+log = logging.getLogger("reprise")
 NORMALIZE = {"none": (0.0, 1.0), "0.5": (0.5, 0.5)}
 
 
@@ -56,8 +59,8 @@ class FrozenBackboneLearner(Learner):
     def build_network(self) -> IncrementalNet:
         seeding.seed_everything(self.run.seed, "network")
         network = build_backbone(self.config.convnet_type, backbone_options(self.config, self.data.dataset))
-        self.frozen = Frozen(network.to(self.run.device), learned=self.config.pretrain_epochs > 0)
-        if not self.frozen.learned:
+        self.frozen = Frozen(network.to(self.run.device), learned=self.saves_backbone(self.config))
+        if not self.config.pretrain_epochs:
             self.frozen.freeze(self.run.runtime.bf16)
         backbone = self.build_backbone(self.frozen)
         return IncrementalNet(backbone, CosineHead(backbone.num_features)).to(self.run.device).eval()
@@ -70,6 +73,8 @@ class FrozenBackboneLearner(Learner):
         """Train the backbone on the first task if the config wants it."""
         if task.index == 0 and self.config.pretrain_epochs:
             self.pretrain(task)
+        elif task.index == 0 and self.frozen.learned:
+            log.warning("The backbone is frozen at random weights: give it weights, or train it with pretrain_epochs")
 
     def pretrain(self, task: Task) -> None:
         """Train the backbone with a linear head on the task's real images, then freeze it."""
@@ -91,7 +96,8 @@ class FrozenBackboneLearner(Learner):
 
     @classmethod
     def saves_backbone(cls, config) -> bool:
-        return config.pretrain_epochs > 0
+        """Where its weights are nowhere else: trained here, or drawn at random."""
+        return config.pretrain_epochs > 0 or not has_weights(config.convnet_type, weight_options(config))
 
     def frozen_bytes(self) -> int:
         """Of the backbone, unless it was learned here."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from learners import LEARNERS
-from learners.base import Learner, backbone_options
+from learners.backbones import backbone_options
+from learners.base import Learner
 from learners.experiment import Experiment, missing_weights
 from synth import SOURCES
 from utils.config import RunConfig

@@ -77,7 +77,7 @@ class SmallLDM(LatentDiffusion, nn.Module):
         norm_num_groups: int = 8,
         vector_size: int = 512,
         num_tokens: int = 16,
-        prediction_type: str = "epsilon",
+        prediction_type: str = "v_prediction",
     ):
         super().__init__()
         self.arguments: dict[str, Any] = {

@@ -68,6 +68,11 @@ def check_backbone_name(name: str, options: BackboneOptions, fetch: bool = False
         published_weights(_timm_cfg(name), options.offline)
 
 
+def has_weights(name: str, options: BackboneOptions) -> bool:
+    """Whether a backbone starts from weights that somebody trained; else it starts at random."""
+    return options.weights is not None or (options.pretrained and name.lower() not in BACKBONES)
+
+
 def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
     """Build a backbone by name, with ``num_features`` and (B, 3, H, W) -> (B, num_features).
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -25,6 +30,14 @@ def tiny_vit(**changes) -> VisionTransformer:
         for parameter in vit.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return vit
+
+
+def tiny_vit_file(folder: Path, name: str, **arguments: Any) -> str:
+    """A file with the random weights of a ViT for 8x8 images; it stands for published weights."""
+    torch.manual_seed(7)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(timm.create_model(name, img_size=8, num_classes=0, **arguments).state_dict(), folder / "vit.safetensors")
+    return str(folder / "vit.safetensors")
 
 
 def tiny_prompt_vit(vit: nn.Module | None = None, *, trained: bool = True, **arguments) -> PromptViT:

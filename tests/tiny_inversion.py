@@ -11,7 +11,7 @@ from utils.runtime import Runtime
 
 TINY_MODEL = {
     "vae_channels": [8, 8], "block_out_channels": [8, 8], "attention_levels": [0], "num_heads": 2,
-    "norm_num_groups": 2, "vector_size": 8, "num_tokens": 2,
+    "norm_num_groups": 2, "vector_size": 8, "num_tokens": 2, "prediction_type": "epsilon",
 }  # fmt: skip
 SHORT = {"samples_per_class": 12, "g_local_bs": 6, "sample_steps": 2, "guidance": 2.0}
 

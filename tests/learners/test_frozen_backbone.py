@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from learners import LEARNERS
 from learners.configure import build_config
-from tests.toy import TINY_SOURCES, toy_experiment, toy_raw
+from tests.tiny_asp import tiny_vit_file
+from tests.toy import TINY_LEARNERS, TINY_SOURCES, toy_experiment, toy_raw
 from utils.errors import ConfigError
 from utils.run import Run
 
@@ -54,11 +55,20 @@ def test_without_pretraining_the_backbone_stays_as_it_came(tmp_path):
     assert_close(learn(learner).frozen.network.state_dict(), before, **EXACT)
 
 
-@pytest.mark.parametrize(("pretrain_epochs", "saved"), [(0, False), (1, True)])
-def test_a_backbone_is_saved_as_memory_or_counted_as_frozen(pretrain_epochs, saved, tmp_path):
-    learner = make_learner(tmp_path, pretrain_epochs=pretrain_epochs)
+@pytest.mark.parametrize(
+    ("pretrain_epochs", "from_file", "saved"),
+    [
+        (0, True, False),  # the file has it
+        (1, True, True),  # trained here
+        (0, False, True),  # drawn at random: it is nowhere else
+    ],
+)
+def test_a_backbone_is_saved_as_memory_or_counted_as_frozen(pretrain_epochs, from_file, saved, tmp_path):
+    keys = TINY_LEARNERS["asp"]
+    file = tiny_vit_file(tmp_path, keys["convnet_type"], **keys["backbone_args"]) if from_file else None
+    learner = make_learner(tmp_path, "asp", pretrain_epochs=pretrain_epochs, backbone_weights=file)
     keys = learner.network.state_dict().keys()
-    assert any(key.startswith("backbone.") for key in keys) == saved
+    assert any(key.startswith("backbone.vit.") for key in keys) == saved
     assert (learner.frozen_bytes() == 0) == saved
     assert learner.saves_backbone(learner.config) == saved
 

@@ -1,0 +1,26 @@
+"""How the backbone of a run is built, read off its config and its data set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from models.options import BackboneOptions
+from utils.config import RunConfig
+from utils.datasets import Dataset
+
+
+def weight_options(config: RunConfig) -> BackboneOptions:
+    """Where the backbone's weights come from, as far as the config alone can say."""
+    return BackboneOptions(
+        pretrained=config.pretrained, weights=config.backbone_weights, offline=config.offline, args=config.backbone_args
+    )
+
+
+def backbone_options(config: RunConfig, dataset: Dataset) -> BackboneOptions:
+    """How the backbone of a run is built; the stem follows PyCIL where the config leaves it open."""
+    stem = config.stem
+    if stem == "auto" and dataset.in_memory:
+        stem = "cifar"
+    elif stem == "auto":
+        stem = "imagenet" if config.init_cls == config.increment else "imagenet_small"
+    return replace(weight_options(config), stem=stem, image_size=dataset.image_size)
