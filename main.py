@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import re
 import sys
@@ -32,26 +31,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one message about a mistake that the user can repair."""
     args = parse_args(argv)
-    from utils.errors import RepriseError
+    from utils.command import exit_code
 
-    try:
-        return run(args)
-    except RepriseError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"error: the disk is full: {error.filename or ''}; make room and give the same command again",
-            file=sys.stderr,
-        )
-    return 2
+    return exit_code(run, args)
 
 
 def run(args: argparse.Namespace) -> int:
     """Everything is checked, and the data read, before anything is written."""
-    if args.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.offline:
         args.overrides = [*args.overrides, "offline=true"]
     if args.list:
         from learners.plan import describe_all

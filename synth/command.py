@@ -1,13 +1,10 @@
-"""What `synth.train` and `synth.sample` share: config files, classes by name, fitted sources on disk, exit codes."""
+"""What `synth.train` and `synth.sample` share: config files, classes by name, fitted sources on disk."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from utils.config import (
     read_experiment,
 )  # fmt: skip
 from utils.datasets import Dataset
-from utils.errors import CheckpointError, ConfigError, RepriseError
+from utils.errors import CheckpointError, ConfigError
 from utils.images import ImageSet
 from utils.registry import nearest
 from utils.run_folder import DESCRIPTION
@@ -73,21 +70,6 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of all random choices (default: the file's first, or 1993)")
     parser.add_argument("--device", help='GPU id, "cpu" or "auto" (default: what the file says, or auto)')
     parser.add_argument("--offline", action="store_true", help="fetch nothing from a network")
-
-
-def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """What ``run`` returns, or 2 after one message about a mistake that the user can repair."""
-    if args.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        os.environ["HF_HUB_OFFLINE"], args.offline = "1", True
-    try:
-        return run(args)
-    except RepriseError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: the disk is full: {error.filename or ''}; make room and give the command again", file=sys.stderr)
-    return 2
 
 
 def read_file(path: str | Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from synth.command import (
     FittedSource,
     add_shared_flags,
     build_config,
-    exit_code,
     find_fitted,
     pick_classes,
     read_file,
@@ -36,6 +35,7 @@ from synth.drawing import (
 )  # fmt: skip
 from utils import subsets
 from utils.checkpoint import atomic_write, write_json
+from utils.command import exit_code
 from utils.config import apply_overrides
 from utils.data_manager import Task, cut_tasks
 from utils.datasets import Dataset, load_dataset

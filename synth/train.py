@@ -12,8 +12,9 @@ from pathlib import Path
 from synth import SOURCES
 from synth.bank import Bank
 from synth.base import ReplaySource, Requests
-from synth.command import FITTED, FitConfig, add_shared_flags, build_config, exit_code, pick_classes, read_file
+from synth.command import FITTED, FitConfig, add_shared_flags, build_config, pick_classes, read_file
 from utils.checkpoint import atomic_write, file_hash, write_json
+from utils.command import exit_code
 from utils.data_manager import DataManager, Task, cut_tasks
 from utils.datasets import load_dataset
 from utils.errors import ConfigError

@@ -1,7 +1,9 @@
 """Data that several tests share."""
 
+import logging
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,13 @@ ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar100_mini.tar.xz"
 def one_thread() -> None:
     """Tiny tensors gain nothing from a second thread, and lose tenfold where other programs share the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_handler_outlives_its_test() -> Iterator[None]:
+    """A handler keeps the standard output that it was made with, which pytest closes after the test."""
+    yield
+    logging.getLogger("reprise").handlers.clear()
 
 
 @pytest.fixture(scope="session")

@@ -186,7 +186,8 @@ def line_chart(series: dict[str, Sequence[float | None]], xs: Sequence[int], x_t
         width: in px; with the width at which it will be shown, its letters have the size of the page's.
     """
     lowest = min((value for values in series.values() for value in values if value is not None), default=0)
-    plane = Plane(xs[0], xs[-1], bottom_value=min(int(lowest // 20) * 20, 80), width=width)
+    longest = max(map(len, series), default=0)
+    plane = Plane(xs[0], xs[-1], min(int(lowest // 20) * 20, 80), width, right=max(130, 70 + 7 * longest))
     parts, ends = plane.grid(xs, x_title), []
     for number, (name, values) in enumerate(series.items()):
         points = [(plane.across(x), plane.down(value), value) for x, value in zip(xs, values) if value is not None]
