@@ -12,6 +12,15 @@ ALL = LEARNERS.names()
 KINDS = {source: SOURCES[source].kind for source in SOURCES.names()}
 PAIRS = [(name, source) for name in ALL for source, kind in KINDS.items() if kind in LEARNERS[name].accepts]
 PAIRS += [(name, None) for name in ALL if not LEARNERS[name].needs_source]
+# Every learner with ddpm or without a source in both precisions; the slower sources with three learners, and with all
+# others behind the marker.
+WITH_EVERY_SOURCE = ("asp", "dddr", "finetune")
+INTERRUPTED = [
+    pytest.param(name, source, precision, marks=[] if usual else [pytest.mark.slow])
+    for name, source in PAIRS
+    for precision in ("fp32", "bf16")
+    for usual in [source in (None, "ddpm") or (name in WITH_EVERY_SOURCE and precision == "fp32")]
+]
 
 
 class Interrupted(Exception):
@@ -63,8 +72,7 @@ def test_another_seed_gives_other_bits(name, tmp_path):
     assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(second).values())))
 
 
-@pytest.mark.parametrize(("name", "source"), PAIRS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "source", "precision"), INTERRUPTED)
 def test_interrupted_run_ends_with_the_same_bits(name, source, precision, tmp_path, monkeypatch):
     keys = {"epochs": 2, "precision": precision, "checkpoint_every": 2}
     whole = toy_experiment(name, tmp_path / "whole", source, **keys)
