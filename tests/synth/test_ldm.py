@@ -73,7 +73,8 @@ def test_a_model_that_is_not_there_is_missed_when_the_source_is_made(tmp_path):
 
 
 def test_images_that_are_there_need_no_model(tmp_path):
-    make_ldm(tmp_path, ldm_ckpt="nowhere/model.ckpt", need_syn_imgs=False)
+    source = make_ldm(tmp_path, ldm_ckpt="nowhere/model.ckpt", need_syn_imgs=False)
+    assert source.frozen_bytes() == 0 and source.fitted_classes == set()
 
 
 def test_offline_is_what_the_hubs_variable_says(tmp_path, monkeypatch):
