@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         print(describe_all())
         return 0
     from learners.configure import build_config
-    from utils.config import apply_overrides, read_experiment
+    from utils.experiment_file import apply_overrides, read_experiment
 
     config, unused = build_config(apply_overrides(read_experiment(args.config), args.overrides))
     if config.offline:
@@ -94,7 +94,8 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     with runtime.accelerator.main_process_first():  # one process downloads
         dataset = find_needs(config)
     experiments = [Experiment(config, name, seed, dataset, runtime, unused) for seed in config.seed]
-    experiments[0].check()
+    for experiment in experiments:
+        experiment.check()
     with runtime.accelerator.main_process_first():
         folder = claim_folder(config, name, overwrite and runtime.is_main)
         claim_machine(folder, runtime)

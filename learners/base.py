@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learners.backbones import backbone_options
-from models.heads import CosineHead, LinearHead
+from models.heads import HEADS
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone
 from synth.bank import Bank
 from synth.base import ReplaySource
+from synth.stored import StoredSources
 from utils import seeding
 from utils.batches import Batch, Batches, ImageBatches, test_batches
 from utils.config import RunConfig
@@ -24,7 +25,7 @@ from utils.images import ImageSet
 from utils.memory import ExemplarMemory, class_mean, herding
 from utils.run import Run
 from utils.training import TrainConfig, fit
-from utils.transforms import classifier_transform
+from utils.transforms import ClassifierTransform, classifier_transform
 
 log = logging.getLogger("reprise")
 EVAL_BATCH = 256
@@ -51,13 +52,17 @@ class Learner(ABC):
     needs_source = False
     upper_bound = False  # trains on real images of all seen classes
     uses_exemplars = False
+    guides = False  # draws replay itself, bent by its classifier: its source must be one that can be guided
     head = "linear"
+    eval_logits = "seen"  # or "all": whether classes not seen yet compete in `predict`
 
     def __init__(
         self, config, data: DataManager, run: Run, source: ReplaySource | None = None, bank: Bank | None = None
     ):
         self.config, self.data, self.run, self.source, self.bank = config, data, run, source, bank
-        self.transform = classifier_transform(data.dataset, config.replay_resize)
+        given = source is not None and config.synth.source_dir is not None  # by another run
+        self.source_fitter = StoredSources(source, data) if given else source
+        self.transform = self.build_transform()
         self.memory = ExemplarMemory(config.memory_size, config.memory_per_class, config.fixed_memory)
         self.network = self.build_network()
         self.old_network: IncrementalNet | None = None
@@ -75,8 +80,8 @@ class Learner(ABC):
         fits = self.source is not None and self.config.synth.need_syn_imgs
         if fits:
             with self.run.timed("fit_source"):
-                self.source.fit_before(task, images)
-            self._keep_replay(task)
+                self.source_fitter.fit_before(task, images)
+            self.keep_replay(task)
         self.before_training(task)
         self.replay = self.make_replay(task)
         with self.run.timed("train"):
@@ -84,31 +89,41 @@ class Learner(ABC):
             self.after_training(task)
         if fits and (task.num_seen < self.data.num_classes or self.config.synth.fit_after_last_task):
             with self.run.timed("fit_source"):
-                self.source.fit_after(task, images, self.replay, self.memory.images, self.network)
-            self._keep_replay(task)
+                self.source_fitter.fit_after(task, images, self.replay, self.memory.images, self.network)
+            self.keep_replay(task)
         if self.source is not None:
             self.after_source_fit(task)
         self.old_network = self.network.frozen_copy()
 
-    def _keep_replay(self, task: Task) -> None:
-        """With `replay: keep`, draw this task's classes as soon as the source has learned them."""
-        if self.config.synth.replay == "keep" and self.source.fitted_classes.issuperset(task.classes):
-            with self.run.timed("generate"):
-                self.bank.draw(self.source, task, task.classes)
-
     # ------------------------------------------------------------------ hooks, in order of their call
+
+    def build_transform(self) -> ClassifierTransform:
+        """What is done to images; default: what the data set is used to."""
+        return classifier_transform(self.data.dataset, self.config.replay_resize)
 
     def build_network(self) -> IncrementalNet:
         """A new network without classes, on the device, drawn from the run's seed."""
         seeding.seed_everything(self.run.seed, "network")
         backbone = build_backbone(self.config.convnet_type, backbone_options(self.config, self.data.dataset))
-        head = CosineHead(backbone.num_features) if self.head == "cosine" else LinearHead(backbone.num_features)
-        network = IncrementalNet(backbone, head).to(self.run.device)
+        network = IncrementalNet(backbone, HEADS[self.head](backbone.num_features)).to(self.run.device)
         return network.to(memory_format=torch.channels_last).eval()
 
     def grow_network(self, task: Task) -> None:
         """Add outputs for the task's classes."""
         self.network.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "grow"))
+
+    def keep_replay(self, task: Task) -> None:
+        """Called when the source has learned: with `replay: keep`, draw the task's classes once and for all."""
+        if self.config.synth.replay == "keep" and self.source.fitted_classes.issuperset(task.classes):
+            with self.run.timed("generate"):
+                self.bank.draw(self.source, task, task.classes)
+
+    def count_draws(self) -> int:
+        """Images that the whole run draws to replay them, for `--plan`."""
+        counts = [self.config.synth.syn_per_class or count for count in self.data.class_counts]
+        old = [self.data.task(index).num_old for index in range(self.data.num_tasks)]
+        keeps = self.config.synth.replay == "keep"
+        return sum(counts[: old[-1]]) if keeps else sum(sum(counts[:seen]) for seen in old)
 
     def before_training(self, task: Task) -> None:
         """Called after the source has looked at the new images and before replay is made."""

@@ -6,8 +6,9 @@ from typing import Any
 
 from learners import LEARNERS
 from synth import SOURCES, build_source_config
-from utils.config import DEAD_KEYS, SOURCE_KEYS, RunConfig, merge_aliases
+from utils.config import RunConfig
 from utils.errors import ConfigError
+from utils.experiment_file import DEAD_KEYS, SOURCE_KEYS, merge_aliases
 from utils.registry import nearest
 
 
@@ -26,7 +27,7 @@ def build_config(raw: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     if name is None:
         raise ConfigError(f"the key 'model_name' is missing: choose one of {', '.join(LEARNERS.names())}")
     learner = LEARNERS[str(name).lower()]
-    raw["model_name"] = str(name).lower()
+    raw = learner.Config.translate({**raw, "model_name": str(name).lower()})
     known_elsewhere = {key for other in LEARNERS.names() for key in LEARNERS[other].Config.model_fields}
     unused = sorted(
         key
@@ -56,6 +57,17 @@ def _check_pair(learner: type, config: RunConfig) -> None:
         raise ConfigError(
             f"synth.syn_image_path={config.synth.syn_image_path!r} is one folder, but {len(config.seed)} seeds draw "
             "different images: run one seed at a time, each with its own folder, or leave the key out"
+        )
+    if config.synth.source_dir is not None and not config.synth.need_syn_imgs:
+        raise ConfigError(
+            f"synth.source_dir={config.synth.source_dir!r}: with need_syn_imgs=false the images are there and no "
+            "source is used; keep one of the two"
+        )
+    if learner.guides and not SOURCES[config.synth.name].can_be_guided:
+        able = ", ".join(name for name in SOURCES.names() if SOURCES[name].can_be_guided)
+        raise ConfigError(
+            f"the learner {config.model_name!r} guides the denoising of its source, which {config.synth.name!r} does "
+            f"not allow: choose synth.name={able}"
         )
     kind = SOURCES[config.synth.name].kind
     if kind not in learner.accepts:

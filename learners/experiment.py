@@ -21,12 +21,14 @@ from learners.base import Learner
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
+from synth.stored import StoredSources, keep_source, save_source
 from utils.checkpoint import Checkpoints, folder_bytes, write_json
 from utils.config import RunConfig
 from utils.data_manager import DataManager, cut_tasks
 from utils.datasets import Dataset, load_dataset
 from utils.errors import DataError, WeightsError
-from utils.report import GalleryRow, write_report
+from utils.gallery import GalleryRow
+from utils.report import write_report
 from utils.results import Results
 from utils.run import Run, log_to_file
 from utils.run_folder import ENVIRONMENT, bank_folder, describe_data
@@ -103,6 +105,8 @@ class Experiment:
     def check(self) -> Learner:
         """Build network and source once, so that whatever does not fit is said before anything is written."""
         learner = make_learner(self.config, self.name, self.seed, self.data, self._make_run())
+        if isinstance(learner.source_fitter, StoredSources):
+            learner.source_fitter.require()
         if self._uses_given_images and self.config.synth.replay == "keep":
             for index in range(self.data.num_tasks - 1):  # nobody needs those of the last task
                 learner.bank.require(index)
@@ -139,7 +143,7 @@ class Experiment:
                 self._header(), self.data, few_shot=self.config.kshot > 0, long_tailed=self.config.imb_factor < 1
             )
             for task in self.data.tasks(self._restore()):
-                with self.work.timed("total"):
+                with self.work.timed("other"):
                     self._learn(task)
                 self._save(task)
             self.results.log_end()
@@ -163,8 +167,9 @@ class Experiment:
             tensors, state = learner.state()
             state |= {"results": self.results.state(), "seconds": self.work.seconds}
             keep = learner.source is not None and not self._uses_given_images
-            save_source = (lambda folder: _save_source(learner.source, folder)) if keep else None
-            self._checkpoints.save(task.index, tensors, state, save_source)
+            if keep and self.config.synth.keep_sources:  # first: what a checkpoint calls learned is not learned again
+                keep_source(learner.source, self.data, task, self.folder)
+            self._checkpoints.save(task.index, tensors, state, partial(save_source, learner.source) if keep else None)
             self.work.forget_fits()
             self._write()
         self.runtime.accelerator.wait_for_everyone()
@@ -186,15 +191,16 @@ class Experiment:
 
     def _write(self) -> dict[str, Any]:
         """Write `results.json` and `report.html`; returns the former's content."""
-        seconds = {
-            name: self.work.seconds.get(name, 0.0) for name in ("train", "fit_source", "generate", "evaluate", "total")
-        }
+        spent = self.work.seconds
+        seconds = {name: spent.get(name, 0.0) for name in ("train", "fit_source", "generate", "evaluate")}
+        seconds["total"] = sum(spent.values())
         results = self.results.to_dict(self._memory_bytes(), seconds)
         if self.runtime.is_main:
             write_json(self.folder / "results.json", results)
             config = self.config.model_dump(mode="json", exclude_none=True)
             environment = json.loads((self.folder.parent / ENVIRONMENT).read_text())
-            write_report(self.folder / "report.html", results, config, self._gallery(), environment)
+            panels = self.work.panels.read()
+            write_report(self.folder / "report.html", results, config, self._gallery(), environment, panels)
         return results
 
     def _memory_bytes(self) -> dict[str, int]:
@@ -239,7 +245,7 @@ class Experiment:
             "dataset": self.config.data_name,
             "seed": self.seed,
             "upper_bound": self.learner.upper_bound,
-            "eval_logits": "seen",
+            "eval_logits": self.learner.eval_logits,
             "command": " ".join(["python", *sys.argv]),
         }
 
@@ -252,11 +258,6 @@ class Experiment:
         log.info("Class order: %s", self.data.class_order)
         if LEARNERS[self.config.model_name].upper_bound:
             log.info("%s is an upper bound: it sees real images of all seen classes", self.config.model_name)
-
-
-def _save_source(source, folder: Path) -> None:
-    (folder / "source").mkdir()
-    source.save(folder / "source")
 
 
 def _names(task) -> str:

@@ -50,13 +50,12 @@ def describe_run(config: RunConfig, name: str) -> str:
         lines += [f"Weights: {text}" for text in missing]
         return "\n".join([*lines, "The schedule follows once the weights are here."])
     learner = experiment.check()
-    data = learner.data
     lines += _schedule(learner)
     options = backbone_options(config, dataset)
     weights = f", weights {options.weights}" if options.weights else ""
     lines.append(f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}")
     if config.synth is not None:
-        lines += [*_replay(config, name, data), f"  {learner.source.describe()}"]
+        lines += [*_replay(learner, name), f"  {learner.source_fitter.describe()}"]
     return "\n".join(lines)
 
 
@@ -77,15 +76,11 @@ def _schedule(learner: Learner) -> list[str]:
     return lines
 
 
-def _replay(config: RunConfig, name: str, data) -> list[str]:
-    synth, side = config.synth, data.dataset.image_size
-    counts = data.class_counts
-    per_class = [synth.syn_per_class or counts[label] for label in range(data.num_classes)]
-    old = [data.task(index).num_old for index in range(data.num_tasks)]
-    drawn = sum(per_class[: old[-1]]) if synth.replay == "keep" else sum(sum(per_class[:count]) for count in old)
-    size = drawn * side * side * data.dataset.channels
-    what = "to draw per seed" if synth.need_syn_imgs else "that must be there"
+def _replay(learner: Learner, name: str) -> list[str]:
+    config, data = learner.config, learner.data
+    drawn, size = learner.count_draws(), data.dataset.image_size**2 * data.dataset.channels
+    what = "to draw per seed" if config.synth.need_syn_imgs else "that must be there"
     return [
-        f"Replay: {synth.name}, {synth.replay}: about {drawn} images {what}, at most {size / 1e6:.1f} MB",
+        f"Replay: {config.synth.name}: about {drawn} images {what}, {size * drawn / 1e6:.1f} MB as pixels",
         f"  in {bank_folder(config, name, config.seed[0])}",
     ]

@@ -1,7 +1,9 @@
-"""A network that is used as it is."""
+"""Networks that are used as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,3 +61,18 @@ class Frozen(nn.Module):
             own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
             for name, value in self.network.state_dict(keep_vars=True).items():
                 value.data = own[name].to(value.device)  # also in the number format it was saved in
+
+
+@contextmanager
+def fixed(network: nn.Module) -> Iterator[nn.Module]:
+    """The network in eval mode and its parameters without gradients; afterwards both are as they were."""
+    training, learned = network.training, [value for value in network.parameters() if value.requires_grad]
+    network.eval()
+    for value in learned:
+        value.requires_grad_(False)
+    try:
+        yield network
+    finally:
+        for value in learned:
+            value.requires_grad_(True)
+        network.train(training)

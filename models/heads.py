@@ -1,4 +1,4 @@
-"""Classifier heads that gain rows as classes come. Both start without any class."""
+"""Classifier heads that gain rows as classes come. All start without any class."""
 
 from __future__ import annotations
 
@@ -64,6 +64,17 @@ class LinearHead(_Head):
         return F.linear(features, self.weight, self.bias)
 
 
+class PlainHead(_Head):
+    """logits = W f without bias; rows start as those of ``torch.nn.Linear``, as in GUIDE (arXiv:2403.03938)."""
+
+    def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        return _uniform(rows, 1 / math.sqrt(self.num_features), generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, D) to logits (B, num_classes)."""
+        return F.linear(features, self.weight)
+
+
 class CosineHead(_Head):
     """logits = s * cos(w, f) with a learned scale s (Hou et al., LUCIR, CVPR 2019, Eq. 4); rows start as in PyCIL."""
 
@@ -77,6 +88,9 @@ class CosineHead(_Head):
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) of any length to logits (B, num_classes) in [-s, s]."""
         return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
+HEADS = {"linear": LinearHead, "cosine": CosineHead, "plain": PlainHead}
 
 
 def _uniform(rows: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:

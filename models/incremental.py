@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from models.heads import CosineHead, LinearHead
+from models.heads import CosineHead, LinearHead, PlainHead
 
 
 class IncrementalNet(nn.Module):
@@ -18,7 +18,7 @@ class IncrementalNet(nn.Module):
         head: built for D features; it has no class before the first `grow`.
     """
 
-    def __init__(self, backbone: nn.Module, head: LinearHead | CosineHead):
+    def __init__(self, backbone: nn.Module, head: LinearHead | CosineHead | PlainHead):
         super().__init__()
         assert backbone.num_features == head.num_features
         self.backbone = backbone

@@ -50,7 +50,7 @@ class CifarResNet(nn.Module):
             stages.append(nn.Sequential(*stage))
             in_channels = channels
         self.stages = nn.Sequential(*stages)
-        self.apply(_init_conv)
+        self.apply(init_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W), mean 0 and deviation 1 per channel, to non-negative features (B, 64)."""
@@ -58,7 +58,8 @@ class CifarResNet(nn.Module):
         return self.stages(x).mean(dim=(2, 3))
 
 
-def _init_conv(module: nn.Module) -> None:
+def init_conv(module: nn.Module) -> None:
+    """Start a convolution Kaiming-normal by its fan-out; for ``nn.Module.apply``, so other modules are left alone."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -84,7 +85,7 @@ def _torchvision_resnet(name: str, options: BackboneOptions) -> nn.Module:
     network.fc = nn.Identity()
     if options.stem != "imagenet":
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        _init_conv(network.conv1)
+        init_conv(network.conv1)
     if options.stem == "cifar":
         network.maxpool = nn.Identity()
     return network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ from typing import Any
 import torch
 
 from synth.base import ReplaySource, Requests
-from synth.drawing import damaged_files, draw_missing, file_hashes, images_in, preview, require_same, short
+from synth.drawing import (
+    damaged_files,
+    draw_missing,
+    file_hashes,
+    images_in,
+    preview,
+    require_same,
+    save_image,
+    short,
+)  # fmt: skip
 from utils.checkpoint import atomic_write, write_json
 from utils.config import SourceConfig
 from utils.data_manager import DataManager, Task
@@ -22,7 +32,11 @@ from utils.run import Run
 log = logging.getLogger("reprise")
 LABEL_FIELDS = ("dataset", "class_order", "classes")  # what must fit of images that this run does not draw itself
 # Keys that say where images lie or how much is asked for, not what they look like.
-NOT_SETTINGS = {"need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task"}
+NOT_SETTINGS = {
+    "need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task", "keep_sources",
+    "source_dir",
+}  # fmt: skip
+DRAWN = "drawn"  # folder of what a learner drew in its training
 REMEDY = "Give another --name or syn_image_path, or delete the folder"
 
 
@@ -78,6 +92,18 @@ class Bank:
             images = images + self._read(folder, [label])
         return images
 
+    def show(self, task: Task, images: ImageSet) -> None:
+        """Lay images that a learner drew for itself while it learned a task into `task_<t>/drawn`, to be looked at."""
+        folder = self._folder(task.index) / DRAWN
+        if not self.run.runtime.is_main:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        rows = {label: images.select([label]) for label in images.classes}
+        for label, row in rows.items():
+            for copy in range(len(row)):
+                save_image(folder, label, copy, row.image(copy), self.config)
+        atomic_write(folder / "preview.png", encode_image(preview(list(rows.values())), ".png"))
+
     def require(self, index: int) -> None:
         """See that a task's images, which nobody is to draw, are there, enough, and of this run's classes.
 
@@ -120,9 +146,13 @@ class Bank:
 
     def newest(self, label: int) -> list[str]:
         """Paths of the last images drawn of a class; empty if none were."""
-        folder = self._folder(self.task_of[label])
-        redraws = sorted(folder.glob("redraw_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-        return [str(path) for path in images_in((redraws or [folder])[-1] / str(label))]
+        own = self._folder(self.task_of[label])
+        dated = [(-1, own)] + [(_number(path), path) for path in own.glob("redraw_*")]
+        dated += [(_number(path.parent), path) for path in self.root.glob(f"task_*/{DRAWN}")]
+        for _, folder in sorted(dated, reverse=True):
+            if images := images_in(folder / str(label)):
+                return list(map(str, images))
+        return []
 
     def memory_bytes(self) -> int:
         """Bytes of the stored images; 0 where images are redrawn, since they need not be carried from task to task."""
@@ -227,6 +257,10 @@ class Bank:
         log.info("Adopted %d images in %s, taken to be in this run's class order", sum(counts.values()), folder)
         hashes = file_hashes(folder, classes)
         write_json(folder / "manifest.json", {**manifest, "weights": None, "adopted": True, "files": hashes})
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.rpartition("_")[2])
 
 
 def _counts(folder: Path, classes: list[int]) -> dict[int, int]:

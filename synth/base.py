@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,6 @@ from utils.images import ImageSet
 from utils.run import Run
 
 log = logging.getLogger("reprise")
-
-# Clean predictions (B, C, H, W) in [-1, 1] and their labels (B,) to one log-likelihood per image, (B,), already
-# multiplied by its scale: sampling follows its gradient.
-Guide = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,11 @@ class Requests:
         labels = torch.tensor(classes, dtype=torch.int64).repeat_interleave(per_class)
         return cls(labels, torch.full_like(labels, -1), torch.arange(per_class).repeat(len(classes)), key)
 
+    @classmethod
+    def of_labels(cls, labels: Tensor, key: tuple[int | str, ...]) -> Requests:
+        """One sample per label, int64 (N,), all told apart by their numbers."""
+        return cls(labels, torch.full_like(labels, -1), torch.arange(len(labels)), key)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -67,9 +69,42 @@ class Requests:
         return [seeding.generator(*self.key, *row) for row in rows]
 
 
+@dataclass(frozen=True)
+class Guide:
+    """How a learner wants its samples drawn, where it does not leave that to the source.
+
+    Attributes:
+        timestep_respacing: the time steps of sampling, such as "ddim50".
+        sampler: "ddim" or "ddpm".
+        bend: the requests of one chunk to a function that sampling follows uphill: from clean predictions (B, C, H, W)
+            in [-1, 1] to one log-likelihood per image, (B,), times its scale. None: nothing bends it.
+    """
+
+    timestep_respacing: str
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    bend: Callable[[Requests], Callable[[Tensor], Tensor]] | None = None
+
+
 def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise, (N, *shape), each row from its own generator; on the CPU, so that a seed is a seed."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def draw_labels(classes: list[int], count: int, generator: torch.Generator, balanced: bool) -> Tensor:
+    """Labels to ask for, int64 (count,).
+
+    Args:
+        classes: at least one.
+        count: of labels.
+        generator: on the CPU.
+        balanced: equal counts of every class, the remainder going to classes drawn by chance; else each label is drawn
+            by itself, as GUIDE does (Cywinski et al. 2024, arXiv:2403.03938).
+    """
+    known = torch.tensor(classes)
+    if not balanced:
+        return known[torch.randint(len(known), (count,), generator=generator)]
+    rest = torch.randperm(len(known), generator=generator)[: count % len(known)].sort().values
+    return torch.cat([known.repeat_interleave(count // len(known)), known[rest]])
 
 
 class ReplaySource(ABC):
@@ -87,6 +122,8 @@ class ReplaySource(ABC):
         pass
 
     kind = "images"  # or "features"
+    can_be_guided = False  # whether `generate` takes a guide
+    drawing_keys: frozenset[str] = frozenset()  # of its own keys, those that change no weights
 
     def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset):
         self.config, self.run, self.num_classes = config, run, num_classes
@@ -119,6 +156,19 @@ class ReplaySource(ABC):
             encoder: the trained classifier.
         """
 
+    @classmethod
+    def learns_after(cls) -> bool:
+        """Whether it learns a task once the classifier has trained, in ``fit_after``; else it does before."""
+        return cls.fit_after is not ReplaySource.fit_after
+
+    @classmethod
+    def training_settings(cls, config) -> dict[str, Any]:
+        """The keys that shape what is learned; sources that differ in others alone can take each other's weights.
+
+        The keys that all sources share say where samples lie, how many there are and how long they are kept.
+        """
+        return config.dump_without({*SourceConfig.model_fields, *cls.drawing_keys})
+
     @abstractmethod
     def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
         """One sample per request, in their order; see `Requests` for what makes it reproducible.
@@ -126,6 +176,18 @@ class ReplaySource(ABC):
         Raises:
             NotFittedError: if a label was never learned.
         """
+
+    def check_guide(self, guide: Guide) -> None:
+        """See that `generate` can take this guide, which only a source that `can_be_guided` is asked.
+
+        Raises:
+            ConfigError: if not.
+        """
+
+    def generate_together(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+        """`generate` with its chunks shared by all processes: each gets every sample, with the bits of one process."""
+        chunks = list(requests.chunks(self.config.sample_batch))
+        return sum(self.run.runtime.share(chunks, lambda chunk: self.generate(chunk, guide)), ImageSet())
 
     @abstractmethod
     def save(self, directory: Path) -> None:

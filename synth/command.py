@@ -15,17 +15,10 @@ from pydantic import Field, SerializeAsAny
 from synth import build_source_config
 from synth.drawing import damaged_files
 from utils.checkpoint import Checkpoints
-from utils.config import (
-    ALIASES,
-    NOT_IDENTITY,
-    SOURCE_KEYS,
-    RunConfig,
-    SourceConfig,
-    apply_overrides,
-    read_experiment,
-)  # fmt: skip
+from utils.config import NOT_IDENTITY, RunConfig, SourceConfig
 from utils.datasets import Dataset
 from utils.errors import CheckpointError, ConfigError
+from utils.experiment_file import ALIASES, SOURCE_KEYS, apply_overrides, read_experiment
 from utils.images import ImageSet
 from utils.registry import nearest
 from utils.run_folder import DESCRIPTION
@@ -57,7 +50,7 @@ class FitConfig(RunConfig):
 
     def identity(self) -> dict[str, Any]:
         """What makes two fitted sources the same; the seed too, since a folder holds one."""
-        return self.model_dump(mode="json", exclude={*NOT_IDENTITY, *OF_THE_CLASSIFIER} - {"seed"})
+        return self.dump_without({*NOT_IDENTITY, *OF_THE_CLASSIFIER} - {"seed"})
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,8 +119,9 @@ def build_config(raw: dict[str, Any], args: argparse.Namespace, **flags: Any) ->
         _require_class_order(raw)
         raw = {key: value for key, value in raw.items() if key in FitConfig.model_fields}
     synth = build_source_config(raw["synth"])
-    # The commands fit and draw whatever the experiment does with its stored images, in folders of their own.
-    synth = synth.model_copy(update={"need_syn_imgs": True, "syn_image_path": None, "adopt_syn_images": False})
+    # The commands fit and draw whatever the experiment does with stored images and sources, in folders of their own.
+    own = {"need_syn_imgs": True, "syn_image_path": None, "adopt_syn_images": False, "source_dir": None}
+    synth = synth.model_copy(update=own)
     return FitConfig.parse({**raw, "synth": synth})
 
 

@@ -9,15 +9,16 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from models.frozen import fixed
 from models.unet import ClassUNet
 from synth import SOURCES
-from synth.base import Guide, ReplaySource, Requests, draw_noise
+from synth.base import Guide, ReplaySource, Requests, draw_labels, draw_noise
 from synth.diffusion import (
     classifier_free,
     linear_process,
@@ -26,11 +27,14 @@ from synth.diffusion import (
     sample_ddim,
     sample_ddpm,
 )  # fmt: skip
+from synth.drawing import draw_missing, images_in
+from synth.guide_flags import translate
 from utils import seeding
 from utils.batches import Batch, ImageBatches
 from utils.checkpoint import load_tensors, save_tensors, write_json
 from utils.config import SourceConfig
 from utils.data_manager import Task
+from utils.errors import ConfigError
 from utils.images import ImageSet
 from utils.training import TrainConfig, fit
 from utils.transforms import RECIPES, DiffusionTransform, to_uint8
@@ -52,9 +56,16 @@ class DDPM(ReplaySource):
         block_out_channels: list[int] = Field([128, 256, 256, 256], min_length=1, description="UNet width per level")
         layers_per_block: int = Field(3, ge=1, description="residual blocks per level")
         attention_levels: list[int] = Field([1, 2], description="levels with attention, 0 is the finest")
+        attention_resolutions: list[int] | None = Field(
+            None, description="sides in pixels at which there is attention, in place of attention_levels"
+        )
         attention_head_dim: int = Field(64, ge=1, description="channels per attention head")
         norm_num_groups: int = Field(32, ge=1, description="groups of every GroupNorm")
         dropout: float = Field(0.1, ge=0, lt=1, description="inside the residual blocks")
+        resample: Literal["conv", "resnet"] = Field("conv", description="between levels: convolution or residual block")
+        gradient_checkpointing: bool = Field(
+            False, description="recompute blocks going backward: less memory in training and guided sampling, more time"
+        )
         diffusion_steps: int = Field(1000, ge=1, description="time steps of the full process")
         beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
         beta_end: float = Field(2e-2, gt=0, lt=1, description="variance of the last step")
@@ -62,6 +73,7 @@ class DDPM(ReplaySource):
         first_task_num_steps: int = Field(100_000, ge=1, description="training steps of the first task")
         num_steps: int = Field(50_000, ge=1, description="training steps of every later task")
         batch_size: int = Field(256, ge=1, description="images per training step, replay included")
+        flip: bool | None = Field(None, description="show mirror images too; null: where the data set's recipe does")
         lr: float = Field(2e-4, gt=0, description="AdamW's rate, constant")
         lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of lr, down to 0")
         weight_decay: float = Field(0.0, ge=0, description="AdamW's")
@@ -71,37 +83,52 @@ class DDPM(ReplaySource):
         guidance: float = Field(0.0, ge=0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
         label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training for guidance")
         counts: Literal["balanced", "reference"] = Field(
-            "balanced", description="self-rehearsal; reference: GUIDE's own draw of labels from the raw weights"
+            "balanced",
+            description="what it rehearses on; balanced: the learner's replay, or equal counts of its own where the "
+            "learner has none; reference: its own, with labels drawn as GUIDE does",
         )
         gr_n_generated_examples_per_task: int | None = Field(
-            None, ge=1, description="images per old task under reference counts; null: as many as the task has"
+            None, ge=1, description="its own images per old task; null: as many as the new task has real ones"
         )
+
+        @classmethod
+        def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+            """GUIDE's flags in our words."""
+            return translate(raw)
+
+    can_be_guided = True
+    drawing_keys = frozenset({"sampler", "timestep_respacing", "guidance", "gradient_checkpointing"})
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
         size = config.image_size or dataset.image_size
         self.image_shape = (dataset.channels, size, size)
-        self.transform = DiffusionTransform(size, RECIPES[dataset.augmentation].flip)
+        flip = RECIPES[dataset.augmentation].flip if config.flip is None else config.flip
+        self.transform = DiffusionTransform(size, flip)
         self.process = linear_process(config.diffusion_steps, config.beta_start, config.beta_end)
         self.train_process = respace(self.process, config.train_respacing or config.diffusion_steps)
-        self.sample_process = respace(self.process, config.timestep_respacing)
+        self.own_sampling = Guide(config.timestep_respacing, config.sampler)
+        self.check_guide(self.own_sampling)
         seeding.seed_everything(run.seed, "ddpm")
         self.network = ClassUNet(
-            self.image_shape, num_classes, config.block_out_channels, attention_levels=config.attention_levels,
+            self.image_shape, num_classes, config.block_out_channels, attention_levels=_attention_levels(config, size),
             layers_per_block=config.layers_per_block, attention_head_dim=config.attention_head_dim,
-            norm_num_groups=config.norm_num_groups, dropout=config.dropout,
+            norm_num_groups=config.norm_num_groups, dropout=config.dropout, resample=config.resample,
+            checkpointing=config.gradient_checkpointing,
         ).to(run.device).eval()  # fmt: skip
         self.generator: nn.Module = self.network  # the moving average once there is one
+
+    @classmethod
+    def training_settings(cls, config) -> dict[str, Any]:
+        """Without classifier-free guidance no label is hidden, and the branch that it needs is never learned."""
+        return {**super().training_settings(config), "label_dropout": config.label_dropout if config.guidance else 0}
 
     # ------------------------------------------------------------------ learning
 
     def fit_after(self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder) -> None:
-        """Train on the task's real images and on replay of the old classes.
-
-        Balanced counts use the classifier's own replay; reference counts draw anew from the raw weights.
-        """
-        if self.fitted_classes and self.config.counts == "reference":
-            replay = self._rehearse_reference(task, len(images))
+        """Train on the task's real images and on images of the old classes: the learner's replay, or its own."""
+        if self.fitted_classes and (self.config.counts == "reference" or not len(replay)):
+            replay = self._rehearse(task, len(images))
         batches = ImageBatches(
             images, replay, transform=self.transform, batch_size=self.config.batch_size,
             key=(self.run.seed, task.index, "ddpm"), device=self.run.device, shard=self.run.runtime.shard,
@@ -132,19 +159,21 @@ class DDPM(ReplaySource):
         loss = noise_prediction_loss(lambda xt, t: self.network(xt, t, labels), self.train_process, batch.images)
         return {"mse": loss}
 
-    def _rehearse_reference(self, task: Task, num_images: int) -> ImageSet:
-        """GUIDE's self-rehearsal: whole batches of i.i.d. old labels, drawn from the frozen raw weights."""
-        per_task = self.config.gr_n_generated_examples_per_task or num_images
-        size = self.config.batch_size
-        total = math.ceil(per_task * task.index / size) * size
+    def _rehearse(self, task: Task, num_images: int) -> ImageSet:
+        """GUIDE's self-rehearsal: old classes, drawn from the raw weights into the run's `rehearsal/task_<t>`."""
+        old, per_task = sorted(self.fitted_classes), self.config.gr_n_generated_examples_per_task or num_images
+        count = per_task * task.index
+        if self.config.counts == "reference":
+            count = math.ceil(count / self.config.batch_size) * self.config.batch_size  # GUIDE draws whole batches
         draw = seeding.generator(self.run.seed, task.index, "rehearsal")
-        old = torch.tensor(sorted(self.fitted_classes))
-        labels = old[torch.randint(len(old), (total,), generator=draw)]
-        key = (self.run.seed, "ddpm-rehearsal", task.index)
-        requests = Requests(labels, torch.full_like(labels, -1), torch.arange(total), key)
-        log.info("Task %d: the generator rehearses on %d images of its own", task.index, total)
-        frozen = copy.deepcopy(self.network).eval()
-        return ImageSet.of(self.in_chunks(requests, lambda chunk: self._draw(chunk, frozen, None)), labels)
+        labels = draw_labels(old, count, draw, balanced=self.config.counts == "balanced")
+        log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)
+        self.generator = self.network.eval()
+        folder = self.run.folder / "rehearsal" / f"task_{task.index}"
+        draw_missing(self, folder, [Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))])
+        files = {label: images_in(folder / str(label)) for label in old}
+        drawn = torch.tensor([label for label, paths in files.items() for _ in paths], dtype=torch.int64)
+        return ImageSet.of([str(path) for paths in files.values() for path in paths], drawn)
 
     # ------------------------------------------------------------------ generating
 
@@ -154,7 +183,7 @@ class DDPM(ReplaySource):
 
         Args:
             requests: N labels with item and copy numbers.
-            guide: bends the denoising toward another goal (DDIM only); None leaves it alone.
+            guide: other time steps than the source's own, and what bends the denoising; None for neither.
 
         Returns:
             N images, (N, C, H, W) uint8, in the order of ``requests``.
@@ -163,20 +192,29 @@ class DDPM(ReplaySource):
             NotFittedError: if a label was never learned.
         """
         self.require_fitted(requests.labels)
-        images = self.in_chunks(requests, lambda chunk: self._draw(chunk, self.generator, guide))
+        images = self.in_chunks(requests, lambda chunk: self._draw(chunk, guide or self.own_sampling))
         return ImageSet.of(images, requests.labels)
 
-    def _draw(self, requests: Requests, network: nn.Module, guide: Guide | None) -> Tensor:
+    def check_guide(self, guide: Guide) -> None:
+        """See that the full process has the guide's time steps.
+
+        Raises:
+            ConfigError: if not.
+        """
+        respace(self.process, guide.timestep_respacing)
+
+    def _draw(self, requests: Requests, guide: Guide) -> Tensor:
         """uint8 (N, C, H, W) of one chunk, on the CPU."""
         generators = requests.generators()
         noise = draw_noise(generators, self.image_shape).to(self.run.device)
-        labels = requests.labels.to(self.run.device)
-        model = self._model(network, labels)
-        if self.config.sampler == "ddpm":
-            x0 = sample_ddpm(model, noise, self.sample_process, lambda: draw_noise(generators, self.image_shape))
-        else:
-            bend = None if guide is None else lambda x0: guide(x0, labels)
-            x0 = sample_ddim(model, noise, self.sample_process, bend)
+        process = respace(self.process, guide.timestep_respacing)
+        bend = None if guide.bend is None else guide.bend(requests)
+        with fixed(self.generator) as network:
+            model = self._model(network, requests.labels.to(self.run.device))
+            if guide.sampler == "ddpm":
+                x0 = sample_ddpm(model, noise, process, lambda: draw_noise(generators, self.image_shape), bend)
+            else:
+                x0 = sample_ddim(model, noise, process, bend)
         return to_uint8(x0).cpu()
 
     def _model(self, network: nn.Module, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -221,3 +259,13 @@ class DDPM(ReplaySource):
     def fingerprint(self) -> str:
         """SHA-256 over the generating weights."""
         return seeding.hash_tensors(self.generator.state_dict())
+
+
+def _attention_levels(config: DDPM.Config, size: int) -> list[int]:
+    if config.attention_resolutions is None:
+        return config.attention_levels
+    sides = [size >> level for level in range(len(config.block_out_channels))]
+    foreign = [side for side in config.attention_resolutions if side not in sides]
+    if foreign:
+        raise ConfigError(f"synth.attention_resolutions={foreign}: the levels of this UNet have sides {sides}")
+    return sorted(sides.index(side) for side in config.attention_resolutions)

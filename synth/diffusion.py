@@ -16,6 +16,8 @@ from torch import Tensor
 from utils.errors import ConfigError
 
 Model = Callable[[Tensor, Tensor], Tensor]
+# Clean predictions (B, C, H, W) in [-1, 1] to one log-likelihood per image, (B,), already multiplied by its scale.
+Bend = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -123,24 +125,19 @@ def classifier_free(conditional: Model, unconditional: Model, guidance: float) -
     return model
 
 
-def sample_ddim(model: Model, xt: Tensor, process: Process, guide: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def sample_ddim(model: Model, xt: Tensor, process: Process, bend: Bend | None = None) -> Tensor:
     """Deterministic sampling (Song et al. 2021, arXiv:2010.02502, Eq. 12 with eta = 0), x0 clamped at every step.
 
     Args:
         xt: pure noise, (B, C, H, W).
-        guide: x0 -> one log-likelihood per image, (B,); its gradient with respect to xt, through classifier, clamp
-            and network, shifts eps (GUIDE, arXiv:2403.03938). The guided x0 is not clamped again.
+        bend: its gradient with respect to xt, through x0's clamp and the network, shifts eps (GUIDE,
+            arXiv:2403.03938). The guided x0 is not clamped again.
 
     Returns:
         (B, C, H, W), about [-1, 1].
     """
     for t, alpha_bar, alpha_bar_prev in _backwards(process):
-        with torch.set_grad_enabled(guide is not None):
-            xt = xt.detach().requires_grad_(guide is not None)
-            eps = model(xt, t.expand(len(xt)).to(xt.device)).float()
-            x0 = predict_x0(xt, eps, alpha_bar).clamp(-1, 1)
-            shift = None if guide is None else torch.autograd.grad(guide(x0).sum(), xt)[0]
-        xt, x0 = xt.detach(), x0.detach()
+        x0, shift = _denoise(model, xt, t, alpha_bar, bend)
         eps = predict_eps(xt, x0, alpha_bar)
         if shift is not None:
             eps = eps - (1 - alpha_bar) ** 0.5 * shift
@@ -149,25 +146,50 @@ def sample_ddim(model: Model, xt: Tensor, process: Process, guide: Callable[[Ten
     return xt
 
 
-@torch.no_grad()
-def sample_ddpm(model: Model, xt: Tensor, process: Process, step_noise: Callable[[], Tensor]) -> Tensor:
+def sample_ddpm(
+    model: Model, xt: Tensor, process: Process, step_noise: Callable[[], Tensor], bend: Bend | None = None
+) -> Tensor:
     """Ancestral sampling with variance beta (DDPM, Algorithm 2), x0 clamped at every step.
 
     Args:
         xt: pure noise, (B, C, H, W).
         step_noise: gives fresh noise of xt's shape; not called for the last step.
+        bend: its gradient with respect to xt, times the variance, shifts the mean (Dhariwal and Nichol 2021,
+            arXiv:2105.05233, Algorithm 1); in the last step, which has no noise, with the variance of the one before.
     """
     for t, alpha_bar, alpha_bar_prev in _backwards(process):
-        eps = model(xt, t.expand(len(xt)).to(xt.device)).float()
-        x0 = predict_x0(xt, eps, alpha_bar).clamp(-1, 1)
+        x0, shift = _denoise(model, xt, t, alpha_bar, bend)
         beta = 1 - alpha_bar / alpha_bar_prev
         xt = (
             alpha_bar_prev**0.5 * beta / (1 - alpha_bar) * x0
             + (1 - beta) ** 0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt
         )
+        if shift is not None:
+            xt = xt + (beta if alpha_bar_prev < 1 else _last_variance(process)) * shift
         if alpha_bar_prev < 1:
             xt = xt + beta**0.5 * step_noise().to(xt)
     return xt
+
+
+def _denoise(model: Model, xt: Tensor, t: Tensor, alpha_bar: float, bend: Bend | None) -> tuple[Tensor, Tensor | None]:
+    """The clamped x0 and, where sampling is guided, the gradient of ``bend`` with respect to xt.
+
+    The graph is that of this one step: xt itself has none.
+    """
+    with torch.set_grad_enabled(bend is not None):
+        xt = xt.detach().requires_grad_(bend is not None)
+        eps = model(xt, t.expand(len(xt)).to(xt.device)).float()
+        x0 = predict_x0(xt, eps, alpha_bar).clamp(-1, 1)
+        shift = None if bend is None else torch.autograd.grad(bend(x0).sum(), xt)[0]
+    return x0.detach(), shift
+
+
+def _last_variance(process: Process) -> float:
+    """The posterior variance of the second step (DDPM, Eq. 7); of the first it would be 0."""
+    if len(process) == 1:
+        return process.betas[0].item()
+    (before, after), beta = process.alpha_bar[:2], process.betas[1]
+    return (beta * (1 - before) / (1 - after)).item()
 
 
 def _backwards(process: Process) -> Iterator[tuple[Tensor, float, float]]:

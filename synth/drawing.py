@@ -28,21 +28,30 @@ def draw_missing(source: ReplaySource, folder: Path, requests: list[Requests]) -
     bar = run.bar(sum(map(len, requests)), f"drawing {folder.name}")
     for asked in requests:
         for chunk in list(asked.chunks(source.config.sample_batch))[rank::world]:
-            names = zip(chunk.labels.tolist(), chunk.copy.tolist())
-            paths = [folder / str(label) / f"{label}-{copy}" for label, copy in names]  # without suffix
+            names = list(zip(chunk.labels.tolist(), chunk.copy.tolist()))
             # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
-            if not all(path.with_suffix(".png").exists() or path.with_suffix(".jpg").exists() for path in paths):
-                for path, image in zip(paths, source.generate(chunk).decoded().parts[0].images):
-                    suffix = _suffix(source.config, image)
-                    atomic_write(path.with_suffix(suffix), encode_image(image, suffix), sync=False)
+            if not all(_is_there(_path(folder, *name)) for name in names):
+                for name, image in zip(names, source.generate(chunk).decoded().parts[0].images):
+                    save_image(folder, *name, image, source.config)
             bar.update(len(chunk))
     bar.close()
     run.runtime.accelerator.wait_for_everyone()
 
 
-def _suffix(config: SourceConfig, image: Tensor) -> str:
+def save_image(folder: Path, label: int, copy: int, image: Tensor, config: SourceConfig) -> None:
+    """Write one image, uint8 (C, H, W), in the format that the source asks for."""
     auto = "png" if max(image.shape[-2:]) <= LARGEST_PNG else "jpg"
-    return "." + (auto if config.image_format == "auto" else config.image_format)
+    suffix = "." + (auto if config.image_format == "auto" else config.image_format)
+    atomic_write(_path(folder, label, copy).with_suffix(suffix), encode_image(image, suffix), sync=False)
+
+
+def _path(folder: Path, label: int, copy: int) -> Path:
+    """Where an image lies, but for its suffix."""
+    return folder / str(label) / f"{label}-{copy}"
+
+
+def _is_there(path: Path) -> bool:
+    return path.with_suffix(".png").exists() or path.with_suffix(".jpg").exists()
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -68,16 +77,20 @@ def require_same(
     folder: Path, stored: dict[str, Any], here: dict[str, Any], fields: Iterable[str], remedy: str
 ) -> None:
     """Raise BankError at the first of these fields in which a folder's manifest differs from what is wanted here."""
+    if difference := first_difference(stored, here, fields):
+        raise BankError(f"the images in {folder} are of another run: {difference}. {remedy}")
+
+
+def first_difference(stored: dict[str, Any], here: dict[str, Any], fields: Iterable[str]) -> str:
+    """Words for the first of these fields in which two manifests differ; empty if none does."""
     for field in fields:
         there, wanted = stored.get(field), here[field]
         if there != wanted:
             if isinstance(there, dict) and isinstance(wanted, dict):
                 inner = next(key for key in {**there, **wanted} if there.get(key) != wanted.get(key))
                 field, there, wanted = f"{field}.{inner}", there.get(inner), wanted.get(inner)
-            raise BankError(
-                f"the images in {folder} are of another run: {field} is {short(there)} there, {short(wanted)} here. "
-                f"{remedy}"
-            )
+            return f"{field} is {short(there)} there, {short(wanted)} here"
+    return ""
 
 
 def short(value: Any) -> str:

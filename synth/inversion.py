@@ -86,6 +86,8 @@ class ClassInversion(ReplaySource):
                 raise ValueError(f"a prompt needs the placeholder {PLACEHOLDER} exactly once")
             return value
 
+    drawing_keys = frozenset({"scheduler", "sample_steps", "guidance"})
+
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
         self.words = class_words(class_names, config.class_prompts)

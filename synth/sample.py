@@ -36,10 +36,10 @@ from synth.drawing import (
 from utils import subsets
 from utils.checkpoint import atomic_write, write_json
 from utils.command import exit_code
-from utils.config import apply_overrides
 from utils.data_manager import Task, cut_tasks
 from utils.datasets import Dataset, load_dataset
 from utils.errors import BankError, ConfigError
+from utils.experiment_file import apply_overrides
 from utils.images import ImageSet, encode_image
 from utils.run import Run, log, log_to_console
 from utils.runtime import Runtime

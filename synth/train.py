@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from synth import SOURCES
 from synth.bank import Bank
-from synth.base import ReplaySource, Requests
+from synth.base import Requests
 from synth.command import FITTED, FitConfig, add_shared_flags, build_config, pick_classes, read_file
+from synth.stored import keep_source, save_source
 from utils.checkpoint import atomic_write, file_hash, write_json
 from utils.command import exit_code
 from utils.data_manager import DataManager, Task, cut_tasks
@@ -41,7 +43,7 @@ class Fitting:
         self.config, self.data, self.tasks, self.run, self.preview_every = config, data, tasks, run, preview_every
         self.source = SOURCES[config.synth.name](config.synth, run, data.num_classes, data.class_names, data.dataset)
         # Of sources that learn afterwards and rehearse; the others would draw images that nobody looks at.
-        self.rehearses = type(self.source).fit_after is not ReplaySource.fit_after
+        self.rehearses = self.source.learns_after()
         self.bank = Bank(run.folder / "replay", config.synth, data, run)
         self.bank.task_of = {label: task.index for task in tasks for label in task.classes}
 
@@ -54,7 +56,9 @@ class Fitting:
             self.data.advance(task)
             self._learn(task)
             if self.run.runtime.is_main:
-                self.run.checkpoints("task").save(task.index, {}, {}, self._save_source)
+                if self.config.synth.keep_sources:
+                    keep_source(self.source, self.data, task, self.run.folder)
+                self.run.checkpoints("task").save(task.index, {}, {}, partial(save_source, self.source))
                 self.run.forget_fits()
             self.run.runtime.accelerator.wait_for_everyone()
         if self.run.runtime.is_main:
@@ -89,10 +93,6 @@ class Fitting:
         for position, label in enumerate(task.classes if self.run.runtime.is_main else ()):
             path = self.run.folder / "previews" / f"sample_epoch{self.epoch:02d}_class{label:02d}.png"
             atomic_write(path, encode_image(images.image(position), ".png"), sync=False)
-
-    def _save_source(self, folder: Path) -> None:
-        (folder / "source").mkdir()
-        self.source.save(folder / "source")
 
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; returns the place of the next task."""

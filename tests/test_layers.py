@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from learners.configure import build_config
-from utils.config import read_experiment
+from utils.experiment_file import read_experiment
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("utils", "models", "synth", "learners", "main")  # from the ground up

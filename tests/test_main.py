@@ -146,7 +146,7 @@ def test_a_finished_run_is_classified_with_and_compared(tmp_path, capsys):
 
 def test_overrides_get_a_folder_of_their_own_and_seeds_do_not():
     from learners.configure import build_config
-    from utils.config import apply_overrides, read_experiment
+    from utils.experiment_file import apply_overrides, read_experiment
 
     raw = read_experiment("exps/digits.json")
     names = []

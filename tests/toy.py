@@ -63,6 +63,16 @@ TINY_SOURCES = {
         "syn_per_class": 3,
     },
 }
+TINY_GUIDE = {
+    "convnet_type": "resnet20",
+    "classifier_init_lr": 0.05,
+    "disjoint_classifier_init_num_steps": 30,
+    "disjoint_classifier_num_steps": 4,
+    "classifier_scale_min_new": 1.0,
+    "guid_generation_interval": 3,
+    "timestep_respacing": "ddim2",
+    "classifier_augmentation": False,
+}
 # What learners need that resnet20 and `TINY_TRAINING` do not serve.
 TINY_LEARNERS = {
     "asp": {
@@ -76,6 +86,8 @@ TINY_LEARNERS = {
         "fs_batch_size": 8,
     },
     "dddr": {"com_round": 2, "local_ep": 1, "lr": 0.02, "scl_hidden": 8, "scl_size": 4},
+    "guide": TINY_GUIDE,
+    "guide_joint": TINY_GUIDE,
     "simplecil": {"pretrain_epochs": 8, "pretrain_batch_size": 8},
 }
 TINY_TRAINING = {"init_epoch": 2, "epochs": 2, "init_lr": 0.05, "lrate": 0.05, "batch_size": 16}
@@ -112,6 +124,11 @@ def tiny_source(name: str) -> dict[str, Any]:
     return {"name": name, **{key: value() if callable(value) else value for key, value in settings}}
 
 
+def goes_with(learner: type, source: type) -> bool:
+    """Whether a learner can replay from a source."""
+    return source.kind in learner.accepts and (source.can_be_guided or not learner.guides)
+
+
 def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) -> dict[str, Any]:
     """An experiment's JSON object."""
     raw = {
@@ -129,7 +146,7 @@ def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) 
 def toy_experiment(learner: str, folder: Path, source: str | None = None, **keys: Any) -> Experiment:
     """An experiment on the toy data, its folder claimed, ready to run; `ddpm` stands in where a source is needed."""
     if source is None and LEARNERS[learner].needs_source:
-        source = next(name for name in SOURCES.names() if SOURCES[name].kind in LEARNERS[learner].accepts)
+        source = next(name for name in SOURCES.names() if goes_with(LEARNERS[learner], SOURCES[name]))
     config, _ = build_config(toy_raw(learner, folder, source, **keys))
     runtime = Runtime(config.device, config.precision)
     claim_machine(claim_folder(config, "toy", overwrite=False), runtime)

@@ -5,7 +5,7 @@ Position alone restores an iteration, so nothing about the past has to be stored
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -112,17 +112,20 @@ class ImageBatches:
             yield Batch(images, self.labels[pick], self.is_replay[pick], pick)
 
     def _take(self, pick: Tensor, augment: torch.Generator) -> Tensor:
-        """Augmented float (B, C, S, S): the images of each store together, then all in the order of the pick."""
-        views, places, start = [], [], 0
+        """Augmented float (B, C, S, S): images of one size together, then all in the order of the pick."""
+        pieces, places, start = [], [], 0
         for pixels in self.stores:
             place = ((pick >= start) & (pick < start + len(pixels))).nonzero().flatten()
             if len(place):
-                views.append(self.transform.train(pixels[(pick[place] - start).to(self.device)], augment))
+                pieces.append(pixels[(pick[place] - start).to(self.device)])
                 places.append(place)
             start += len(pixels)
-        if len(views) == 1:
-            return views[0]
-        return torch.cat(views)[torch.cat(places).argsort().to(self.device)]
+        if len(pieces) == 1:
+            return self.transform.train(pieces[0], augment)
+        if len({piece.shape[1:] for piece in pieces}) == 1:
+            pieces = [torch.cat(pieces)]
+        views = torch.cat([self.transform.train(piece, augment) for piece in pieces])
+        return views[torch.cat(places).argsort().to(self.device)]
 
     def _load(self, picks: list[Tensor], epoch: int) -> Iterator[Tensor]:
         """uint8 (B, C, S, S) on the device, one per pick, decoded and cropped by workers."""
@@ -133,6 +136,62 @@ class ImageBatches:
             pin_memory=self.device.type == "cuda",
         )
         yield from (pixels.to(self.device, non_blocking=True) for pixels in loader)
+
+
+class RenewedBatches(ImageBatches):
+    """A few real images beside replay that is drawn anew every so many steps, all of it in every batch.
+
+    So GUIDE trains (Cywinski et al. 2024, arXiv:2403.03938). Between two draws the same replay meets fresh real images
+    in a fresh order under fresh augmentation; a checkpoint holds it, since the classifier that bent it has moved on.
+
+    Args:
+        images: real ones, kept in memory; the rest of an epoch that does not fill a batch is left out.
+        draw: the number of a step, from 0, to the replay of this step and of those up to the next draw; None: real
+            images alone.
+        interval: steps from one draw to the next.
+        options: of `ImageBatches`; ``batch_size`` counts real images.
+    """
+
+    def __init__(self, images: ImageSet, draw: Callable[[int], ImageSet] | None, interval: int, **options):
+        super().__init__(images, **options)
+        self.draw, self.interval = draw, interval
+        self.real = (self.stores, self.labels)
+        self.replay = ImageSet()
+
+    def __len__(self) -> int:
+        return max(1, len(self.real[1]) // self.batch_size)
+
+    def state_dict(self) -> dict:
+        """The replay between two draws."""
+        if not len(self.replay):
+            return {}
+        return {"pixels": self.replay.parts[0].images, "labels": self.replay.labels}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state:
+            self._renew(ImageSet.of(state["pixels"], state["labels"]))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        order = torch.randperm(len(self.real[1]), generator=seeding.generator(*self.key, "shuffle", epoch))
+        rank, world = self.shard
+        for step, real in list(enumerate(order.split(self.batch_size)[: len(self)]))[start:]:
+            position = epoch * len(self) + step
+            if self.draw is not None and position % self.interval == 0:
+                self._renew(self.draw(position))
+            pick = torch.cat([real, len(order) + torch.arange(len(self.replay))])
+            mixed = torch.randperm(len(pick), generator=seeding.generator(*self.key, "mix", epoch, step))
+            pick = pick[mixed][rank::world]
+            images = self._take(pick, seeding.generator(*self.key, "augment", epoch, step, rank))
+            pick = pick.to(self.device)
+            yield Batch(images, self.labels[pick], self.is_replay[pick], pick)
+
+    def _renew(self, replay: ImageSet) -> None:
+        self.replay = ImageSet.of(torch.cat([part.images for part in replay.parts]), replay.labels)
+        stores, labels = self.real
+        pixels = self.transform.keep(self.replay.parts[0].images, training=True)
+        self.stores = [*stores, pixels.to(self.device)]
+        self.labels = torch.cat([labels, replay.labels.to(self.device)])
+        self.is_replay = torch.arange(len(self.labels), device=self.device) >= len(labels)
 
 
 class PairedBatches:

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,32 @@ def folder_bytes(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """The hash of every file below a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill under a temporary name; once all is in it, it takes the place of ``path``.
+
+    Raises:
+        RepriseError: if the disk is full; nothing half-written stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed
+
+
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Named tensors as one safetensors file, atomically."""
     from safetensors.torch import save
@@ -125,25 +153,13 @@ class Checkpoints:
             state: JSON.
             fill: called with the new folder to let others add files, such as a replay source.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{self.name}_{number}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
+        with whole_folder(self.path(number)) as temporary:
             for stem, named in tensors.items():
                 save_tensors(temporary / f"{stem}.safetensors", named)
             write_json(temporary / "state.json", state)
             if fill is not None:
                 fill(temporary)
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            index = {str(path.relative_to(temporary)): file_hash(path) for path in files}
-            write_json(temporary / INDEX, index)
-            shutil.rmtree(self.path(number), ignore_errors=True)
-            os.replace(temporary, self.path(number))
-        except OSError as error:
-            raise disk_error(error, self.path(number)) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed
+            write_json(temporary / INDEX, folder_hashes(temporary))
         for old in self.numbers()[2:]:
             shutil.rmtree(self.path(old))
 

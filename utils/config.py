@@ -1,4 +1,4 @@
-"""Experiment files: flat JSON in PyCIL's words, checked as a whole before any data is read.
+"""The keys of an experiment, in PyCIL's words, checked as a whole before any data is read.
 
 The base class owns the keys of the run, the data, the memory and the network; every learner and every source adds
 its own. `learners/configure.py` puts the pieces together.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import types
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator
@@ -17,18 +17,10 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from utils.errors import ConfigError
 from utils.registry import nearest
 
-# Two settings that differ only in these are the same experiment.
-NOT_IDENTITY = ("seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every")
-ALIASES = {"backbone_type": "convnet_type"}
-# Flat keys of the original projects: the source that they imply where they are on, and their name inside `synth`.
-SOURCE_KEYS = {
-    "need_syn_imgs": ("ldm", "need_syn_imgs"),
-    "syn_image_path": ("ldm", "syn_image_path"),
-    "ldm_ckpt": ("ldm", "ldm_ckpt"),
-    "config": ("ldm", "yaml"),
-}
-# Keys that the files of PyCIL and FSCIL-ASP carry and nothing reads.
-DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix", "base_model_path")
+# Two settings that differ only in these are the same experiment; of a source_dir, each may hold other weights.
+NOT_IDENTITY = (
+    "seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every", "synth.keep_sources",
+)  # fmt: skip
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's legacy generator takes, which orders PyCIL's classes
 
@@ -61,6 +53,11 @@ class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, 
         return value
 
     @classmethod
+    def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """The keys with an original's words replaced by ours; default: there are none."""
+        return raw
+
+    @classmethod
     def parse(cls, raw: dict[str, Any], where: str = ""):
         """Build from a dictionary; null means the default.
 
@@ -68,7 +65,7 @@ class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, 
             ConfigError: for an unknown key (names the nearest known one), a missing key, or a wrong value (names
                 key, value and what is allowed).
         """
-        given = {key: value for key, value in raw.items() if value is not None}
+        given = {key: value for key, value in cls.translate(raw).items() if value is not None}
         for key in given:
             if key not in cls.model_fields:
                 raise ConfigError(f"unknown key {where + key!r}{nearest(key, cls.model_fields)}")
@@ -76,6 +73,14 @@ class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, 
             return cls(**given)
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(where, item) for item in error.errors())) from error
+
+    def dump_without(self, keys: Iterable[str]) -> dict[str, Any]:
+        """All resolved keys but these, as JSON has them; dots reach into nested objects."""
+        exclude: dict[str, Any] = {}
+        for key in keys:
+            outer, _, inner = key.partition(".")
+            exclude[outer] = {*exclude.get(outer, ()), inner} if inner else True
+        return self.model_dump(mode="json", exclude=exclude)
 
 
 def _explain(where: str, item: dict[str, Any]) -> str:
@@ -103,6 +108,8 @@ class SourceConfig(BaseConfig):
     image_format: Literal["auto", "png", "jpg"] = Field("auto", description="auto: png up to 64 px, jpg above")
     sample_batch: int = Field(128, ge=1, description="images drawn at once; a pixel may move by one grey level with it")
     fit_after_last_task: bool = Field(False, description="also fit the source on the last task, which nobody replays")
+    keep_sources: bool = Field(False, description="keep it as it is after every task, in sources/task_<t>")
+    source_dir: str | None = Field(None, min_length=1, description="folder of kept sources to take; null: train")
 
 
 class RunConfig(BaseConfig):
@@ -128,6 +135,9 @@ class RunConfig(BaseConfig):
     shuffle: bool = Field(True, description="permute the class order with the seed")
     init_cls: int = Field(ge=1, description="classes in the first task")
     increment: int = Field(ge=1, description="classes in every later task; the last one may be smaller")
+    limit_tasks: int | None = Field(
+        None, ge=1, description="learn only so many tasks, as if the classes of the others did not exist; null: all"
+    )
     kshot: int = Field(0, ge=0, description="images per class after the first task; 0: all")
     few_shot_draw: Literal["own", "reference"] = Field("own", description="reference: the draw of ASP's code")
     imb_factor: float = Field(1.0, gt=0, le=1, description="smallest over largest class; 1: balanced")
@@ -173,7 +183,7 @@ class RunConfig(BaseConfig):
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same experiment: every resolved key but the ones that name a place or a machine."""
-        return self.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+        return self.dump_without(NOT_IDENTITY)
 
     def identity_hash(self) -> str:
         """Six hexadecimal digits of the identity."""
@@ -190,88 +200,3 @@ class RunConfig(BaseConfig):
     def seed_tag(self, seed: int) -> str:
         """The name of this seed's folder; with a model_seed it carries both."""
         return f"seed_{seed}" if self.model_seed is None else f"seed_{seed}_{self.model_seed}"
-
-
-def read_experiment(path: str | Path) -> dict[str, Any]:
-    """The JSON object in an experiment file, with PILOT's spellings replaced.
-
-    Raises:
-        ConfigError: if the file is absent, is not JSON (line and column named), or holds no object.
-    """
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"no experiment file {path}; the ones that come with Reprise lie in exps/") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the experiment file {path}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold one JSON object, not a {type(raw).__name__}")
-    return raw
-
-
-def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The object with every `key=value` put in; dots reach into `synth`, values are JSON where they parse as such."""
-    result = merge_aliases(json.loads(json.dumps(raw)))
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"--set {override!r}: write --set key=value")
-        *parents, key = path.strip().split(".")
-        if not parents:
-            key = ALIASES.get(key, key)
-            inner = SOURCE_KEYS.get(key, ("", ""))[1]
-            if inner in (result.get("synth") or {}):
-                parents, key = ["synth"], inner
-        target = result
-        for parent in parents:
-            if not isinstance(target.get(parent), dict):
-                target[parent] = {}
-            target = target[parent]
-        try:
-            target[key] = json.loads(text)
-        except json.JSONDecodeError:
-            target[key] = text
-    return merge_aliases(result)
-
-
-def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
-    """Replace other spellings of a key by ours; two spellings with different values are an error."""
-    result = dict(raw)
-    for alias, key in ALIASES.items():
-        if alias in result:
-            value = result.pop(alias)
-            if value is None:
-                continue
-            if result.get(key) not in (None, value):
-                raise ConfigError(f"{alias}={value!r} and {key}={result[key]!r} are one key: keep one of them")
-            result[key] = value
-    return _move_source_keys(result)
-
-
-def _move_source_keys(raw: dict[str, Any]) -> dict[str, Any]:
-    """Move the originals' flat keys into `synth`; where all of them are off and there is no source, they stay."""
-    result = {key: value for key, value in raw.items() if key not in SOURCE_KEYS}
-    flat = {key: value for key, value in raw.items() if key in SOURCE_KEYS and value is not None}
-    implied = next((SOURCE_KEYS[key][0] for key, value in flat.items() if _is_on(value)), None)
-    given = raw.get("synth")
-    if not flat or (given is None and implied is None) or not isinstance(given or {}, dict):
-        return {**result, **flat}
-    synth = {} if implied is None else {"name": implied}
-    synth |= {key: value for key, value in (given or {}).items() if value is not None}
-    for key, value in flat.items():
-        source, inner = SOURCE_KEYS[key]
-        # Keys that every source has, such as syn_image_path, name none; the others belong to theirs alone.
-        if inner not in SourceConfig.model_fields and str(synth.get("name", source)).lower() != source:
-            raise ConfigError(
-                f"{key}={value!r} is of the source {source!r}, and synth.name={synth['name']!r}: keep one"
-            )
-        if str(synth.get(inner, value)).lower() != str(value).lower():  # "true" is true
-            raise ConfigError(f"{key}={value!r} and synth.{inner}={synth[inner]!r} are one key: keep one of them")
-        synth[inner] = value
-    return {**result, "synth": synth}
-
-
-def _is_on(value: Any) -> bool:
-    return bool(value) and str(value).lower() != "false"

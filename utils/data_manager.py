@@ -50,6 +50,7 @@ class DataManager:
     Args:
         dataset: with original class ids.
         init_cls, increment: classes in the first and in every later task; the last may be smaller.
+        limit_tasks: keep only so many tasks, as if the classes of the others did not exist; None: all.
         shuffle: permute the classes by ``order_seed`` (PyCIL); else the data set's own order.
         run_seed: seed of few-shot and validation draws; None: ``order_seed``.
         kshot: training images per class after the first task; 0: all.
@@ -69,6 +70,7 @@ class DataManager:
         *,
         init_cls: int,
         increment: int,
+        limit_tasks: int | None = None,
         shuffle: bool = True,
         order_seed: int = 1993,
         run_seed: int | None = None,
@@ -82,21 +84,23 @@ class DataManager:
         # Without its images: whoever holds the manager could read the past there.
         self.dataset = replace(dataset, train=ImageSet(), test=ImageSet())
         self.upper_bound = upper_bound
-        self.task_sizes = subsets.task_sizes(dataset.num_classes, init_cls, increment, dataset.name)
-        self.class_order = _class_order(dataset, shuffle, order_seed)
+        self.task_sizes = subsets.task_sizes(dataset.num_classes, init_cls, increment, dataset.name)[:limit_tasks]
+        order = _class_order(dataset, shuffle, order_seed)
+        self.class_order = order[: sum(self.task_sizes)]
         self.class_names = [dataset.class_names[original] for original in self.class_order]
         self.few_shot_indices: dict[int, list[int]] = {}  # class -> positions within its images in the data set
         self._tasks = self._cut()
         self._current: Task | None = None
 
-        rank = torch.tensor(self.class_order).argsort()  # original id -> place in the order of learning
+        rank = torch.tensor(order).argsort()  # original id -> place in the order of learning
         train = dataset.train.relabelled(rank[dataset.train.labels])
-        self._test = dataset.test.relabelled(rank[dataset.test.labels])
+        self._test = dataset.test.relabelled(rank[dataset.test.labels]).select(range(self.num_classes))
         draw_seed = order_seed if run_seed is None else run_seed
         kept = torch.arange(len(train))
         if imb_factor < 1:
             # By original ids: the tail is the same whatever the order of learning.
             kept = subsets.long_tail_indices(dataset.train.labels, dataset.num_classes, imb_factor, imb_type)
+        kept = kept[train.labels[kept] < self.num_classes]
         fit, held_out = subsets.split_validation(train.labels[kept], val_share, draw_seed)
         self._val, kept = train.take(kept[held_out]), kept[fit]
         if kshot > 0:
@@ -105,7 +109,7 @@ class DataManager:
 
     @property
     def num_classes(self) -> int:
-        return self.dataset.num_classes
+        return len(self.class_order)
 
     @property
     def num_tasks(self) -> int:
@@ -203,6 +207,7 @@ def cut_tasks(config: RunConfig, seed: int, dataset: Dataset, upper_bound: bool 
         dataset,
         init_cls=config.init_cls,
         increment=config.increment,
+        limit_tasks=config.limit_tasks,
         shuffle=config.shuffle,
         order_seed=config.order_seed(seed),
         run_seed=config.train_seed(seed),

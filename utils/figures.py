@@ -68,10 +68,17 @@ svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--line); } svg text.e
 svg .s0 { stroke: var(--c0); fill: var(--c0); } svg .s1 { stroke: var(--c1); fill: var(--c1); }
 svg .s2 { stroke: var(--c2); fill: var(--c2); } svg polyline { fill: none !important; stroke-width: 2.2; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); gap: 14px 36px; }
-.gallery h4 { margin: 0 0 4px; font-size: 13.5px; border-top: 1px solid var(--line); padding-top: 8px; }
+.gallery h4, .panel h4 { margin: 0 0 4px; font-size: 13.5px; border-top: 1px solid var(--line); padding-top: 8px; }
 .gallery h4 span { color: var(--muted); font-weight: 400; }
 .strip { display: grid; grid-template-columns: 76px 1fr; font-size: 12.5px; color: var(--muted); margin: 4px 0; }
 .strip div { display: flex; flex-wrap: wrap; gap: 4px; } .strip img { height: 44px; border-radius: 2px; }
+.panel { display: grid; gap: 16px 28px;
+  grid-template-columns: repeat(auto-fill, minmax(min(calc(var(--columns) * 120px - 8px), 100%), 1fr)); }
+.panel h4 + div { display: flex; flex-wrap: wrap; gap: 8px; }
+figure { margin: 0; width: 112px; font-size: 12.5px; line-height: 1.35; } figure span { color: var(--muted); }
+figure img, figure i { display: block; width: 96px; height: 96px; margin: 2px 0 4px; object-fit: contain; }
+figure img { border-radius: 3px; } figure i { border: 1px dashed var(--line); border-radius: 3px; }
+figcaption { white-space: pre-line; text-wrap: balance; overflow-wrap: anywhere; }
 .pixels { image-rendering: pixelated; }
 pre { margin: 8px 0 0; padding: 12px 14px; background: var(--page); border-radius: 6px; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: 13px; }
@@ -249,11 +256,12 @@ def _end_labels(ends: list[tuple[tuple[float, float, float], str, int]]) -> list
     return labels
 
 
-def thumbnail(image: Tensor | str | Path) -> str:
+def thumbnail(image: Tensor | str | Path, longest: int = THUMBNAIL) -> str:
     """One picture inside the page: small ones exact, as png and drawn with sharp pixels, large ones as a reduced jpg.
 
     Args:
         image: uint8 (C, H, W), C = 1 or 3, or an image file.
+        longest: side of a reduced one in pixels; with twice the px at which it is shown, dense screens have enough.
 
     Raises:
         DataError: if the file cannot be read.
@@ -265,7 +273,7 @@ def thumbnail(image: Tensor | str | Path) -> str:
     if small:
         picture.save(file, "PNG")
     else:
-        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         picture.save(file, "JPEG", quality=90)
     kind, css = ("png", ' class="pixels"') if small else ("jpeg", "")
     return f'<img{css} alt="" src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}">'

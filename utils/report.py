@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from utils.checkpoint import atomic_write
 from utils.figures import (
@@ -23,10 +20,11 @@ from utils.figures import (
     line_chart,
     split_table,
     table,
-    thumbnail,
     tile,
 )
+from utils.gallery import GalleryRow, draw_gallery, panel_sections
 from utils.metrics import forgetting_per_task
+from utils.panels import Panel
 
 REPLAY_MEMORY = ("exemplars", "bank", "source")
 MEMORY_NAMES = {
@@ -43,6 +41,7 @@ SECONDS_NAMES = {
     "generate": "generate images",
     "evaluate": "evaluate",
 }
+CURVES_NOTE = "After every task, in percent of the test images of all classes seen."
 TASKS_NOTE = (
     "Percent right on each task's test images, among all classes seen by then. "
     "Lost: points between a task's best accuracy before the end and its accuracy at the end."
@@ -54,23 +53,13 @@ SESSIONS_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class GalleryRow:
-    """Pictures of one class: uint8 (C, H, W) tensors or image files, the real ones and the generated ones."""
-
-    class_index: int
-    class_name: str
-    task: int
-    real: Sequence[Tensor | str | Path]
-    synthetic: Sequence[Tensor | str | Path]
-
-
 def write_report(
     path: str | Path,
     results: dict[str, Any],
     config: dict[str, Any],
     gallery: Sequence[GalleryRow] = (),
     environment: dict[str, Any] | None = None,
+    panels: Sequence[Panel] = (),
 ) -> None:
     """Write one HTML file without scripts or outside resources; what ``results`` lacks is left out of the page.
 
@@ -80,28 +69,32 @@ def write_report(
         config: the resolved config; nested objects are shown with dots.
         gallery: one row per class to show; all of its images are shown.
         environment: versions, device, ...; by default ``results["environment"]``, if there.
+        panels: what learner and source have to show, in order; panels of one title and note share a section.
 
     Raises:
         DataError: if an image file of the gallery cannot be read.
     """
+    accuracies = results.get("per_class_accuracy") or []
+    command = f"<pre>{html(results['command'])}</pre>" if results.get("command") else ""
     sections = [
-        ("Accuracy over classes seen", "After every task, in percent of the test images of all classes seen.", _curves),
-        ("Accuracy and forgetting per task", TASKS_NOTE, _tasks),
-        ("Few-shot sessions", SESSIONS_NOTE, _sessions),
-        ("Long tail", "", _long_tail),
-        ("Classes", "In learning order, at the end of the run.", _classes),
-        ("Real and generated images", "", lambda _: _gallery(gallery, results)),
-        ("Memory", "What the run keeps from task to task, beside all the real data that it saw.", _memory),
-        ("Time", "", _seconds),
-        ("Environment", "", lambda r: _pairs(environment or r.get("environment") or {})),
-        ("Config", "", lambda _: _pairs(dict(_flat(config)))),
-        ("Command", "", lambda r: f"<pre>{html(r['command'])}</pre>" if r.get("command") else ""),
+        ("Accuracy over classes seen", CURVES_NOTE, _curves(results)),
+        ("Accuracy and forgetting per task", TASKS_NOTE, _tasks(results)),
+        ("Few-shot sessions", SESSIONS_NOTE, _sessions(results)),
+        ("Long tail", "", _long_tail(results)),
+        ("Classes", "In learning order, at the end of the run.", _classes(results)),
+        ("Real and generated images", "", draw_gallery(gallery, accuracies)),
+        *panel_sections(panels),
+        ("Memory", "What the run keeps from task to task, beside all the real data that it saw.", _memory(results)),
+        ("Time", "", _seconds(results)),
+        ("Environment", "", _pairs(environment or results.get("environment") or {})),
+        ("Config", "", _pairs(dict(_flat(config)))),
+        ("Command", "", command),
     ]
     body = [_header(results), _headline(results)]
-    for title, note, draw in sections:
-        if content := draw(results):
-            note = f"<p>{note}</p>" if note else ""
-            body.append(f"<section><h2>{title}</h2>{note}{content}</section>")
+    for title, note, content in sections:
+        if content:
+            note = f"<p>{html(note)}</p>" if note else ""
+            body.append(f"<section><h2>{html(title)}</h2>{note}{content}</section>")
     atomic_write(path, _page(_name(results), "\n".join(body)))
 
 
@@ -139,7 +132,9 @@ def _headline(results: dict) -> str:
         if results.get(key) is not None:
             tiles.append(tile(title, f"{results[key]:.1f} %", note))
     if results.get("forgetting") is not None:
-        tiles.append(tile("Forgetting", f"{results['forgetting']:.1f} pts", "mean over earlier tasks"))
+        per_class = results.get("class_forgetting")
+        note = "mean over earlier tasks" if per_class is None else f"mean over tasks, {per_class:.1f} over classes"
+        tiles.append(tile("Forgetting", f"{results['forgetting']:.1f} pts", note))
     last = {name: values[-1] for name, values in _few_shot(results).items()}
     if last.get("harmonic_mean") is not None:
         base, novel, both, _ = last.values()
@@ -235,26 +230,6 @@ def _classes(results: dict) -> str:
 
 def _padded(values: Sequence | None, count: int) -> list:
     return [*(values or []), *[None] * count][:count]
-
-
-def _gallery(gallery: Sequence[GalleryRow], results: dict) -> str:
-    accuracies = results.get("per_class_accuracy") or []
-    ordered = sorted((row for row in gallery if row.real or row.synthetic), key=lambda row: (row.task, row.class_index))
-    blocks = []
-    for task, rows in groupby(ordered, key=lambda row: row.task):
-        cards = "".join(_card(row, _padded(accuracies, row.class_index + 1)[-1]) for row in rows)
-        blocks.append(f'<h3>Task {task}</h3><div class="gallery">{cards}</div>')
-    return "".join(blocks)
-
-
-def _card(row: GalleryRow, accuracy: float | None) -> str:
-    note = "" if accuracy is None else f"{accuracy:.1f} % right"
-    strips = "".join(
-        f'<div class="strip"><span>{name}</span><div>{"".join(map(thumbnail, images))}</div></div>'
-        for name, images in (("real", row.real), ("generated", row.synthetic))
-        if images
-    )
-    return f"<div><h4>{row.class_index} {html(row.class_name)} <span>{note}</span></h4>{strips}</div>"
 
 
 def _memory(results: dict) -> str:

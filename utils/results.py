@@ -31,14 +31,19 @@ class Results:
         self.few_shot, self.long_tailed = few_shot, long_tailed
         self.accuracy_matrix: list[list[float]] = []
         self.curves: dict[str, list[float]] = {}
-        self.per_class_accuracy: list[float | None] = []
+        self.class_accuracies: list[list[float | None]] = []  # a row per task, over the classes seen by then
         self.test_counts: list[int] = []
+
+    @property
+    def per_class_accuracy(self) -> list[float | None]:
+        """Percentage per class seen, after the newest task."""
+        return self.class_accuracies[-1] if self.class_accuracies else []
 
     def state(self) -> dict[str, Any]:
         """JSON that restores a half-finished run's numbers."""
         return {
             "accuracy_matrix": self.accuracy_matrix, "curves": self.curves,
-            "per_class_accuracy": self.per_class_accuracy, "test_counts": self.test_counts,
+            "class_accuracies": self.class_accuracies, "test_counts": self.test_counts,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -57,7 +62,7 @@ class Results:
         sizes = self.data.task_sizes[: task.index + 1]
         predictions = scores["cnn"].argmax(1)
         self.accuracy_matrix.append(metrics.accuracy_row(scores["cnn"], labels, sizes))
-        self.per_class_accuracy = metrics.per_class_accuracy(predictions, labels, task.num_seen)
+        self.class_accuracies.append(metrics.per_class_accuracy(predictions, labels, task.num_seen))
         self.test_counts = torch.bincount(labels, minlength=task.num_seen).tolist()
         for kind in ("cnn", "nme"):
             if kind not in scores:
@@ -121,6 +126,7 @@ class Results:
             "average_incremental_accuracy": metrics.average_incremental_accuracy(self.curves["cnn_top1"]),
             "final_accuracy": self.curves["cnn_top1"][-1],
             "forgetting": metrics.forgetting(matrix),
+            "class_forgetting": metrics.class_forgetting(self.class_accuracies),
             "backward_transfer": metrics.backward_transfer(matrix),
             "per_class_accuracy": self.per_class_accuracy,
             "train_counts": counts,

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.checkpoint import Checkpoints, atomic_write
+from utils.panels import Panels
 from utils.runtime import Runtime
 
 log = logging.getLogger("reprise")
@@ -94,10 +95,16 @@ class Run:
         self.checkpoint_every, self.progress = checkpoint_every, progress and runtime.is_main
         self.metrics = Metrics(self.folder / "metrics.jsonl", runtime.is_main)
         self.seconds: dict[str, float] = {}
+        self._inside = 0.0  # seconds of the timed blocks inside the present one
 
     @property
     def device(self):
         return self.runtime.device
+
+    @property
+    def panels(self) -> Panels:
+        """Pictures for the report."""
+        return Panels(self.folder / "panels", self.runtime.is_main)
 
     def checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints", name)
@@ -116,9 +123,12 @@ class Run:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the seconds spent inside to `seconds[what]`."""
-        start = time.perf_counter()
+        """Add the seconds spent inside to `seconds[what]`, but for those of a timed block inside it."""
+        start, outside = time.perf_counter(), self._inside
+        self._inside = 0.0
         try:
             yield
         finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self.seconds[what] = self.seconds.get(what, 0.0) + spent - self._inside
+            self._inside = outside + spent

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -102,6 +104,17 @@ class Runtime:
                 # Every process reduces every gradient: one that skipped its own would leave the others waiting.
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(own, reduction="mean")
+
+    def share(self, items: list[Any], work: Callable[[Any], Any]) -> list[Any]:
+        """``work`` on every item, each done by one process and its result known to all, in the order of the items."""
+        rank, world = self.shard
+        if world == 1:
+            return [work(item) for item in items]
+        from accelerate.utils import gather_object
+
+        done = gather_object([work(item) for item in items[rank::world]])  # one process after the other
+        order = [position for first in range(world) for position in range(first, len(items), world)]
+        return [result for _, result in sorted(zip(order, done), key=lambda pair: pair[0])]
 
     def workers(self, wanted: int) -> int:
         """Decoding processes: what was asked for, or this process's share of the cores, eight at most."""

@@ -38,6 +38,7 @@ class TrainConfig:
     milestones: tuple[int, ...] = ()  # epochs after which "step" multiplies the rate by lr_decay
     lr_decay: float = 0.1
     min_lr: float = 0.0  # where "cosine" and "linear" end
+    hold: int = 0  # steps that share a rate where the length is in steps, as GUIDE's epochs do; 0: none do
     warmup_steps: int = 0
     clip_norm: float = 0.0  # of the whole gradient; 0 turns it off
     ema_decay: float = 0.0  # per step, constant from the first; 0 keeps no average
@@ -52,9 +53,12 @@ class TrainConfig:
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The rate of a step, a function of position alone so that it needs no state.
 
-        With ``epochs`` it moves once per epoch, as PyCIL's schedulers do; with ``steps`` at every step.
+        With ``epochs`` it moves once per epoch, as PyCIL's schedulers do; with ``steps`` at every step, or with
+        ``hold`` whenever the number of the step, counted from 1, is a multiple of it.
         """
         position = step // steps_per_epoch if self.epochs is not None else step
+        if self.hold:
+            position = (step + 1) // self.hold * self.hold
         length = self.epochs if self.epochs is not None else self.steps
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "step":

@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from utils.augment import erase, jiggle, rotate
 from utils.crops import crop_and_flip, random_resized_crop, shift_and_flip
 from utils.images import ImageSet, decode_image
 
@@ -24,12 +25,17 @@ RESIZE_MODES = {mode.value: mode for mode in InterpolationMode}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a training image. Sizes are pixels; probabilities and ranges are PyCIL's."""
+    """What is done to a training image. Sizes are pixels; probabilities and ranges are published ones."""
 
     padding: int = 0  # random crop after zero padding
     flip: bool = False  # horizontal, p = 0.5
     brightness: float = 0.0  # factor drawn from [1 - b, 1 + b]
     crop_scale: tuple[float, float] | None = None  # RandomResizedCrop's area; None: no resized crop
+    rotation: float = 0.0  # degrees to either side, p = 0.5
+    jiggle: float = 0.0  # brightness, contrast, saturation and hue by up to this much: `utils.augment.jiggle`
+    erasing: float = 0.0  # probability of a black rectangle
+    erased_area: tuple[float, float] = (0.1, 0.5)  # its share of the image
+    erased_aspect: tuple[float, float] = (0.3, 3.3)  # its height / width
     test_resize: str = "bilinear"  # of large test images
 
 
@@ -40,6 +46,7 @@ RECIPES = {
     "imagenet": Recipe(flip=True, crop_scale=(0.08, 1.0)),
     "imagenet_jitter": Recipe(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0)),
     "asp": Recipe(flip=True, crop_scale=(0.05, 1.0), test_resize="bicubic"),
+    "guide": Recipe(padding=4, flip=True, rotation=30, jiggle=0.1, erasing=0.5),
 }
 
 
@@ -152,12 +159,13 @@ class ClassifierTransform:
         recipe = self.recipe
         if self._crops_batches:
             # Colours first, on the few stored pixels; stretching changes neither their scale nor their mean.
-            pixels = self._colour(images, generator)
+            pixels = self._alter(images, generator)
             return crop_and_flip(pixels, self.size, recipe.crop_scale, recipe.flip, generator)
         padding = recipe.padding if self.whole_batch else 0
         if padding or recipe.flip:
+            # GUIDE flips after its rotation. Angles to either side are equally likely, so the order does not matter.
             images = shift_and_flip(images, padding, recipe.flip, generator)
-        return self._colour(images, generator).contiguous(memory_format=torch.channels_last)
+        return self._alter(images, generator).contiguous(memory_format=torch.channels_last)
 
     def test(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W), as kept or as loaded, to a float batch (B, 3, S, S)."""
@@ -168,11 +176,17 @@ class ClassifierTransform:
     def _test_view(self, images: Tensor) -> Tensor:
         return resize_and_crop(images, self.size, self.recipe.test_resize)
 
-    def _colour(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        pixels, brightness = images.float() / 255, self.recipe.brightness
-        if brightness:
-            factor = torch.empty(len(images), 1, 1, 1).uniform_(1 - brightness, 1 + brightness, generator=generator)
-            pixels = (pixels * factor.to(pixels.device)).clamp(0, 1)
+    def _alter(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """What follows shift and flip; a step that the recipe leaves out draws nothing."""
+        recipe, pixels = self.recipe, images.float() / 255
+        if recipe.brightness:
+            pixels = _scale_brightness(pixels, recipe.brightness, generator)
+        if recipe.rotation:
+            pixels = rotate(pixels, recipe.rotation, 0.5, generator)
+        if recipe.jiggle:
+            pixels = jiggle(pixels, recipe.jiggle, generator)
+        if recipe.erasing:
+            pixels = erase(pixels, recipe.erasing, recipe.erased_area, recipe.erased_aspect, generator)
         return self._normalise(pixels)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
@@ -202,8 +216,31 @@ class DiffusionTransform:
         return to_unit_range(images)
 
 
-def classifier_transform(dataset, resize: str = "bicubic") -> ClassifierTransform:
-    """The transform that a data set asks for (`Dataset.augmentation`, `image_size`, `mean`, `std`, `in_memory`)."""
+def classifier_transform(
+    dataset,
+    resize: str = "bicubic",
+    recipe: str | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+) -> ClassifierTransform:
+    """The transform that a data set asks for, or a learner in its place.
+
+    Args:
+        dataset: gives `augmentation`, `mean` and `std` where the learner says nothing, `image_size` and `in_memory`.
+        resize: how replay of another size is brought to the network's.
+        recipe: a name in ``RECIPES``.
+        mean, std: for images in [0, 1], per channel.
+    """
     return ClassifierTransform(
-        RECIPES[dataset.augmentation], dataset.image_size, dataset.mean, dataset.std, dataset.in_memory, resize
+        RECIPES[recipe or dataset.augmentation],
+        dataset.image_size,
+        dataset.mean if mean is None else mean,
+        dataset.std if std is None else std,
+        dataset.in_memory,
+        resize,
     )
+
+
+def _scale_brightness(pixels: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    factor = torch.empty(len(pixels), 1, 1, 1).uniform_(1 - amount, 1 + amount, generator=generator)
+    return (pixels * factor.to(pixels.device)).clamp(0, 1)

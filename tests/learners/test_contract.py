@@ -5,12 +5,11 @@ import torch
 
 from learners import LEARNERS
 from synth import SOURCES
-from tests.toy import TINY_SOURCES, toy_experiment
+from tests.toy import TINY_SOURCES, goes_with, toy_experiment
 from utils.checkpoint import folder_bytes
 
 ALL = LEARNERS.names()
-KINDS = {source: SOURCES[source].kind for source in SOURCES.names()}
-PAIRS = [(name, source) for name in ALL for source, kind in KINDS.items() if kind in LEARNERS[name].accepts]
+PAIRS = [(name, source) for name in ALL for source in SOURCES.names() if goes_with(LEARNERS[name], SOURCES[source])]
 PAIRS += [(name, None) for name in ALL if not LEARNERS[name].needs_source]
 # Every learner with ddpm or without a source in both precisions; the slower sources with three learners, and with all
 # others behind the marker.

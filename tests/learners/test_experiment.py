@@ -8,6 +8,7 @@ from learners import LEARNERS
 from synth import SOURCES
 from tests.toy import TINY_SOURCES, toy_experiment
 from utils.errors import BankError
+from utils.panels import Panel
 
 
 def forbidden(*call, **keys):
@@ -50,3 +51,14 @@ def test_a_few_shot_run_tells_base_and_novel_in_results_log_and_report(tmp_path,
     assert json.loads((experiment.folder / "results.json").read_text())["fscil"] == fscil
     assert (experiment.folder / "log.txt").read_text().count("Few-shot session") == 3
     assert "Few-shot sessions" in (experiment.folder / "report.html").read_text()
+
+
+def test_panels_that_a_learner_makes_are_shown_in_the_report(tmp_path, monkeypatch):
+    def show(self, task):
+        self.run.panels.write(f"shown_{task.index}", Panel("Shown", "", ["only"], [], part=f"part {task.index}"))
+
+    monkeypatch.setattr(LEARNERS["finetune"], "after_training", show)
+    experiment = toy_experiment("finetune", tmp_path, init_cls=4)
+    assert experiment.run()["class_forgetting"] >= 0
+    page = (experiment.folder / "report.html").read_text()
+    assert page.index("<h2>Shown</h2>") < page.index("part 0") < page.index("part 1")

@@ -49,7 +49,7 @@ def begin(learner, index, prepare=True):
         learner.grow_network(task)
         if learner.source is not None and (task.index < index or prepare):
             learner.source.fit_before(task, learner.data.train_images(task))
-            learner._keep_replay(task)
+            learner.keep_replay(task)
         if task.index == index:
             learner.replay = learner.make_replay(task)
             return task

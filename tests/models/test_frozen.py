@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from models.frozen import Frozen
+from models.frozen import Frozen, fixed
 
 
 class Body(nn.Sequential):
@@ -84,3 +84,20 @@ def test_bf16_keeps_matrices_and_kernels_as_autocast_rounds_them():
 def test_its_size_is_that_of_its_weights_and_statistics():
     numbers = 4 * 27 + 4 + 4 * 4 + 6 * 16 + 6
     assert Frozen(Body()).nbytes() == 4 * numbers + 8  # and an int64 counter of batches
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_is_fixed_for_a_while_alone(training):
+    body = Body().train(training)
+    body[0].bias.requires_grad_(False)
+    with fixed(body):
+        assert not body.training and not any(value.requires_grad for value in body.parameters())
+    assert body.training is training
+    assert [name for name, value in body.named_parameters() if not value.requires_grad] == ["0.bias"]
+
+
+def test_a_network_is_freed_again_after_an_error():
+    body = Body().train()
+    with pytest.raises(ZeroDivisionError), fixed(body):
+        raise ZeroDivisionError
+    assert body.training and all(value.requires_grad for value in body.parameters())

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.heads import CosineHead, LinearHead
+from models.heads import CosineHead, LinearHead, PlainHead
 
-HEADS = [LinearHead, CosineHead]
+HEADS = [LinearHead, PlainHead, CosineHead]
 
 
 def grown(kind, num_classes, num_features=16):
@@ -74,6 +74,17 @@ def test_linear_rows_follow_torchs_own_kaiming_uniform():
     head.grow(6)
     torch.testing.assert_close(head.weight.data, reference)
     assert not head.bias.any()
+
+
+def test_plain_rows_start_as_torchs_own_linear_layer_without_bias():
+    torch.manual_seed(1)
+    reference = torch.nn.Linear(16, 6, bias=False)
+    torch.manual_seed(1)
+    head = PlainHead(16)
+    head.grow(6)
+    features = torch.randn(4, 16)
+    torch.testing.assert_close(head(features), reference(features))
+    assert [name for name, _ in head.named_parameters()] == ["weight"]
 
 
 def test_cosine_logits_are_the_scaled_cosine():

@@ -4,10 +4,13 @@ Fixture of P3: four pixels; eps(x, t) = sqrt(1 - alpha_bar_t) x; six linear clas
 new, 4 and 5 unseen. The previous classifier is the current one seen on -x0.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from learners.guidance import log_likelihood
 from synth.diffusion import Process, linear_process, respace, sample_ddim
 
 ROWS = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 2, 2.0]])
@@ -20,30 +23,18 @@ def logits(x0):
     return x0.flatten(1) @ ROWS.T + BIAS
 
 
-def log_p(scores, labels):
-    return scores.log_softmax(1).gather(1, labels[:, None])[:, 0]
+def flags(**keys):
+    """GUIDE's own variant, changed in these flags."""
+    defaults = {"use_old_grad": False, "negate_old_grad": False, "guid_to_new_classes": True, "trim_logits": True}
+    return SimpleNamespace(**{**defaults, **keys})
 
 
-def to_best_new_class(x0, labels, seen=4):
-    """The best new class, picked anew at every step, among the classes seen."""
-    scores = logits(x0)
-    return log_p(scores[:, :seen], scores[:, 2:4].argmax(1) + 2)
-
-
-def away_current(x0, labels):
-    return -log_p(logits(x0)[:, :4], labels)
-
-
-def toward_previous(x0, labels):
-    return log_p(logits(-x0)[:, :2], labels)
-
-
-GUIDES = {
-    "guide": to_best_new_class,
-    "guide untrimmed": lambda x0, labels: to_best_new_class(x0, labels, seen=6),
-    "away current": away_current,
-    "toward previous": toward_previous,
-    "away previous": lambda x0, labels: -toward_previous(x0, labels),
+VARIANTS = {
+    "guide": flags(),
+    "guide untrimmed": flags(trim_logits=False),
+    "away current": flags(guid_to_new_classes=False),
+    "toward previous": flags(use_old_grad=True),
+    "away previous": flags(use_old_grad=True, negate_old_grad=True),
 }
 
 
@@ -52,9 +43,12 @@ def shrink(xt, t):
 
 
 def guide_of(variant, labels, scale):
+    """Classes 0 and 1 are old, 2 and 3 new."""
     if variant == "unguided":
         return None
-    return lambda x0: scale * GUIDES[variant](x0, torch.tensor(labels))
+    chosen, labels = VARIANTS[variant], torch.tensor(labels)
+    sign = -1 if chosen.use_old_grad else 1
+    return lambda x0: scale * log_likelihood(chosen, logits(sign * x0), labels, num_old=2, num_seen=4)
 
 
 def images(*rows):

@@ -7,7 +7,7 @@ from synth import SOURCES
 from synth.base import Requests
 from tests.toy import tiny_source, toy_dataset
 from utils.data_manager import DataManager
-from utils.errors import NotFittedError
+from utils.errors import ConfigError, NotFittedError
 from utils.images import ImageSet
 from utils.run import Run
 from utils.runtime import Runtime
@@ -92,11 +92,40 @@ def test_same_seed_fits_the_same_source(name, tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+def rehearsed(folder, **keys):
+    """A DDPM's own images of its first task, as it would draw them for its second."""
+    source = fitted("ddpm", folder, **keys)
+    return source, source._rehearse(DataManager(toy_dataset(), init_cls=2, increment=2).task(1), num_images=20)
+
+
 def test_reference_counts_rehearse_in_whole_batches(tmp_path):
-    source = fitted("ddpm", tmp_path, counts="reference")
-    task = DataManager(toy_dataset(), init_cls=2, increment=2).task(1)
-    rehearsed = source._rehearse_reference(task, num_images=20)
-    assert len(rehearsed) == 24 and set(rehearsed.labels.tolist()) <= {0, 1}  # ceil(20 / 8) * 8
+    _, images = rehearsed(tmp_path, counts="reference")
+    assert len(images) == 24 and set(images.labels.tolist()) <= {0, 1}  # ceil(20 / 8) * 8
+
+
+def test_balanced_counts_rehearse_equally_where_the_learner_has_no_replay(tmp_path):
+    _, images = rehearsed(tmp_path)
+    assert images.counts(2).tolist() == [10, 10]
+
+
+def test_rehearsal_comes_from_the_raw_weights_and_is_drawn_once(tmp_path, monkeypatch):
+    source, images = rehearsed(tmp_path)
+    assert source.generator is source.network
+    monkeypatch.setattr(source, "generate", None)  # cut off here, it finds them in the run's folder
+    again = source._rehearse(DataManager(toy_dataset(), init_cls=2, increment=2).task(1), num_images=20)
+    assert torch.equal(again.decoded().parts[0].images, images.decoded().parts[0].images)
+
+
+def test_the_ddpm_shows_mirror_images_only_where_asked(tmp_path):
+    assert make_source("ddpm", tmp_path).transform.flip is False  # the toy data's own recipe
+    assert make_source("ddpm", tmp_path, flip=True).transform.flip is True
+
+
+def test_attention_may_be_given_by_sides(tmp_path):
+    by_side = make_source("ddpm", tmp_path, attention_resolutions=[4]).network.unet.config.down_block_types
+    assert by_side == make_source("ddpm", tmp_path, attention_levels=[1]).network.unet.config.down_block_types
+    with pytest.raises(ConfigError, match=r"attention_resolutions=\[3\].*sides \[8, 4\]"):
+        make_source("ddpm", tmp_path, attention_resolutions=[3])
 
 
 def test_classifier_free_guidance_hides_labels_and_bends_the_samples(tmp_path):

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from synth.diffusion import (
     Process,
+    _last_variance,
     add_noise,
     classifier_free,
     linear_process,
@@ -215,3 +216,25 @@ def test_one_step_gives_the_clamped_clean_image():
     process = Process(torch.tensor([0.5], dtype=torch.float64), torch.tensor([9]))
     xt = torch.tensor([0.3, -3.0]).view(2, 1, 1, 1)
     assert_close(sample_ddim(lambda xt, t: xt * 0, xt, process).flatten(), torch.tensor([0.3 * 2**0.5, -1.0]))
+
+
+# ---------------------------------------------------------------------- guided ancestral sampling
+
+
+def test_a_guide_moves_the_mean_of_ancestral_sampling_by_variance_times_gradient():
+    process, start = linear_process(3), noise(2, 1, 2, 2)
+    slope = torch.tensor([0.5, -2.0]).view(-1, 1, 1, 1)
+    last = Process(process.alpha_bar[:1], process.timesteps[:1])
+
+    def silent():
+        return torch.zeros(2, 1, 2, 2)
+
+    plain = sample_ddpm(lambda xt, t: xt * 0, start * 0.1, last, silent)
+    bent = sample_ddpm(lambda xt, t: xt * 0, start * 0.1, last, silent, lambda x0: (slope * x0).flatten(1).sum(1))
+    gradient = slope / process.alpha_bar[0].sqrt()  # of x0 = xt / sqrt(alpha_bar), where the clamp lets it through
+    assert_close(bent - plain, (process.betas[0] * gradient).float().expand_as(plain), rtol=1e-4, atol=1e-7)
+
+
+def test_the_last_guided_step_takes_the_posterior_variance_of_the_step_before():
+    scheduler = DDPMScheduler(**BETAS, variance_type="fixed_small")
+    assert _last_variance(linear_process()) == pytest.approx(scheduler._get_variance(1).item(), rel=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from synth.base import Requests
+from synth.base import Guide, Requests
 from synth.latents import SAMPLERS, LatentBatches, Latents, encode, sample_scheduled, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES, class_words
 from tests.tiny_inversion import TinyInversion, make_inversion, tiny_model, toy_task
@@ -205,7 +205,7 @@ def test_memory_that_is_too_small_for_one_image_is_an_error(tmp_path):
 
 def test_a_guide_is_refused_with_what_can_be_guided(tmp_path):
     with pytest.raises(ConfigError, match=r"'tiny' draws latents, which a classifier cannot guide.*'ddpm'"):
-        fitted(tmp_path).generate(Requests.of_classes([0], 1, (0,)), guide=lambda x0, labels: x0.sum((1, 2, 3)))
+        fitted(tmp_path).generate(Requests.of_classes([0], 1, (0,)), guide=Guide("ddim2"))
 
 
 # ---------------------------------------------------------------------- keeping

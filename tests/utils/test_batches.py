@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from utils.batches import Batch, ImageBatches, PairedBatches, test_batches
+from utils.batches import Batch, ImageBatches, PairedBatches, RenewedBatches, test_batches
 from utils.images import ImageSet
 from utils.transforms import RECIPES, ClassifierTransform
 
@@ -224,3 +224,61 @@ def test_paired_batches_go_on_at_any_step_with_the_same_bits(position):
     rest = list(paired().epoch(epoch, start))
     assert_same(rest, whole[position : 3 * epoch + 3])
     assert_same([batch.replay for batch in rest], [batch.replay for batch in whole[position : 3 * epoch + 3]])
+
+
+# ---------------------------------------------------------------------- renewed replay
+
+
+def renewed(draws, interval=2, real=10, **changes) -> RenewedBatches:
+    """Four real images and three replayed ones per batch; the grey level of replay is the step of its draw."""
+
+    def draw(step):
+        draws.append(step)
+        return ImageSet.of(torch.full((3, 3, 8, 8), step, dtype=torch.uint8), torch.full((3,), 9))
+
+    transform = ClassifierTransform(RECIPES["none"], 8, (0.5,) * 3, (0.5,) * 3, in_memory=True)
+    options = {"transform": transform, "batch_size": 4, "key": (0,), "device": CPU}
+    return RenewedBatches(images_of(real), draw, interval, **{**options, **changes})
+
+
+def test_replay_is_drawn_every_so_many_steps_and_stands_whole_in_every_batch():
+    draws = []
+    batches = renewed(draws)
+    found = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
+    assert len(batches) == 2 and draws == [0, 2, 4]
+    assert [(len(batch), int(batch.is_replay.sum())) for batch in found] == [(7, 3)] * 6
+    assert all((batch.labels[batch.is_replay] == 9).all() for batch in found)
+
+
+def test_between_two_draws_the_same_replay_meets_other_real_images_in_another_order():
+    first, second = list(renewed([]).epoch(0))
+    assert_close(first.images[first.is_replay], second.images[second.is_replay], rtol=0, atol=0)
+    assert not set(first.index[~first.is_replay].tolist()) & set(second.index[~second.is_replay].tolist())
+    assert first.is_replay.tolist() != second.is_replay.tolist()
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_renewed_batches_go_on_between_two_draws_with_the_same_bits(start):
+    whole = renewed([], real=16)
+    expected, state = [], {}
+    for step, batch in enumerate(whole.epoch(0), 1):
+        expected.append(batch)
+        state = dict(whole.state_dict()) if step == start else state
+    draws = []
+    resumed = renewed(draws, real=16)
+    resumed.load_state_dict(state)
+    assert_same(list(resumed.epoch(0, start)), expected[start:])
+    assert draws == [step for step in (2,) if step >= start]
+
+
+def test_without_a_draw_there_are_real_images_alone():
+    batches = renewed([])
+    batches.draw = None
+    assert [len(batch) for batch in batches.epoch(0)] == [4, 4] and batches.state_dict() == {}
+
+
+def test_processes_share_a_mixed_batch():
+    parts = [list(renewed([], shard=(rank, 2)).epoch(0)) for rank in range(2)]
+    for shares in zip(*parts):
+        assert sorted(torch.cat([share.index for share in shares]).tolist())[-3:] == [10, 11, 12]
+        assert sum(map(len, shares)) == 7

@@ -6,8 +6,9 @@ import pytest
 from pydantic import Field
 
 from learners.configure import build_config
-from utils.config import BaseConfig, RunConfig, apply_overrides, merge_aliases, read_experiment
+from utils.config import BaseConfig, RunConfig
 from utils.errors import ConfigError
+from utils.experiment_file import apply_overrides, merge_aliases, read_experiment
 
 
 class Example(BaseConfig):

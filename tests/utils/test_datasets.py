@@ -178,6 +178,67 @@ def test_imagenet100_can_be_drawn_from_all_of_imagenet(tmp_path):
     assert load_dataset("imagenet100", tmp_path).class_names == expected
 
 
+def photograph(width, height, mode="RGB"):
+    """Smooth colours, which a JPEG keeps within a few grey levels."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, (x + y) / 2], axis=2).astype(np.uint8)).convert(mode)
+
+
+@pytest.fixture
+def odd_photographs(tmp_path):
+    """ImageNet-100 with three JPEGs of odd sizes, one of them grey, and a PNG with alpha in every class and split."""
+    images = {"a.jpeg": (90, 71), "b.JPG": (33, 200), "c.jpg": (101, 64, "L"), "d.png": (80, 77, "RGBA")}
+    for folder in (tmp_path / "imagenet100" / split / name for split in ("train", "val") for name in ("n01", "n02")):
+        folder.mkdir(parents=True)
+        for name, size_and_mode in images.items():
+            photograph(*size_and_mode).save(folder / name)
+    return tmp_path
+
+
+def test_photographs_are_read_into_memory_at_64_pixels_as_guide_sees_them(odd_photographs):
+    dataset = load_dataset("imagenet100_64", odd_photographs)
+    assert (dataset.in_memory, dataset.image_size, dataset.channels) == (True, 64, 3)
+    assert (dataset.augmentation, dataset.mean, dataset.std) == ("none", (0.5,) * 3, (0.5,) * 3)
+    assert dataset.train.labels.tolist() == dataset.test.labels.tolist() == [0] * 4 + [1] * 4
+    for position, path in enumerate(sorted((odd_photographs / "imagenet100" / "train").glob("*/*"))):
+        squashed = Image.open(path).convert("RGB").resize((76, 76), Image.BILINEAR).crop((6, 6, 70, 70))
+        expected = torch.from_numpy(np.array(squashed)).permute(2, 0, 1)
+        torch.testing.assert_close(dataset.train.image(position), expected, rtol=0, atol=1)
+
+
+def test_the_same_photographs_are_large_files_under_their_own_name(odd_photographs):
+    dataset = load_dataset("imagenet100", odd_photographs)
+    assert not dataset.in_memory and dataset.train.image(2).shape == (1, 64, 101)
+
+
+def test_reading_photographs_into_memory_twice_gives_the_same_bits(odd_photographs):
+    first, second = (load_dataset("imagenet100_64", odd_photographs).train for _ in range(2))
+    assert len(first.parts) == 1 and torch.equal(first.parts[0].images, second.parts[0].images)
+
+
+def test_photographs_that_are_stored_small_are_seen_in_the_same_way(tmp_path):
+    write_folders(tmp_path / "imagenet100", images=[("RGB", (40, 40))], splits=["train", "val"])
+    photograph(40, 40).save(tmp_path / "imagenet100" / "train" / "cat" / "0.png")
+    dataset = load_dataset("imagenet100_64", tmp_path)
+    expected = photograph(40, 40).resize((76, 76), Image.BILINEAR).crop((6, 6, 70, 70))
+    expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+    torch.testing.assert_close(dataset.train.image(0), expected, rtol=0, atol=1)
+
+
+def test_a_photograph_that_is_cut_off_is_named_while_it_is_read_into_memory(odd_photographs):
+    path = odd_photographs / "imagenet100" / "val" / "n02" / "b.JPG"
+    path.write_bytes(path.read_bytes()[:700])  # the header is whole
+    with pytest.raises(DataError, match=r"cannot read the image .*n02/b\.JPG"):
+        load_dataset("imagenet100_64", odd_photographs)
+
+
+def test_folders_of_cifar10_have_the_published_order_of_labels(tmp_path):
+    published = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    write_folders(tmp_path / "cifar10", classes=published[::-1], images=[COLOUR])
+    dataset = load_dataset("cifar10", tmp_path)
+    assert dataset.class_names == published and dataset.train.labels.tolist() == list(range(10))
+
+
 def write_cub(data_dir, split=("1", "0", "0", "1"), labels=("1", "1", "2", "2")):
     """CUB-200-2011 as published, with two classes of two images."""
     names, folder = ["001.Albatross", "002.Auklet"], data_dir / "CUB_200_2011"

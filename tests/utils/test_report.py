@@ -8,7 +8,9 @@ from PIL import Image
 
 from utils.errors import DataError
 from utils.figures import heat_map, human_bytes, human_seconds, line_chart, split_table, table
-from utils.report import GalleryRow, write_report
+from utils.gallery import GalleryRow
+from utils.panels import Cell, Panel, PanelRow
+from utils.report import write_report
 
 VOID = {"meta", "img", "link", "br"}
 
@@ -183,6 +185,47 @@ def test_small_images_are_exact_and_crisp_and_large_ones_reduced(tmp_path):
 def test_without_images_there_is_no_gallery(tmp_path):
     page, _ = page_of(tmp_path, results_of(2), gallery=[GalleryRow(0, "zero", 0, [], [])])
     assert "Real and generated images" not in page
+
+
+PIXELS = torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+
+def panel_of(title="Guided", **changes):
+    values = {"note": "Same noise.", "columns": ["unguided", "guided"]}
+    rows = [PanelRow("3 cat", [Cell(PIXELS, "3: 93 %"), Cell(PIXELS)])]
+    return Panel(**{"title": title, "rows": rows, **values, **changes})
+
+
+def test_panels_show_their_words_and_crisp_images(tmp_path):
+    page, sources = page_of(tmp_path, results_of(2), panels=[panel_of(part="Task 1")])
+    for words in ("<h2>Guided</h2><p>Same noise.</p>", "<h3>Task 1</h3>", "3 cat", "unguided", "3: 93 %"):
+        assert words in page
+    assert page.count('class="pixels"') == len(sources) == 2
+
+
+def test_panels_of_one_title_and_note_share_a_section(tmp_path):
+    panels = [panel_of(part="Task 1"), panel_of(part="Task 2"), panel_of("Copies"), panel_of("Copies", note="Others.")]
+    page, _ = page_of(tmp_path, results_of(2), panels=panels)
+    assert [page.count(f"<h2>{title}</h2>") for title in ("Guided", "Copies")] == [1, 2]
+    assert page.index("<h2>Guided</h2>") < page.index("Task 1") < page.index("Task 2") < page.index("<h2>Copies</h2>")
+
+
+def test_a_cell_without_an_image_keeps_its_place(tmp_path):
+    page, sources = page_of(tmp_path, {}, panels=[panel_of(rows=[PanelRow("3 cat", [None, Cell(PIXELS)])])])
+    assert page.count("<figure>") == 2 and len(sources) == 1
+    assert page.index("unguided</span><i></i>") < page.index("<span>guided</span><img")
+
+
+def test_words_of_panels_cannot_become_html(tmp_path):
+    row = PanelRow("<i>r", [Cell(PIXELS, "<i>c")])
+    page, _ = page_of(tmp_path, {}, panels=[Panel("<i>t", "<i>n", ["<i>k"], [row], part="<i>p")])
+    assert not re.search("<i>[rctnkp]", page) and "&lt;i&gt;t" in page
+
+
+def test_the_forgetting_of_classes_stands_beside_that_of_tasks(tmp_path):
+    page, _ = page_of(tmp_path, results_of(2, class_forgetting=13.14))
+    assert "<b>12.5 pts</b><small>mean over tasks, 13.1 over classes</small>" in page
+    assert "<small>mean over earlier tasks</small>" in page_of(tmp_path, results_of(2, class_forgetting=None))[0]
 
 
 def test_a_broken_image_is_named_and_leaves_no_file(tmp_path):

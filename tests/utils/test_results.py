@@ -59,6 +59,12 @@ def test_results_that_were_stored_in_between_end_alike():
     assert final(results_of([2], results=copy)) == final(results_of([0, 1, 2]))
 
 
+def test_the_forgetting_of_classes_comes_from_every_tasks_class_accuracies():
+    # Classes 0 to 3 end at 2, 2, 1 and 1 of 4 right; at best they had 4, 3, 2 and 2.
+    assert final(results_of([0, 1, 2]))["class_forgetting"] == pytest.approx(25 * (2 + 1 + 1 + 1) / 4)
+    assert final(results_of([0]))["class_forgetting"] == 0.0
+
+
 def seed_results(seed, novel, few_shot=True):
     figures = {
         "base": [90.0, 80.0],

@@ -128,3 +128,11 @@ def test_a_task_forgets_the_checkpoints_inside_its_trainings(run):
     run.checkpoints("task").save(0, {}, {})
     run.forget_fits()
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["task_0"]
+
+
+def test_time_inside_a_timed_block_counts_there_alone(run, monkeypatch):
+    clock = iter([0, 1, 3, 10])
+    monkeypatch.setattr("utils.run.time.perf_counter", lambda: next(clock))
+    with run.timed("train"), run.timed("generate"):
+        pass
+    assert run.seconds == {"generate": 2, "train": 8}

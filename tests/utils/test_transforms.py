@@ -1,5 +1,7 @@
 """From uint8 to what a network wants, checked against torchvision, PIL and loops over single images."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.testing import assert_close
 from torchvision import transforms as tv
 from torchvision.transforms.v2 import functional as tv2
 
+from utils.augment import erase, jiggle, rotate
 from utils.crops import crop_and_flip, crop_boxes, random_resized_crop, shift_and_flip
 from utils.images import ImageSet
 from utils.transforms import (
@@ -16,6 +19,7 @@ from utils.transforms import (
     ClassifierTransform,
     DiffusionTransform,
     Recipe,
+    classifier_transform,
     match_channels,
     normalise,
     resize_and_crop,
@@ -147,6 +151,40 @@ def test_generators_see_flips_only_where_the_data_set_has_them(flip, changed):
     assert torch.all(same | other)
     assert bool(other.any()) is changed
     assert_close(DiffusionTransform(8, flip).test(images), to_unit_range(images), rtol=0, atol=0)
+
+
+def test_guide_shifts_flips_turns_jiggles_and_erases_one_after_the_other():
+    images, draw = noise_images(40), generator(5)
+    pixels = shift_and_flip(images, 4, True, draw) / 255
+    pixels = jiggle(rotate(pixels, 30, 0.5, draw), 0.1, draw)
+    pixels = erase(pixels, 0.5, (0.1, 0.5), (0.3, 3.3), draw)
+    guide = ClassifierTransform(RECIPES["guide"], 8, (0.5,) * 3, (0.5,) * 3, True)
+    assert_close(guide.train(images, generator(5)), pixels * 2 - 1)
+    assert_close(guide.test(images), to_unit_range(images))
+
+
+def test_a_flip_before_a_rotation_is_one_after_the_opposite_rotation():
+    image, bilinear = noise_images(1)[0] / 255, tv.InterpolationMode.BILINEAR
+    assert_close(tv2.rotate(image.flip(-1), 20, bilinear), tv2.rotate(image, -20, bilinear).flip(-1))
+
+
+def test_steps_that_a_recipe_leaves_out_draw_nothing():
+    images, draw, same = noise_images(), generator(5), generator(5)
+    pixels = shift_and_flip(images, 4, True, draw) / 255
+    pixels = (pixels * torch.empty(6, 1, 1, 1).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw)).clamp(0, 1)
+    expected = normalise(pixels, torch.tensor(MEAN), torch.tensor(STD))
+    assert_close(transform(RECIPES["cifar"]).train(images, same), expected, rtol=0, atol=0)
+    assert torch.equal(draw.get_state(), same.get_state())
+
+
+def test_a_learner_may_ask_for_another_recipe_mean_and_deviation_than_the_data_set():
+    dataset = SimpleNamespace(augmentation="cifar", image_size=8, mean=MEAN, std=STD, in_memory=True)
+    own, images = classifier_transform(dataset), noise_images()
+    assert own.recipe == RECIPES["cifar"]
+    assert_close(own.test(images), tv.Normalize(MEAN, STD)(images / 255))
+    guide = classifier_transform(dataset, recipe="guide", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert guide.recipe == RECIPES["guide"]
+    assert_close(guide.test(images), to_unit_range(images))
 
 
 # ---------------------------------------------------------------------- sizes and channels

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.datasets.base import LARGE_FOLDER, LARGE_SIDE, SMALL_FOLDER, Dataset, Found, Images, Recipe
-from utils.datasets.folders import list_class_names, read_folders
+from utils.datasets.folders import list_class_names, read_folders, read_through
 from utils.errors import ConfigError, DataError
 from utils.registry import Registry, nearest
 
@@ -42,6 +42,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", offline: bool = False
     else:
         raise DataError(place.absent)
     recipe = place.recipe or (SMALL_FOLDER if images.side else LARGE_FOLDER)
+    if recipe.view is not None:
+        images = read_through(images, recipe.view)
     return Dataset(
         name=name.lower() if place.recipe else name,
         train=images.train,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -75,6 +76,8 @@ class Recipe:
         folders: other names of its folder in ``data_dir``.
         test_folders: names of the folder with test images; the first that holds the training classes is read.
         provider: what stands in where there are no class folders; None: nothing can.
+        view: makes small images of one size from uint8 (..., C, H, W) of any; all of them are read through it into
+            memory. None: large images stay files.
     """
 
     augmentation: Augmentation
@@ -84,6 +87,7 @@ class Recipe:
     folders: tuple[str, ...] = ()
     test_folders: tuple[str, ...] = ("test",)
     provider: Provider | None = None
+    view: Callable[[Tensor], Tensor] | None = None
 
 
 # For a folder that no recipe knows: small images as PyCIL treats CIFAR-100, large ones as it treats ImageNet.

@@ -83,6 +83,21 @@ def read_files(train: dict[str, list[str]], test: dict[str, list[str]], source: 
     return Images(*sets, list(train), channels, f"{source} ({counts})")
 
 
+def read_through(images: Images, view: Callable[[Tensor], Tensor]) -> Images:
+    """The same images in memory, each decoded once and changed by ``view``; see ``Recipe``.
+
+    Raises:
+        DataError: if an image is broken.
+    """
+
+    def read(split: ImageSet) -> ImageSet:
+        stored = split.parts[0].images
+        pixels = view(stored) if isinstance(stored, Tensor) else _decode(list(stored), images.channels, view)
+        return ImageSet.of(pixels.contiguous(), split.labels)
+
+    return images._replace(train=read(images.train), test=read(images.test))
+
+
 def _pick_test_folder(folder: Path, names: Sequence[str]) -> Path:
     present = [folder / name for name in names if (folder / name).is_dir()]
     if not present:
@@ -164,10 +179,13 @@ def _read_header(path: str) -> Header:
         raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
 
 
-def _decode(paths: list[str], channels: int) -> Tensor:
-    """uint8 (N, C, H, W); grey files are repeated where the set has colour."""
-    images = _in_threads(lambda path: decode_image(path).expand(channels, -1, -1).contiguous(), paths, "reading images")
-    return torch.stack(images)
+def _decode(paths: list[str], channels: int, view: Callable[[Tensor], Tensor] = lambda image: image) -> Tensor:
+    """uint8 (N, C, H, W), each image through ``view``; grey files are repeated where the set has colour."""
+
+    def read(path: str) -> Tensor:
+        return view(decode_image(path)).expand(channels, -1, -1).contiguous()
+
+    return torch.stack(_in_threads(read, paths, "reading images"))
 
 
 def _in_threads(function: Callable[[str], Any], paths: list[str], description: str) -> list[Any]:

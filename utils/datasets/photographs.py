@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torchvision.transforms.v2.functional as F
+from torch import Tensor
 
 from utils.datasets import DATASETS
 from utils.datasets.base import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIDE, Images, Recipe
 from utils.datasets.folders import list_class_names, read_files, read_folders
+from utils.transforms import square
 
 EITHER = ("test", "val")
 IMAGENET_FOLDERS = ("imagenet1000", "imagenet")
@@ -76,6 +79,11 @@ class OfficialCub:
         return read_files(train, test, text)
 
 
+def squashed_middle(image: Tensor) -> Tensor:
+    """ImageNet as GUIDE sees it (GUIDE card, 4): uint8 (..., C, H, W) squashed to 76x76, then the middle 64x64."""
+    return F.center_crop(square(image, 76, "bilinear"), [64, 64])
+
+
 def _read_table(path: Path) -> dict[str, str]:
     """Lines of an id and a value, divided by a blank, in their order."""
     rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -92,6 +100,15 @@ ASP = {"augmentation": "asp", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size
 for name, recipe in {
     "tiny_imagenet": Recipe("imagenet", folders=("tiny-imagenet-200", "tiny-imagenet"), image_size=64, **IMAGENET),
     "imagenet100": Recipe("imagenet", image_size=LARGE_SIDE, provider=FirstOfImageNet(), **IMAGENET),
+    "imagenet100_64": Recipe(
+        "none",
+        (0.5,) * 3,
+        (0.5,) * 3,
+        folders=("imagenet100",),
+        test_folders=EITHER,
+        provider=FirstOfImageNet(),
+        view=squashed_middle,
+    ),
     "imagenet1000": Recipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
     "imagenetr": Recipe(folders=("imagenet-r",), test_folders=EITHER, **ASP),
     "cub": Recipe(folders=("cub200",), **ASP),

@@ -1,0 +1,109 @@
+"""Guided images per second: ours against a plain fp32 loop that keeps the graph over all denoising steps.
+
+`python -m tests.benchmarks.guided_sampling`; exit code 1 if a ratio falls short. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from learners.guidance import toward_best_new
+from models.heads import PlainHead
+from models.incremental import IncrementalNet
+from models.options import BackboneOptions
+from models.timm_backbone import build_backbone
+from synth.base import Guide, Requests
+from synth.diffusion import linear_process, respace
+from tests.benchmarks.ddpm import new_source
+from tests.benchmarks.timing import alternate, peak_memory, verdict
+from utils.runtime import fast_bf16
+
+IMAGES, STEPS, OLD, SEEN, SCALE = 32, 5, 5, 10, 0.5
+LABELS = torch.arange(IMAGES) % OLD
+
+
+def new_classifier() -> IncrementalNet:
+    """GUIDE's classifier, in the middle of a training: its parameters want gradients."""
+    torch.manual_seed(0)
+    backbone = build_backbone("preact_resnet18", BackboneOptions(image_size=32))
+    network = IncrementalNet(backbone, PlainHead(backbone.num_features))
+    network.grow(SEEN)
+    return network.eval()
+
+
+def our_sampling(folder: Path, precision: str):
+    """One request per call, bent as the learner bends it."""
+    from models.frozen import fixed
+
+    source, classifier = new_source(precision, folder), new_classifier()
+    requests = Requests.of_labels(LABELS, (0, "bench", 0))
+
+    def bend(requests: Requests):
+        return lambda x0: SCALE * toward_best_new(classifier(x0), range(OLD, SEEN))
+
+    def images() -> int:
+        with fixed(classifier):
+            return len(source.generate(requests, Guide(f"ddim{STEPS}", bend=bend)))
+
+    return images
+
+
+def plain_sampling(folder: Path):
+    """The original's loop: x stays in the graph from the first step to the last."""
+    network, classifier = new_source("fp32", folder).network.eval(), new_classifier()
+    process = respace(linear_process(), f"ddim{STEPS}")
+    alpha, previous = process.alpha_bar.float(), process.alpha_bar_prev.float()
+
+    def images() -> int:
+        x = torch.randn(IMAGES, 3, 32, 32).requires_grad_()
+        for index in reversed(range(len(process))):
+            noise = network(x, process.timesteps[index].expand(IMAGES), LABELS)
+            x0 = ((x - (1 - alpha[index]).sqrt() * noise) / alpha[index].sqrt()).clamp(-1, 1)
+            noise = (x - alpha[index].sqrt() * x0) / (1 - alpha[index]).sqrt()
+            scores = classifier(x0)[:, :SEEN].log_softmax(1)
+            best = scores[:, OLD:].argmax(1) + OLD
+            gradient = torch.autograd.grad(scores.gather(1, best[:, None]).sum(), x, retain_graph=True)[0]
+            noise = noise - SCALE * (1 - alpha[index]).sqrt() * gradient
+            x0 = (x - (1 - alpha[index]).sqrt() * noise) / alpha[index].sqrt()
+            x = previous[index].sqrt() * x0 + (1 - previous[index]).sqrt() * noise
+        return len(((x.detach() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+
+    return images
+
+
+def _segment(make, *args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), *args)()
+
+
+def main() -> int:
+    precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count = sum(parameter.numel() for parameter in new_source("fp32", folder).network.parameters())
+        print(
+            f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads; guided DDIM images/s,"
+        )
+        print(f"{STEPS} steps, {IMAGES} at once, pre-activation ResNet-18")
+        ours = f"ours, {precision}"
+        rates = alternate({"plain, fp32": plain_sampling(folder / "p"), ours: our_sampling(folder / "o", precision)})
+        print(", ".join(f"{arm}: {rate:.2f}" for arm, rate in rates.items()))
+        good = verdict("guided sampling", rates[ours] / rates["plain, fp32"], 1.5)
+        idle = peak_memory(partial(new_source, "fp32", folder))
+        plain, own = (
+            peak_memory(partial(_segment, plain_sampling)),
+            peak_memory(partial(_segment, our_sampling, precision)),
+        )
+        print(f"peak memory of the process: plain {plain / 1e6:.0f} MB, ours {own / 1e6:.0f} MB, before drawing "
+              f"{idle / 1e6:.0f} MB")  # fmt: skip
+        good &= verdict("peak memory, plain against ours", plain / own, 2)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

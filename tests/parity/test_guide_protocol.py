@@ -1,0 +1,144 @@
+"""Numbers of GUIDE's card: shares of the batch (1b), P8 counts, P9 learning rates, P11 moving average, P12 sampling."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from learners.configure import build_config
+from learners.guide import GUIDE
+from synth.base import draw_labels
+from tests.parity.published import PUBLISHED, published
+from tests.toy import toy_experiment
+from utils.training import TrainConfig
+
+
+def rates(lr, steps, hold):
+    config = TrainConfig(lr=lr, steps=steps, schedule="linear", hold=hold)
+    return {step + 1: config.learning_rate(step, steps_per_epoch=1) for step in range(steps)}
+
+
+def changes(trace):
+    return sum(trace[step] != trace[step + 1] for step in range(1, len(trace)))
+
+
+@pytest.mark.parametrize(
+    ("lr", "steps", "hold", "expected", "count"),
+    [
+        (0.01, 2000, 39, {1: 0.01, 38: 0.01, 39: 0.009805, 77: 0.009805, 78: 0.00961, 1989: 5.5e-5, 2000: 5.5e-5}, 51),
+        (0.1, 5000, 39, {38: 0.1, 39: 0.09922, 4992: 1.6e-4, 5000: 1.6e-4}, 128),
+        (0.05, 2000, 19, {18: 0.05, 19: 0.049525}, 105),
+        (0.1, 5000, 97, {96: 0.1, 97: 0.09806}, 51),
+    ],
+)
+def test_p9_the_rate_falls_at_the_ends_of_epochs_alone(lr, steps, hold, expected, count):
+    trace = rates(lr, steps, hold)
+    assert {step: trace[step] for step in expected} == pytest.approx(expected, rel=1e-9)
+    assert changes(trace) == count
+
+
+@pytest.mark.parametrize(("name", "images", "hold"), [("guide_cifar10_5", 10000, 39), ("guide_cifar100_10", 5000, 19),
+                                                      ("guide_cifar10_2", 25000, 97)])  # fmt: skip
+def test_p9_an_epoch_is_counted_in_full_batches(name, images, hold):
+    config = published(name)
+    classes = config.increment
+    learner = SimpleNamespace(config=config, data=SimpleNamespace(class_counts=[images // classes] * 2 * classes))
+    learner.num_real = lambda task: GUIDE.num_real(learner, task)
+    task = SimpleNamespace(index=1, classes=range(classes, 2 * classes))
+    training = GUIDE.train_config(learner, task)
+    assert (training.hold, training.steps, training.lr) == (hold, 2000, config.classifier_lr)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("guide_cifar10_5", [10240, 20224, 30208, 40192]),
+        ("guide_cifar10_2", [25088]),
+        ("guide_cifar100_10", [5120, 10240, 15104, 20224, 25088, 30208, 35072, 40192, 45056]),
+        ("guide_imagenet100_5", [26000, 52000, 78000, 104000]),
+    ],
+)
+def test_p8_self_rehearsal_keeps_its_surplus(name, counts):
+    synth = published(name).synth
+    assert synth.counts == "reference"
+    per_task, size = synth.gr_n_generated_examples_per_task, synth.batch_size
+    assert [math.ceil(per_task * task / size) * size for task in range(1, len(counts) + 1)] == counts
+
+
+@pytest.mark.parametrize(("name", "draws"), [*zip(PUBLISHED, (2000, 400, 200, 200, 1334))])
+def test_p8_replay_is_drawn_so_often_in_a_task(name, draws):
+    config = published(name)
+    assert math.ceil(config.disjoint_classifier_num_steps / config.guid_generation_interval) == draws
+
+
+def test_labels_are_drawn_one_by_one_or_in_equal_counts():
+    generator = torch.Generator().manual_seed(0)
+    by_chance = draw_labels([0, 1, 2], 3000, generator, balanced=False).bincount()
+    assert by_chance.tolist() != [1000] * 3 and by_chance.min() > 900
+    equal = draw_labels([4, 5, 6], 11, generator, balanced=True).bincount()[4:]
+    assert equal.sum() == 11 and equal.min() == 3 and equal.max() == 4
+
+
+@pytest.mark.parametrize("batch_size", [256, 100])
+def test_the_real_share_of_a_batch_shrinks_with_the_task(batch_size, tmp_path):
+    shares = {256: [(256, 0), (128, 128), (85, 170)], 100: [(100, 0), (50, 50), (33, 66)]}[batch_size]
+    experiment = toy_experiment("guide", tmp_path, "ddpm", batch_size=batch_size)
+    learner = experiment.check()
+    for task in experiment.data.tasks():
+        asked = []
+        learner.draw = lambda task, requests, asked=asked: asked.append(len(requests))
+        if task.index:
+            learner.draw_replay(task, step=0)
+        assert (learner.batches(task).batch_size, sum(asked)) == shares[task.index]
+
+
+def test_p12_the_classifier_is_as_it_was_after_it_has_guided(tmp_path):
+    experiment = toy_experiment("guide", tmp_path, "ddpm")
+    experiment.run()
+    learner, task = experiment.learner, experiment.data.task(1)
+    learner.network.train().zero_grad()
+    before = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    replay = learner.draw_replay(task, step=0)
+    assert learner.network.training and all(value.requires_grad for value in learner.network.parameters())
+    assert all(value.grad is None for value in learner.network.parameters())
+    assert_close(learner.network.state_dict(), before, rtol=0, atol=0)
+    assert len(replay) == 8 and set(replay.labels.tolist()) <= {0, 1}  # (16 // 2) * 1
+
+
+def test_p12_without_a_gradient_no_graph_is_built(tmp_path, monkeypatch):
+    experiment = toy_experiment("guide", tmp_path, "ddpm", use_new_grad=False)
+    experiment.run()
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    assert len(experiment.learner.draw_replay(experiment.data.task(1), step=0)) == 8
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_the_readmes_settings(name):
+    config = published(name)
+    expected = PUBLISHED[name]
+    assert {key: getattr(config, key) for key in expected["classifier"]} == expected["classifier"]
+    assert {key: getattr(config.synth, key) for key in expected["diffusion"]} == expected["diffusion"]
+    assert (config.classifier_init_lr, config.classifier_weight_decay, config.eval_logits) == (0.1, 5e-4, "all")
+
+
+def test_guides_own_flags_are_read():
+    flags = {
+        "batch_size": 100, "timestep_respacing": "ddim50", "use_ddim": "True", "depth": 18, "log_interval": 200,
+        "embedding_kind": "concat_time_1hot", "classifier_scale_min_new": "1.0", "classifier_scale_max_new": "1.0",
+        "train_with_disjoint_classifier": "True", "num_res_blocks": 2, "diffusion_pretrained_dir": "somewhere",
+        "use_scale_shift_norm": True, "attention_resolutions": "32,16,8",
+    }  # fmt: skip
+    diffusion = {
+        "name": "ddpm", "use_ddim": "False", "timestep_respacing": "1000", "num_channels": 192,
+        "channel_mult": "1,2,3,4", "num_head_channels": 64, "resblock_updown": True, "save_interval": 50000,
+    }  # fmt: skip
+    config, _ = build_config({
+        "model_name": "guide", "dataset": "cifar10", "init_cls": 2, "increment": 2, **flags, "synth": diffusion,
+    })  # fmt: skip
+    assert config.scale == (1.0, 1.0) and config.timestep_respacing == "ddim50"
+    synth = config.synth
+    assert (synth.sampler, synth.timestep_respacing, synth.resample) == ("ddpm", "1000", "resnet")
+    assert synth.block_out_channels == [192, 384, 576, 768] and synth.attention_resolutions == [32, 16, 8]
+    assert (synth.layers_per_block, synth.attention_head_dim, synth.source_dir) == (2, 64, "somewhere")

@@ -1,0 +1,132 @@
+"""Rotations, colours and erased rectangles for whole batches, as GUIDE trains its classifier (arXiv:2403.03938).
+
+The formulas are those of kornia 0.7.1, which that paper uses; several differ from torchvision's of the same name. A
+batch is changed on its device; the draws are made on the CPU, so that a seed means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rotate(images: Tensor, degrees: float, p: float, generator: torch.Generator) -> Tensor:
+    """Turn some images about their middle: bilinear, black where nothing is known.
+
+    Args:
+        images: float (B, C, H, W), on any device.
+        degrees: angles are drawn from [-degrees, degrees], one per image.
+        p: share of images that are turned; the others keep every bit.
+        generator: on the CPU.
+
+    Returns:
+        (B, C, H, W).
+    """
+    count, height, width = len(images), images.shape[-2], images.shape[-1]
+    angle = _uniform(count, -degrees, degrees, generator).deg2rad().to(images.device)
+    chosen = (torch.rand(count, 1, 1, 1, generator=generator) < p).to(images.device)
+    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    y = (torch.arange(height, device=images.device) - (height - 1) / 2).view(-1, 1)  # pixels below the middle
+    x = torch.arange(width, device=images.device) - (width - 1) / 2  # pixels right of it
+    # Built by hand: `affine_grid` is a matrix product, which half precision would move by parts of a pixel.
+    grid = torch.stack([(cos * x - sin * y) * 2 / width, (sin * x + cos * y) * 2 / height], dim=-1)  # (B, H, W, 2)
+    turned = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return turned.where(chosen, images)
+
+
+def jiggle(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Change brightness, contrast, saturation and hue, in an order drawn for the batch, by amounts drawn per image.
+
+    With four numbers e from [-amount, amount]: brightness adds e and contrast multiplies by 1 + e, both cut to [0, 1];
+    saturation is multiplied by 1 + e and cut to 1, and hue turned by e, both in HSV.
+
+    Args:
+        images: float (B, 1 or 3, H, W) in [0, 1], on any device. One channel has neither saturation nor hue.
+        amount: 0 to 0.5; for hue, in whole turns.
+        generator: on the CPU.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+    """
+    drawn = torch.empty(4, len(images), 1, 1, 1).uniform_(-amount, amount, generator=generator)
+    brightness, contrast, saturation, hue = drawn.to(images.device)
+    steps = (
+        lambda pixels: (pixels + brightness).clamp(0, 1),
+        lambda pixels: (pixels * (1 + contrast)).clamp(0, 1),
+        lambda pixels: _recolour(pixels, saturation=1 + saturation),
+        lambda pixels: _recolour(pixels, turns=hue),
+    )
+    for step in torch.randperm(4, generator=generator).tolist():
+        images = steps[step](images)
+    return images
+
+
+def erase(
+    images: Tensor, p: float, area: tuple[float, float], aspect: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """Blacken a random rectangle of some images.
+
+    A rectangle is as likely to be tall as wide, its aspect uniform on either side of 1. A side that would be longer
+    than the image is cut to it, so that the area may fall short.
+
+    Args:
+        images: float (B, C, H, W), on any device.
+        p: share of images that lose a rectangle.
+        area: range of its share of the image.
+        aspect: range of height / width, around 1.
+        generator: on the CPU.
+
+    Returns:
+        (B, C, H, W).
+    """
+    assert aspect[0] <= 1 <= aspect[1], f"aspects {aspect} must lie around 1"
+    count, height, width = len(images), images.shape[-2], images.shape[-1]
+    size = height * width * _uniform(count, *area, generator)  # pixels
+    tall, wide = _uniform(count, 1, aspect[1], generator), _uniform(count, aspect[0], 1, generator)
+    ratio = tall.where(torch.rand(count, generator=generator) < 0.5, wide)
+    rows = _span((size * ratio).sqrt(), height, generator)  # (B, H)
+    columns = _span((size / ratio).sqrt(), width, generator)  # (B, W)
+    rows &= torch.rand(count, 1, generator=generator) < p
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0)
+
+
+def rgb_to_hsv(images: Tensor) -> Tensor:
+    """Red, green and blue to hue in turns, saturation and value: float (B, 3, H, W) in [0, 1]. Grey: any hue."""
+    red, green, blue = images.unbind(1)
+    value, brightest = images.max(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    # Sixths of a turn from the brightest colour's own place on the circle.
+    sixths = torch.stack([green - blue, blue - red, red - green], dim=1).gather(1, brightest)
+    hue = (sixths / chroma.where(chroma > 0, 1) + 2 * brightest) / 6 % 1
+    return torch.cat([hue, chroma / value.where(value > 0, 1), value], dim=1)
+
+
+def hsv_to_rgb(images: Tensor) -> Tensor:
+    """Hue in turns (any number), saturation and value in [0, 1] to red, green and blue: float (B, 3, H, W)."""
+    hue, saturation, value = images.split(1, dim=1)
+    place = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    # A colour is absent for a third of the circle, full for another, and rises and falls by a straight line between.
+    sixths = (place + 6 * hue) % 6
+    absent = torch.minimum(sixths, 4 - sixths).clamp(0, 1)
+    return value * (1 - saturation * absent)
+
+
+def _recolour(images: Tensor, saturation: Tensor | float = 1.0, turns: Tensor | float = 0.0) -> Tensor:
+    if images.shape[1] == 1:
+        return images
+    hue, strength, value = rgb_to_hsv(images).split(1, dim=1)
+    return hsv_to_rgb(torch.cat([hue + turns, (strength * saturation).clamp(max=1), value], dim=1))
+
+
+def _span(length: Tensor, room: int, generator: torch.Generator) -> Tensor:
+    """Bool (B, room): True for ``length`` (B,) pixels, rounded, at a random place."""
+    length = length.round().clamp(1, room)
+    start = (torch.rand(len(length), generator=generator) * (room - length + 1)).floor()
+    place = torch.arange(room)
+    return (place >= start[:, None]) & (place < (start + length)[:, None])
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(count).uniform_(low, high, generator=generator)
