@@ -1,10 +1,13 @@
 """What is GUIDE's own: the errors of its flags, guidance that works, replay that outlives a kill, pictures."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from learners.configure import build_config
+from learners.guidance import log_likelihood
 from synth.base import Requests
 from tests.toy import TINY_SOURCES, toy_experiment, toy_raw
 from utils.errors import ConfigError
@@ -93,6 +96,22 @@ def test_guidance_moves_the_confidence_where_the_flags_say(flags, confidence, si
     requests = Requests.of_labels(labels, (0,))
     plain, guided = (said(learner, learner.draw(task, requests, guided)) for guided in (False, True))
     assert sign * (confidence(guided, labels) - confidence(plain, labels)).mean() > 0
+
+
+def test_going_toward_new_classes_needs_one():
+    flags = SimpleNamespace(use_old_grad=False, guid_to_new_classes=True, trim_logits=True)
+    with pytest.raises(ConfigError, match="brings no new class"):
+        log_likelihood(flags, torch.zeros(2, 4), torch.tensor([0, 1]), num_old=4, num_seen=4)
+
+
+@pytest.mark.parametrize("changes", [{"sample_batch": 16}, {"gradient_checkpointing": True}])
+def test_chunks_and_checkpointing_move_guided_images_by_rounding_alone(changes, tmp_path):
+    requests, drawn = Requests.of_labels(torch.arange(12) % 2, (0,)), []
+    for folder, keys in (("plain", {}), ("changed", changes)):
+        synth = {"name": "ddpm", **TINY_SOURCES["ddpm"], **keys}
+        learner, task = learned(tmp_path / folder, limit_tasks=2, synth=synth)
+        drawn.append(torch.cat([part.images for part in learner.draw(task, requests).parts]))
+    assert (drawn[0].int() - drawn[1].int()).abs().max() <= 1
 
 
 def test_scales_lie_between_their_ends_and_belong_to_the_image(tmp_path):
