@@ -79,11 +79,14 @@ class GUIDE(Learner):
             """GUIDE's flags of the classifier run; those of its UNet move into ``synth``.
 
             Raises:
-                ConfigError: if ``depth`` is not 18, or a switch has a value that is not there.
+                ConfigError: if ``depth`` is not 18, a switch has a value that is not there, or classes per task are
+                    given by ``num_tasks``.
             """
             raw = drop_switches(raw)
             if str(raw.pop("depth", 18)) != "18":
                 raise ConfigError("depth: only 18 is there, the published one; other networks go by convnet_type")
+            if "num_tasks" in raw:
+                raise ConfigError(f"num_tasks={raw['num_tasks']!r}: give init_cls and increment, classes / num_tasks")
             moved = {key: raw.pop(key) for key in OF_THE_SOURCE if key in raw}
             return {**raw, "synth": {**moved, **raw["synth"]}} if moved and raw.get("synth") else raw
 

@@ -67,12 +67,13 @@ def respace(process: Process, spacing: str | int) -> Process:
     text = str(spacing)
     count = int(text.removeprefix("ddim")) if text.removeprefix("ddim").isdigit() else 0
     if not 1 <= count <= total:
-        raise ConfigError(f"{text!r} sampling steps: use 1 to {total}, or ddimN with such an N")
+        raise ConfigError(f"timestep_respacing={text!r}: use 1 to {total}, or ddimN with such an N")
     if text.startswith("ddim"):
         strides = [stride for stride in range(1, total + 1) if -(-total // stride) == count]
         if not strides:
             raise ConfigError(
-                f"{text!r}: no integer stride through {total} steps gives {count} of them; use {count} without ddim"
+                f"timestep_respacing={text!r}: no integer stride through {total} steps gives {count} of them; "
+                f"use {count} without ddim"
             )
         kept = torch.arange(0, total, strides[0])
     else:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from utils.errors import ConfigError
 
 
 def is_true(value: Any) -> bool:
-    """Flags are booleans, or words as a command line has them."""
-    return str(value).lower() in ("true", "1", "yes")
+    """A flag as a boolean or as the word that a command line has for one.
+
+    Raises:
+        ValueError: for any other word.
+    """
+    word = str(value).lower()
+    if word not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError("use true or false")
+    return word in ("true", "1", "yes")
 
 
 # Their flag: our key, and how its value reads there.
-RENAMED: dict[str, tuple[str, Any]] = {
+RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "num_res_blocks": ("layers_per_block", int),
     "num_head_channels": ("attention_head_dim", int),
     "resblock_updown": ("resample", lambda value: "resnet" if is_true(value) else "conv"),
@@ -43,7 +51,7 @@ def translate(raw: dict[str, Any]) -> dict[str, Any]:
     kept = drop_switches(raw)
     for flag, (key, read) in RENAMED.items():
         if kept.get(flag) is not None:
-            _put(kept, flag, key, read(kept[flag]))
+            _put(kept, flag, key, _read(flag, kept[flag], read))
         kept.pop(flag, None)
     width, factors = kept.pop("num_channels", None), kept.pop("channel_mult", None)
     if width is not None or factors is not None:
@@ -70,6 +78,13 @@ def drop_switches(raw: dict[str, Any], own: frozenset[str] = frozenset()) -> dic
         if raw[flag] is not None and str(raw[flag]).lower() != FIXED[flag]:
             raise ConfigError(f"{flag}={raw[flag]!r}: only {FIXED[flag]!r} is there, as in all published settings")
     return {key: value for key, value in raw.items() if key in own or key not in {*FIXED, *IDLE}}
+
+
+def _read(flag: str, value: Any, read: Callable[[Any], Any]) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ConfigError(f"synth.{flag}={value!r}: {error}") from error
 
 
 def _put(kept: dict[str, Any], flag: str, key: str, value: Any) -> None:

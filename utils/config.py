@@ -85,9 +85,12 @@ class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, 
 
 def _explain(where: str, item: dict[str, Any]) -> str:
     key = where + ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if not item["loc"]:  # of several keys together, which the message names
+        return message
     if item["type"] == "missing":
         return f"the key {key!r} is missing"
-    return f"{key}={item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{key}={item['input']!r}: {message}"
 
 
 class SourceConfig(BaseConfig):

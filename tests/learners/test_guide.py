@@ -28,12 +28,16 @@ def said(learner, images):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"use_old_grad": True}, "use_old_grad and use_new_grad exclude each other"),
+        ({"use_old_grad": True}, "^use_old_grad and use_new_grad exclude each other"),
         ({"classifier_scale_min_new": None}, "use_new_grad needs classifier_scale_min_new or classifier_scale_max_new"),
         ({"classifier_scale_min_new": "fast"}, "classifier_scale_min_new='fast'.*number"),
         ({"classifier_scale_min_new": -1}, "classifier_scale_min_new=-1.*greater than or equal to 0"),
         ({"classifier_scale_max_new": 0.5}, "scale runs from 1.0 to 0.5"),
         ({"depth": 34}, "depth: only 18"),
+        ({"num_tasks": 3}, "num_tasks=3: give init_cls and increment"),
+        ({"synth": {"name": "ddpm", "use_ddim": "maybe"}}, "synth.use_ddim='maybe': use true or false"),
+        ({"synth": {"name": "ddpm", "num_channels": 64}}, "num_channels and synth.channel_mult go together"),
+        ({"synth": {"name": "ddpm", "use_ddim": True, "sampler": "ddpm"}}, "are one key: keep one of them"),
         ({"embedding_kind": "none"}, "embedding_kind='none': only 'concat_time_1hot'"),
     ],
 )
