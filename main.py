@@ -95,7 +95,10 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
         dataset = find_needs(config)
     experiments = [Experiment(config, name, seed, dataset, runtime, unused) for seed in config.seed]
     for experiment in experiments:
-        experiment.check()
+        if overwrite or experiment.finished() is None:
+            experiment.check()
+            if config.synth is None or config.synth.source_dir is None:
+                break  # the others differ in their seed alone, and what another run kept is looked up by seed
     with runtime.accelerator.main_process_first():
         folder = claim_folder(config, name, overwrite and runtime.is_main)
         claim_machine(folder, runtime)

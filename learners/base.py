@@ -60,8 +60,8 @@ class Learner(ABC):
         self, config, data: DataManager, run: Run, source: ReplaySource | None = None, bank: Bank | None = None
     ):
         self.config, self.data, self.run, self.source, self.bank = config, data, run, source, bank
-        given = source is not None and config.synth.source_dir is not None  # by another run
-        self.source_fitter = StoredSources(source, data) if given else source
+        takes_stored = source is not None and config.synth.source_dir is not None
+        self.source_fitter = StoredSources(source, data) if takes_stored else source
         self.transform = self.build_transform()
         self.memory = ExemplarMemory(config.memory_size, config.memory_per_class, config.fixed_memory)
         self.network = self.build_network()
@@ -117,13 +117,6 @@ class Learner(ABC):
         if self.config.synth.replay == "keep" and self.source.fitted_classes.issuperset(task.classes):
             with self.run.timed("generate"):
                 self.bank.draw(self.source, task, task.classes)
-
-    def count_draws(self) -> int:
-        """Images that the whole run draws to replay them, for `--plan`."""
-        counts = [self.config.synth.syn_per_class or count for count in self.data.class_counts]
-        old = [self.data.task(index).num_old for index in range(self.data.num_tasks)]
-        keeps = self.config.synth.replay == "keep"
-        return sum(counts[: old[-1]]) if keeps else sum(sum(counts[:seen]) for seen in old)
 
     def before_training(self, task: Task) -> None:
         """Called after the source has looked at the new images and before replay is made."""
@@ -209,6 +202,13 @@ class Learner(ABC):
     def frozen_bytes(self) -> int:
         """Bytes of weights that are used as they came and stay the same for every task."""
         return 0
+
+    def count_draws(self) -> int:
+        """Images that the whole run draws to replay them, for `--plan`."""
+        counts = [self.config.synth.syn_per_class or count for count in self.data.class_counts]
+        old = [self.data.task(index).num_old for index in range(self.data.num_tasks)]
+        keeps = self.config.synth.replay == "keep"
+        return sum(counts[: old[-1]]) if keeps else sum(sum(counts[:seen]) for seen in old)
 
     # ------------------------------------------------------------------ what a checkpoint holds
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from learners import LEARNERS
 from synth import SOURCES, build_source_config
+from synth.guide_flags import IDLE
 from utils.config import RunConfig
 from utils.errors import ConfigError
 from utils.experiment_file import DEAD_KEYS, SOURCE_KEYS, merge_aliases
@@ -29,11 +30,8 @@ def build_config(raw: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     learner = LEARNERS[str(name).lower()]
     raw = learner.Config.translate({**raw, "model_name": str(name).lower()})
     known_elsewhere = {key for other in LEARNERS.names() for key in LEARNERS[other].Config.model_fields}
-    unused = sorted(
-        key
-        for key, value in raw.items()
-        if key not in learner.Config.model_fields and (key in known_elsewhere or key in (*DEAD_KEYS, *SOURCE_KEYS))
-    )
+    unread = {*known_elsewhere, *DEAD_KEYS, *IDLE, *SOURCE_KEYS} - set(learner.Config.model_fields)
+    unused = sorted(unread & raw.keys())
     used = {key: value for key, value in raw.items() if key not in unused}
     for key in used:
         if key not in learner.Config.model_fields:

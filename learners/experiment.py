@@ -21,7 +21,7 @@ from learners.base import Learner
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
-from synth.stored import StoredSources, keep_source, save_source
+from synth.stored import keep_source, save_source
 from utils.checkpoint import Checkpoints, folder_bytes, write_json
 from utils.config import RunConfig
 from utils.data_manager import DataManager, cut_tasks
@@ -105,7 +105,7 @@ class Experiment:
     def check(self) -> Learner:
         """Build network and source once, so that whatever does not fit is said before anything is written."""
         learner = make_learner(self.config, self.name, self.seed, self.data, self._make_run())
-        if isinstance(learner.source_fitter, StoredSources):
+        if learner.source_fitter is not None:
             learner.source_fitter.require()
         if self._uses_given_images and self.config.synth.replay == "keep":
             for index in range(self.data.num_tasks - 1):  # nobody needs those of the last task

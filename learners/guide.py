@@ -27,12 +27,6 @@ from utils.panels import Cell, Panel, PanelRow
 from utils.training import TrainConfig
 from utils.transforms import ClassifierTransform, classifier_transform, match_channels, square
 
-Scale = Field(None, ge=0, description="of the gradient; drawn per image between min and max; one alone is both")
-# GUIDE names the UNet's flags in both of its commands; here they are keys of the source.
-OF_THE_SOURCE = (
-    "num_channels", "channel_mult", "num_res_blocks", "num_head_channels", "attention_resolutions", "resblock_updown",
-    "diffusion_steps", "first_task_num_steps", "num_steps", "gr_n_generated_examples_per_task", "lr", "ema_rate",
-)  # fmt: skip
 PICTURED = 8  # replay images in the report's picture of a task
 
 
@@ -61,10 +55,18 @@ class GUIDE(Learner):
         )
         use_old_grad: bool = Field(False, description="bend replay by the classifier of the task before, by its label")
         negate_old_grad: bool = Field(False, description="away from its own label; false: toward it")
-        classifier_scale_min_new: float | None = Scale
-        classifier_scale_max_new: float | None = Scale
-        classifier_scale_min_old: float | None = Scale
-        classifier_scale_max_old: float | None = Scale
+        classifier_scale_min_new: float | None = Field(
+            None, ge=0, description="smallest factor by the classifier in training; null: as the other"
+        )
+        classifier_scale_max_new: float | None = Field(
+            None, ge=0, description="largest factor by the classifier in training; null: as the other"
+        )
+        classifier_scale_min_old: float | None = Field(
+            None, ge=0, description="smallest factor by the previous classifier; null: as the other"
+        )
+        classifier_scale_max_old: float | None = Field(
+            None, ge=0, description="largest factor by the previous classifier; null: as the other"
+        )
         trim_logits: bool = Field(True, description="leave classes not seen yet out of the bending softmax")
         guid_generation_interval: int = Field(1, ge=1, description="steps from one draw of replay to the next")
         timestep_respacing: str = Field("ddim50", description="sampling steps of the replay in training")
@@ -76,29 +78,32 @@ class GUIDE(Learner):
 
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
-            """GUIDE's flags of the classifier run; those of its UNet move into ``synth``.
+            """GUIDE's flags of the classifier run.
 
             Raises:
                 ConfigError: if ``depth`` is not 18, a switch has a value that is not there, or classes per task are
                     given by ``num_tasks``.
             """
-            raw = drop_switches(raw)
-            if str(raw.pop("depth", 18)) != "18":
+            given = {key: value for key, value in drop_switches(raw).items() if value is not None or key == "synth"}
+            if str(given.pop("depth", 18)) != "18":
                 raise ConfigError("depth: only 18 is there, the published one; other networks go by convnet_type")
-            if "num_tasks" in raw:
+            if "num_tasks" in given:
                 raise ConfigError(f"num_tasks={raw['num_tasks']!r}: give init_cls and increment, classes / num_tasks")
-            moved = {key: raw.pop(key) for key in OF_THE_SOURCE if key in raw}
-            return {**raw, "synth": {**moved, **raw["synth"]}} if moved and raw.get("synth") else raw
+            given.pop("lr", None)  # the diffusion run's, which GUIDE's command of the classifier names to no effect
+            return given
 
         @model_validator(mode="after")
         def _one_gradient_with_a_scale(self) -> GUIDE.Config:
             if self.use_old_grad and self.use_new_grad:
                 raise ValueError("use_old_grad and use_new_grad exclude each other: set one of them to false")
+            if self.negate_old_grad and not self.use_old_grad:
+                raise ValueError("negate_old_grad=true acts with use_old_grad=true alone: set both or none")
             if self.scale is None and (self.use_old_grad or self.use_new_grad) and self.synth is not None:
                 which = "new" if self.use_new_grad else "old"
                 raise ValueError(f"use_{which}_grad needs classifier_scale_min_{which} or classifier_scale_max_{which}")
             if self.scale is not None and self.scale[0] > self.scale[1]:
-                raise ValueError(f"the classifier's scale runs from {self.scale[0]} to {self.scale[1]}: exchange them")
+                which = "new" if self.use_new_grad else "old"
+                raise ValueError(f"classifier_scale_min_{which}={self.scale[0]} is above its max, {self.scale[1]}")
             if self.synth is not None and not self.synth.need_syn_imgs:
                 raise ValueError("synth.need_syn_imgs=false: replay of guide is drawn anew in training; set it to true")
             return self
@@ -120,7 +125,10 @@ class GUIDE(Learner):
         self.eval_logits = config.eval_logits
         self.num_seen = 0
         if not self.transform.whole_batch:
-            raise ConfigError(f"{config.model_name} needs images in memory, and those of {config.dataset!r} are files")
+            raise ConfigError(
+                f"{config.model_name} draws replay in every few steps, for images that are kept in memory; those of "
+                f"{config.dataset!r} are files: take a data set of up to 64 pixels, such as imagenet100_64"
+            )
         if source is not None:
             source.check_guide(Guide(config.timestep_respacing))
             if config.batch_size < data.num_tasks:
@@ -252,37 +260,25 @@ class GUIDE(Learner):
         """Images from the same noise with and without bending, and what the classifier says of them."""
         labels = torch.linspace(0, task.num_old - 1, min(PICTURED, task.num_old)).round().long()
         requests = Requests.of_labels(labels, (self.run.seed, "picture", task.index))
-        rows: list[list[Cell]] = [[] for _ in labels]
+        columns = []
         for guided in (False, True):
             images = self.draw(task, requests, guided)
-            said = super().predict(images)["cnn"][:, : task.num_seen].softmax(1)
-            for position, (row, chances) in enumerate(zip(rows, said)):
-                row.append(Cell(images.image(position), self._words(task, int(labels[position]), chances)))
-        names = [self.data.class_names[label] for label in labels.tolist()]
+            probabilities = Learner.predict(self, images)["cnn"][:, : task.num_seen].softmax(1)
+            columns.append([
+                Cell(images.image(position), caption(self.data.class_names, label, task.num_old, row))
+                for position, (label, row) in enumerate(zip(labels.tolist(), probabilities))
+            ])  # fmt: skip
         return Panel(
             title="Guidance",
             note="Replay from the same noise without and with the classifier's gradient, and how sure the trained "
             "classifier then is of the class that was asked for and of the likeliest new one.",
             columns=["unguided", "guided"],
-            rows=[PanelRow(name, cells) for name, cells in zip(names, rows)],
+            rows=[PanelRow(self.data.class_names[label], cells) for label, cells in zip(labels, zip(*columns))],
             part=f"Task {task.index}",
         )
 
-    def _words(self, task: Task, label: int, chances: Tensor) -> str:
-        new = task.num_old + int(chances[task.num_old :].argmax())
-        return " · ".join(f"{self.data.class_names[known]} {chances[known]:.0%}" for known in (label, new))
 
-
-@LEARNERS.register("guide_joint")
-class GUIDEJoint(GUIDE):
-    """GUIDE's network and schedule on the real images of every class seen so far: an upper bound."""
-
-    accepts = frozenset()
-    upper_bound = True
-    guides = False
-
-    def current_images(self, task: Task) -> ImageSet:
-        return self.data.all_seen_images(task)
-
-    def num_real(self, task: Task) -> int:
-        return sum(self.data.class_counts[: task.num_seen])
+def caption(names: list[str], label: int, num_old: int, probabilities: Tensor) -> str:
+    """Probabilities, (num_seen,), of the class asked for and of the likeliest new one, in words."""
+    best_new = num_old + int(probabilities[num_old:].argmax())
+    return " · ".join(f"{names[known]} {probabilities[known]:.0%}" for known in (label, best_new))

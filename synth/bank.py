@@ -13,6 +13,7 @@ import torch
 
 from synth.base import ReplaySource, Requests
 from synth.drawing import (
+    MANIFEST,
     damaged_files,
     draw_missing,
     file_hashes,
@@ -126,8 +127,8 @@ class Bank:
             )
         manifest = self._manifest(None, classes, (self.run.seed, self.config.name, self.task_of[classes[0]]))
         with self.run.runtime.accelerator.main_process_first():
-            if (folder / "manifest.json").exists():
-                require_same(folder, json.loads((folder / "manifest.json").read_text()), manifest, LABEL_FIELDS, REMEDY)
+            if (folder / MANIFEST).exists():
+                require_same(folder, json.loads((folder / MANIFEST).read_text()), manifest, LABEL_FIELDS, REMEDY)
             else:
                 self._adopt(folder, manifest, classes)
         self._required.add(folder)
@@ -137,7 +138,7 @@ class Bank:
         if folder in self._verified:
             return
         self._verified.add(folder)
-        path = folder / "manifest.json"
+        path = folder / MANIFEST
         files = json.loads(path.read_text())["files"] if path.exists() else {}
         damaged = damaged_files(folder, files)
         if damaged or not files:
@@ -201,7 +202,7 @@ class Bank:
             manifest["files"] = file_hashes(folder, classes)
             images = {label: self._read(folder, [label]) for label in classes}
             atomic_write(folder / "preview.png", encode_image(preview(list(images.values())), ".png"))
-            write_json(folder / "manifest.json", manifest)
+            write_json(folder / MANIFEST, manifest)
 
     def _manifest(self, source: ReplaySource | None, classes: list[int], key: tuple[int | str, ...]) -> dict[str, Any]:
         """What must be equal for images to belong to this run, and what tells a reader what they are."""
@@ -225,7 +226,7 @@ class Bank:
         Raises:
             BankError: if the folder's images belong to another run; the first difference is named.
         """
-        path = folder / "manifest.json"
+        path = folder / MANIFEST
         if not path.exists():
             if any(images_in(folder / str(label)) for label in classes):
                 self._adopt(folder, manifest, classes)
@@ -256,7 +257,7 @@ class Bank:
             )
         log.info("Adopted %d images in %s, taken to be in this run's class order", sum(counts.values()), folder)
         hashes = file_hashes(folder, classes)
-        write_json(folder / "manifest.json", {**manifest, "weights": None, "adopted": True, "files": hashes})
+        write_json(folder / MANIFEST, {**manifest, "weights": None, "adopted": True, "files": hashes})
 
 
 def _number(folder: Path) -> int:

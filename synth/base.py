@@ -17,7 +17,7 @@ from utils import seeding
 from utils.checkpoint import folder_bytes
 from utils.config import SourceConfig
 from utils.data_manager import Task
-from utils.errors import NotFittedError
+from utils.errors import ConfigError, NotFittedError
 from utils.images import ImageSet
 from utils.run import Run
 
@@ -123,7 +123,7 @@ class ReplaySource(ABC):
 
     kind = "images"  # or "features"
     can_be_guided = False  # whether `generate` takes a guide
-    drawing_keys: frozenset[str] = frozenset()  # of its own keys, those that change no weights
+    drawing_keys: frozenset[str] = frozenset()  # its own keys in which a run that takes its weights may differ
 
     def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset):
         self.config, self.run, self.num_classes = config, run, num_classes
@@ -162,6 +162,14 @@ class ReplaySource(ABC):
         return cls.fit_after is not ReplaySource.fit_after
 
     @classmethod
+    def wants_replay(cls, config) -> bool:
+        """Whether ``fit_after`` looks at the replay that it is given."""
+        return cls.learns_after()
+
+    def require(self) -> None:
+        """See that all that it will learn from is there, beside its weights. Default: it needs nothing more."""
+
+    @classmethod
     def training_settings(cls, config) -> dict[str, Any]:
         """The keys that shape what is learned; sources that differ in others alone can take each other's weights.
 
@@ -178,11 +186,12 @@ class ReplaySource(ABC):
         """
 
     def check_guide(self, guide: Guide) -> None:
-        """See that `generate` can take this guide, which only a source that `can_be_guided` is asked.
+        """See that `generate` can take this guide. Default: it cannot.
 
         Raises:
             ConfigError: if not.
         """
+        raise ConfigError(f"the source {self.config.name!r} cannot be guided")
 
     def generate_together(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
         """`generate` with its chunks shared by all processes: each gets every sample, with the bits of one process."""

@@ -82,10 +82,13 @@ class DDPM(ReplaySource):
         timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread from end to end")
         guidance: float = Field(0.0, ge=0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
         label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training for guidance")
+        rehearsal: Literal["replay", "own"] = Field(
+            "replay", description="old classes in its training: the learner's replay, or its own draw from raw weights"
+        )
         counts: Literal["balanced", "reference"] = Field(
             "balanced",
-            description="what it rehearses on; balanced: the learner's replay, or equal counts of its own where the "
-            "learner has none; reference: its own, with labels drawn as GUIDE does",
+            description="of its own draw; balanced: equal counts; reference: GUIDE's, labels by chance in whole "
+            "batches, and only whole batches in training",
         )
         gr_n_generated_examples_per_task: int | None = Field(
             None, ge=1, description="its own images per old task; null: as many as the new task has real ones"
@@ -97,6 +100,7 @@ class DDPM(ReplaySource):
             return translate(raw)
 
     can_be_guided = True
+    # Its rehearsal is drawn with the first three too, but a later run only draws with what is learned.
     drawing_keys = frozenset({"sampler", "timestep_respacing", "guidance", "gradient_checkpointing"})
 
     def __init__(self, config, run, num_classes, class_names, dataset):
@@ -119,6 +123,11 @@ class DDPM(ReplaySource):
         self.generator: nn.Module = self.network  # the moving average once there is one
 
     @classmethod
+    def wants_replay(cls, config) -> bool:
+        """Not where it rehearses on images of its own."""
+        return config.rehearsal == "replay"
+
+    @classmethod
     def training_settings(cls, config) -> dict[str, Any]:
         """Without classifier-free guidance no label is hidden, and the branch that it needs is never learned."""
         return {**super().training_settings(config), "label_dropout": config.label_dropout if config.guidance else 0}
@@ -127,11 +136,12 @@ class DDPM(ReplaySource):
 
     def fit_after(self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder) -> None:
         """Train on the task's real images and on images of the old classes: the learner's replay, or its own."""
-        if self.fitted_classes and (self.config.counts == "reference" or not len(replay)):
+        if self.fitted_classes and (self.config.rehearsal == "own" or not len(replay)):
             replay = self._rehearse(task, len(images))
         batches = ImageBatches(
             images, replay, transform=self.transform, batch_size=self.config.batch_size,
             key=(self.run.seed, task.index, "ddpm"), device=self.run.device, shard=self.run.runtime.shard,
+            drop_last=self.config.counts == "reference",
         )  # fmt: skip
         steps = self.config.first_task_num_steps if task.index == 0 else self.config.num_steps
         train_config = TrainConfig(

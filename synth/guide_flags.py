@@ -20,24 +20,37 @@ def is_true(value: Any) -> bool:
     return word in ("true", "1", "yes")
 
 
+def whole(value: Any) -> int:
+    """A flag as a whole number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not str(value).strip().isdigit():
+        raise ValueError("use a whole number")
+    return int(value)
+
+
 # Their flag: our key, and how its value reads there.
 RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "num_res_blocks": ("layers_per_block", int),
-    "num_head_channels": ("attention_head_dim", int),
+    "num_res_blocks": ("layers_per_block", whole),
+    "num_head_channels": ("attention_head_dim", whole),
     "resblock_updown": ("resample", lambda value: "resnet" if is_true(value) else "conv"),
     "train_aug": ("flip", is_true),
+    "use_checkpoint": ("gradient_checkpointing", is_true),
     "use_ddim": ("sampler", lambda value: "ddim" if is_true(value) else "ddpm"),
 }
-# Switches of which every published command takes one value, the only one that there is here.
+# Switches of which every published command takes the same values, the only ones that there are here.
 FIXED = {
-    "embedding_kind": "concat_time_1hot", "use_scale_shift_norm": "true", "learn_sigma": "false",
-    "noise_schedule": "linear", "predict_xstart": "false", "rescale_timesteps": "false", "class_cond": "true",
-    "clip_denoised": "true",
+    "embedding_kind": ("concat_time_1hot",), "use_scale_shift_norm": ("true",), "learn_sigma": ("false",),
+    "noise_schedule": ("linear",), "predict_xstart": ("false",), "rescale_timesteps": ("false",),
+    "class_cond": ("true",), "clip_denoised": ("true",),
+    "cl_method": ("generative_replay", "generative_replay_disjoint_classifier_guidance"),
 }  # fmt: skip
 # Of no effect on results: where and how often is written, memory layout, the switch between its two programs.
 IDLE = {
-    "use_new_attention_order", "use_checkpoint", "save_interval", "log_interval", "cl_method",
-    "train_with_disjoint_classifier", "wandb_experiment_name", "wandb_project_name", "wandb_online", "microbatch",
+    "use_new_attention_order", "save_interval", "log_interval", "train_with_disjoint_classifier",
+    "wandb_experiment_name", "wandb_project_name", "wandb_online", "microbatch",
 }  # fmt: skip
 
 
@@ -45,39 +58,35 @@ def translate(raw: dict[str, Any]) -> dict[str, Any]:
     """The keys of a diffusion run with GUIDE's names replaced by ours.
 
     Raises:
-        ConfigError: if a flag and our key for it are both given with different values, if a switch has a value that
-            is not there, or if ``num_channels`` comes without ``channel_mult``.
+        ConfigError: if a flag cannot be read, if it and our key for it have different values, if a switch has a value
+            that is not there, or if ``num_channels`` comes without ``channel_mult``.
     """
-    kept = drop_switches(raw)
+    kept = {key: value for key, value in drop_switches(raw).items() if value is not None and key not in IDLE}
     for flag, (key, read) in RENAMED.items():
-        if kept.get(flag) is not None:
-            _put(kept, flag, key, _read(flag, kept[flag], read))
-        kept.pop(flag, None)
+        if flag in kept:
+            value = kept.pop(flag)
+            _put(kept, flag, value, key, _read(flag, value, read))
     width, factors = kept.pop("num_channels", None), kept.pop("channel_mult", None)
-    if width is not None or factors is not None:
-        if width is None or factors is None:
-            raise ConfigError("synth.num_channels and synth.channel_mult go together: give both or block_out_channels")
-        widths = [int(width) * int(factor) for factor in _items(factors)]
-        kept["num_channels"] = width
-        _put(kept, "num_channels", "block_out_channels", widths)
-        del kept["num_channels"]
+    if (width is None) != (factors is None):
+        raise ConfigError("synth.num_channels and synth.channel_mult go together: give both or block_out_channels")
+    if width is not None:
+        items = factors.split(",") if isinstance(factors, str) else factors if isinstance(factors, list) else [factors]
+        base = _read("num_channels", width, whole)
+        widths = [base * _read("channel_mult", item, whole) for item in items]
+        _put(kept, "num_channels", width, "block_out_channels", widths)
     return kept
 
 
-def drop_switches(raw: dict[str, Any], own: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The keys without those of no effect and those that have one value alone.
-
-    Args:
-        raw: keys of a diffusion or a classifier run.
-        own: keys that mean something to the caller.
+def drop_switches(raw: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a diffusion or classifier run without the switches that have one setting alone.
 
     Raises:
         ConfigError: if a switch has another value.
     """
-    for flag in FIXED.keys() & raw.keys() - own:
-        if raw[flag] is not None and str(raw[flag]).lower() != FIXED[flag]:
-            raise ConfigError(f"{flag}={raw[flag]!r}: only {FIXED[flag]!r} is there, as in all published settings")
-    return {key: value for key, value in raw.items() if key in own or key not in {*FIXED, *IDLE}}
+    for flag, allowed in FIXED.items():
+        if raw.get(flag) is not None and str(raw[flag]).lower() not in allowed:
+            raise ConfigError(f"{flag}={raw[flag]!r}: only {' and '.join(allowed)} is there, as in published settings")
+    return {key: value for key, value in raw.items() if key not in FIXED}
 
 
 def _read(flag: str, value: Any, read: Callable[[Any], Any]) -> Any:
@@ -87,11 +96,7 @@ def _read(flag: str, value: Any, read: Callable[[Any], Any]) -> Any:
         raise ConfigError(f"synth.{flag}={value!r}: {error}") from error
 
 
-def _put(kept: dict[str, Any], flag: str, key: str, value: Any) -> None:
+def _put(kept: dict[str, Any], flag: str, given: Any, key: str, value: Any) -> None:
     if kept.get(key) not in (None, value):
-        raise ConfigError(f"synth.{flag}={kept[flag]!r} and synth.{key}={kept[key]!r} are one key: keep one of them")
+        raise ConfigError(f"synth.{flag}={given!r} and synth.{key}={kept[key]!r} are one key: keep one of them")
     kept[key] = value
-
-
-def _items(values: Any) -> list[Any]:
-    return values.split(",") if isinstance(values, str) else list(values)

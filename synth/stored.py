@@ -20,7 +20,7 @@ log = logging.getLogger("reprise")
 
 SOURCES_FOLDER = "sources"
 # What must agree for a run to take a source; the rest of its manifest tells a reader where it comes from.
-MUST_FIT = ("dataset", "class_order", "source", "settings", "fitted_classes", "class_counts")
+MUST_FIT = ("dataset", "class_order", "source", "settings", "fitted_classes", "class_counts", "images")
 
 
 def save_source(source: ReplaySource, folder: Path) -> None:
@@ -57,6 +57,7 @@ def _describe(source: ReplaySource, data: DataManager, classes: list[int]) -> di
         "fitted_classes": classes,
         # Of another share of the same data, a source may have seen what this run holds out.
         "class_counts": [data.class_counts[label] for label in classes],
+        "images": data.images_hash(classes),
     }
 
 
@@ -66,11 +67,11 @@ def _numbered(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
-    path = folder / MANIFEST
-    if not path.exists():
-        return False
-    stored = json.loads(path.read_text())
-    files = stored.pop("files")
+    try:
+        stored = json.loads((folder / MANIFEST).read_text())
+        files = stored.pop("files")
+    except (OSError, ValueError, KeyError):
+        return False  # it is written anew
     return stored == manifest and not damaged_files(folder, files)
 
 
@@ -140,7 +141,10 @@ class StoredSources:
 
     def _read(self, path: Path, task: Task) -> dict[str, Any]:
         try:
-            return json.loads(path.read_text())
+            stored = json.loads(path.read_text())
+            if not {*MUST_FIT, "files"}.issubset(stored):
+                raise ValueError("incomplete")
+            return stored
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"no source of task {task.index} in synth.source_dir={self.source.config.source_dir!r}: {path} is not "

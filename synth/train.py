@@ -75,7 +75,7 @@ class Fitting:
         self._preview(task)
 
     def _replay(self, task: Task) -> ImageSet:
-        if not self.source.fitted_classes:
+        if not self.source.fitted_classes or not self.source.wants_replay(self.config.synth):
             return ImageSet()
         if self.config.synth.replay == "keep":
             return self.bank.stored(sorted(self.source.fitted_classes))

@@ -75,14 +75,17 @@ class ImageBatches:
         device: where batches go. Small images live there as uint8.
         shard: (rank, world size): this process takes every world-size-th image of each batch; where the batch does
             not divide, ranks with one image less weigh theirs a little more.
+        drop_last: leave out what does not fill a batch, unless there is no other.
     """
 
-    def __init__(self, images, replay=None, *, transform, batch_size, key, device, num_workers=0, shard=(0, 1)):
+    def __init__(
+        self, images, replay=None, *, transform, batch_size, key, device, num_workers=0, shard=(0, 1), drop_last=False
+    ):
         everything = images if replay is None else images + replay
         self.labels = everything.labels.to(device)
         self.is_replay = (torch.arange(len(everything)) >= len(images)).to(device)
         self.transform, self.batch_size, self.key, self.device = transform, batch_size, key, device
-        self.num_workers, self.shard = num_workers, shard
+        self.num_workers, self.shard, self.drop_last = num_workers, shard, drop_last
         if transform.whole_batch:
             # Mostly one tensor; replay of another size than the real images makes a second one.
             self.stores = [pixels.to(device) for pixels in stacks(everything, partial(transform.keep, training=True))]
@@ -90,7 +93,8 @@ class ImageBatches:
             self.images = everything
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+        whole, rest = divmod(len(self.labels), self.batch_size)
+        return whole if self.drop_last and whole else whole + (rest > 0)
 
     def state_dict(self) -> dict:
         return {}
@@ -100,16 +104,21 @@ class ImageBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(len(self.labels), generator=seeding.generator(*self.key, "shuffle", epoch))
-        rank, world = self.shard
-        # A last batch with fewer images than processes goes to all of them whole: none has an empty batch, whose mean
-        # would not be a number, and the mean over processes stays that of one.
-        picks = [pick[rank::world] if len(pick) >= world else pick for pick in order.split(self.batch_size)][start:]
+        picks = [self._share(pick) for pick in order.split(self.batch_size)[start : len(self)]]
         loaded = None if self.transform.whole_batch else self._load(picks, epoch)
         for step, pick in enumerate(picks, start):
-            augment = seeding.generator(*self.key, "augment", epoch, step, rank)
+            augment = seeding.generator(*self.key, "augment", epoch, step, self.shard[0])
             images = self._take(pick, augment) if loaded is None else self.transform.train(next(loaded), augment)
             pick = pick.to(self.device)
             yield Batch(images, self.labels[pick], self.is_replay[pick], pick)
+
+    def _share(self, pick: Tensor) -> Tensor:
+        """This process's part of a batch; one with fewer images than processes goes to all of them whole.
+
+        None then has an empty batch, whose mean would not be a number, and the mean over processes stays that of one.
+        """
+        rank, world = self.shard
+        return pick[rank::world] if len(pick) >= world else pick
 
     def _take(self, pick: Tensor, augment: torch.Generator) -> Tensor:
         """Augmented float (B, C, S, S): images of one size together, then all in the order of the pick."""
@@ -173,15 +182,14 @@ class RenewedBatches(ImageBatches):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(len(self.real[1]), generator=seeding.generator(*self.key, "shuffle", epoch))
-        rank, world = self.shard
         for step, real in list(enumerate(order.split(self.batch_size)[: len(self)]))[start:]:
             position = epoch * len(self) + step
             if self.draw is not None and position % self.interval == 0:
                 self._renew(self.draw(position))
             pick = torch.cat([real, len(order) + torch.arange(len(self.replay))])
             mixed = torch.randperm(len(pick), generator=seeding.generator(*self.key, "mix", epoch, step))
-            pick = pick[mixed][rank::world]
-            images = self._take(pick, seeding.generator(*self.key, "augment", epoch, step, rank))
+            pick = self._share(pick[mixed])
+            images = self._take(pick, seeding.generator(*self.key, "augment", epoch, step, self.shard[0]))
             pick = pick.to(self.device)
             yield Batch(images, self.labels[pick], self.is_replay[pick], pick)
 

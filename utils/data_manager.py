@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from utils import subsets
+from utils import seeding, subsets
 from utils.config import RunConfig
 from utils.datasets import Dataset
 from utils.errors import SealedDataError
@@ -106,6 +106,7 @@ class DataManager:
         if kshot > 0:
             kept = self._draw_few_shots(train.labels, kept, kshot, draw_seed, few_shot_draw)
         self._train = train if len(kept) == len(train) else train.take(kept)
+        self._kept = kept  # positions in the data set
 
     @property
     def num_classes(self) -> int:
@@ -119,6 +120,12 @@ class DataManager:
     def class_counts(self) -> list[int]:
         """Training images per class in learning order, after every subset."""
         return self._train.counts(self.num_classes).tolist()
+
+    def images_hash(self, classes: Iterable[int]) -> str:
+        """Which images of these classes are trained on, of all that the data set has of them: a SHA-256."""
+        labels = self._train.labels
+        own = {str(label): self._kept[labels == label] for label in classes}
+        return seeding.hash_tensors(own)
 
     @cached_property
     def all_real_bytes(self) -> int:

@@ -17,6 +17,22 @@ SOURCE_KEYS = {
     "ldm_ckpt": ("ldm", "ldm_ckpt"),
     "config": ("ldm", "yaml"),
     "diffusion_pretrained_dir": ("ddpm", "source_dir"),
+    # GUIDE names these in the command of its classifier too.
+    **{
+        key: ("ddpm", key)
+        for key in (
+            "num_channels",
+            "channel_mult",
+            "num_res_blocks",
+            "num_head_channels",
+            "attention_resolutions",
+            "resblock_updown",
+            "diffusion_steps",
+            "first_task_num_steps",
+            "num_steps",
+            "gr_n_generated_examples_per_task",
+        )
+    },
 }
 # Keys that the files of PyCIL and FSCIL-ASP carry and nothing reads.
 DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix", "base_model_path")

@@ -45,6 +45,7 @@ class TrainConfig:
 
     def __post_init__(self):
         assert (self.epochs is None) != (self.steps is None), "give epochs or steps"
+        assert not (self.hold and self.epochs), "hold counts steps: give the length in steps"
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Length of the training in steps."""

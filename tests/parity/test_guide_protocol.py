@@ -1,6 +1,5 @@
 """Numbers of GUIDE's card: shares of the batch (1b), P8 counts, P9 learning rates, P11 moving average, P12 sampling."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +9,11 @@ from torch.testing import assert_close
 from learners.configure import build_config
 from learners.guide import GUIDE
 from synth.base import draw_labels
+from synth.ddpm import DDPM
 from tests.parity.published import PUBLISHED, published
 from tests.toy import toy_experiment
+from utils.run import Run
+from utils.runtime import Runtime
 from utils.training import TrainConfig
 
 
@@ -60,17 +62,23 @@ def test_p9_an_epoch_is_counted_in_full_batches(name, images, hold):
         ("guide_imagenet100_5", [26000, 52000, 78000, 104000]),
     ],
 )
-def test_p8_self_rehearsal_keeps_its_surplus(name, counts):
-    synth = published(name).synth
-    assert synth.counts == "reference"
-    per_task, size = synth.gr_n_generated_examples_per_task, synth.batch_size
-    assert [math.ceil(per_task * task / size) * size for task in range(1, len(counts) + 1)] == counts
+def test_p8_self_rehearsal_keeps_its_surplus(name, counts, tmp_path, monkeypatch):
+    config, asked = published(name), []
+    monkeypatch.setattr("synth.ddpm.draw_missing", lambda source, folder, requests: asked.append(requests[0].labels))
+    source = SimpleNamespace(config=config.synth, run=Run(tmp_path, 0, Runtime(["cpu"])), network=torch.nn.Identity())
+    for task in range(1, len(counts) + 1):
+        source.fitted_classes = set(range(config.increment * task))
+        DDPM._rehearse(source, SimpleNamespace(index=task), num_images=1)
+    assert list(map(len, asked)) == counts
+    assert [int(labels.max()) for labels in asked] == [config.increment * task - 1 for task in range(1, len(asked) + 1)]
 
 
 @pytest.mark.parametrize(("name", "draws"), [*zip(PUBLISHED, (2000, 400, 200, 200, 1334))])
 def test_p8_replay_is_drawn_so_often_in_a_task(name, draws):
     config = published(name)
-    assert math.ceil(config.disjoint_classifier_num_steps / config.guid_generation_interval) == draws
+    learner = SimpleNamespace(config=config, data=SimpleNamespace(num_tasks=2))
+    learner.num_replayed = lambda index: GUIDE.num_replayed(learner, index)
+    assert GUIDE.count_draws(learner) == draws * (config.batch_size // 2)
 
 
 def test_labels_are_drawn_one_by_one_or_in_equal_counts():
@@ -107,11 +115,14 @@ def test_p12_the_classifier_is_as_it_was_after_it_has_guided(tmp_path):
     assert len(replay) == 8 and set(replay.labels.tolist()) <= {0, 1}  # (16 // 2) * 1
 
 
-def test_p12_without_a_gradient_no_graph_is_built(tmp_path, monkeypatch):
-    experiment = toy_experiment("guide", tmp_path, "ddpm", use_new_grad=False)
+@pytest.mark.parametrize("bends", [True, False])
+def test_p12_a_graph_is_built_where_something_bends_and_nowhere_else(bends, tmp_path):
+    experiment = toy_experiment("guide", tmp_path, "ddpm", use_new_grad=bends)
     experiment.run()
-    monkeypatch.setattr(torch.autograd, "grad", None)
+    graphs = []
+    experiment.learner.source.generator.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     assert len(experiment.learner.draw_replay(experiment.data.task(1), step=0)) == 8
+    assert graphs and set(graphs) == {bends}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -126,6 +137,7 @@ def test_published_files_are_the_readmes_settings(name):
 def test_guides_own_flags_are_read():
     flags = {
         "batch_size": 100, "timestep_respacing": "ddim50", "use_ddim": "True", "depth": 18, "log_interval": 200,
+        "lr": 0.1,
         "embedding_kind": "concat_time_1hot", "classifier_scale_min_new": "1.0", "classifier_scale_max_new": "1.0",
         "train_with_disjoint_classifier": "True", "num_res_blocks": 2, "diffusion_pretrained_dir": "somewhere",
         "use_scale_shift_norm": True, "attention_resolutions": "32,16,8",
@@ -134,9 +146,10 @@ def test_guides_own_flags_are_read():
         "name": "ddpm", "use_ddim": "False", "timestep_respacing": "1000", "num_channels": 192,
         "channel_mult": "1,2,3,4", "num_head_channels": 64, "resblock_updown": True, "save_interval": 50000,
     }  # fmt: skip
-    config, _ = build_config({
+    config, unused = build_config({
         "model_name": "guide", "dataset": "cifar10", "init_cls": 2, "increment": 2, **flags, "synth": diffusion,
     })  # fmt: skip
+    assert unused == ["log_interval", "train_with_disjoint_classifier"]
     assert config.scale == (1.0, 1.0) and config.timestep_respacing == "ddim50"
     synth = config.synth
     assert (synth.sampler, synth.timestep_respacing, synth.resample) == ("ddpm", "1000", "resnet")

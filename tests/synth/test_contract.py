@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from synth import SOURCES
-from synth.base import Requests
+from synth.base import Requests, draw_labels
 from tests.toy import tiny_source, toy_dataset
+from utils import seeding
 from utils.data_manager import DataManager
 from utils.errors import ConfigError, NotFittedError
 from utils.images import ImageSet
@@ -13,6 +14,7 @@ from utils.run import Run
 from utils.runtime import Runtime
 
 ALL = SOURCES.names()
+KEY = (7, "ddpm-rehearsal", 1)  # of a rehearsal in task 1
 
 
 def make_source(name, folder, seed=7, **keys):
@@ -92,28 +94,43 @@ def test_same_seed_fits_the_same_source(name, tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-def rehearsed(folder, **keys):
-    """A DDPM's own images of its first task, as it would draw them for its second."""
-    source = fitted("ddpm", folder, **keys)
-    return source, source._rehearse(DataManager(toy_dataset(), init_cls=2, increment=2).task(1), num_images=20)
+TASK_1 = DataManager(toy_dataset(), init_cls=2, increment=2).task(1)
 
 
 def test_reference_counts_rehearse_in_whole_batches(tmp_path):
-    _, images = rehearsed(tmp_path, counts="reference")
+    images = fitted("ddpm", tmp_path, counts="reference")._rehearse(TASK_1, num_images=20)
     assert len(images) == 24 and set(images.labels.tolist()) <= {0, 1}  # ceil(20 / 8) * 8
 
 
-def test_balanced_counts_rehearse_equally_where_the_learner_has_no_replay(tmp_path):
-    _, images = rehearsed(tmp_path)
-    assert images.counts(2).tolist() == [10, 10]
+def test_balanced_counts_rehearse_equally(tmp_path):
+    assert fitted("ddpm", tmp_path)._rehearse(TASK_1, num_images=20).counts(2).tolist() == [10, 10]
 
 
-def test_rehearsal_comes_from_the_raw_weights_and_is_drawn_once(tmp_path, monkeypatch):
-    source, images = rehearsed(tmp_path)
-    assert source.generator is source.network
-    monkeypatch.setattr(source, "generate", None)  # cut off here, it finds them in the run's folder
-    again = source._rehearse(DataManager(toy_dataset(), init_cls=2, increment=2).task(1), num_images=20)
-    assert torch.equal(again.decoded().parts[0].images, images.decoded().parts[0].images)
+def test_rehearsal_comes_from_the_raw_weights(tmp_path):
+    source = fitted("ddpm", tmp_path, first_task_num_steps=20)
+    average = source.generator
+    drawn = source._rehearse(TASK_1, num_images=8).decoded().parts[0].images
+    requests = Requests.of_labels(draw_labels([0, 1], 8, seeding.generator(7, 1, "rehearsal"), True), KEY)
+    raw = images(source, requests)
+    source.generator = average
+    assert torch.equal(drawn, raw) and not torch.equal(drawn, images(source, requests))
+
+
+def test_rehearsal_that_was_drawn_before_a_kill_is_not_drawn_again(tmp_path, monkeypatch):
+    source = fitted("ddpm", tmp_path)
+    first = source._rehearse(TASK_1, num_images=20).decoded().parts[0].images
+    monkeypatch.setattr(source, "generate", None)
+    assert torch.equal(source._rehearse(TASK_1, num_images=20).decoded().parts[0].images, first)
+
+
+@pytest.mark.parametrize(("rehearsal", "own"), [("own", True), ("replay", False)])
+def test_it_rehearses_on_its_own_images_where_it_is_told_to(rehearsal, own, tmp_path):
+    source, data = fitted("ddpm", tmp_path, rehearsal=rehearsal), DataManager(toy_dataset(), init_cls=2, increment=2)
+    data.advance(TASK_1)
+    replay = source.generate(Requests.of_classes([0, 1], 2, (7, "ddpm", 0)))
+    source.fit_after(TASK_1, data.train_images(TASK_1), replay, ImageSet(), None)
+    assert (tmp_path / "rehearsal" / "task_1").exists() is own
+    assert type(source).wants_replay(source.config) is not own
 
 
 def test_the_ddpm_shows_mirror_images_only_where_asked(tmp_path):

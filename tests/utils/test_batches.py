@@ -50,6 +50,12 @@ def test_every_image_comes_once_per_epoch_and_the_last_batch_may_be_smaller(coun
     assert sorted(torch.cat([batch.index for batch in epoch]).tolist()) == list(range(count))
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(10, [4, 4]), (8, [4, 4]), (3, [3])])
+def test_what_does_not_fill_a_batch_is_left_out_where_asked(count, sizes):
+    batches = batches_of(images_of(count), drop_last=True)
+    assert [len(batch) for batch in batches.epoch(0)] == sizes and len(batches) == len(sizes)
+
+
 def test_labels_and_images_belong_to_the_index():
     images = images_of(10)
     batches = batches_of(images, recipe="none")
@@ -275,6 +281,11 @@ def test_without_a_draw_there_are_real_images_alone():
     batches = renewed([])
     batches.draw = None
     assert [len(batch) for batch in batches.epoch(0)] == [4, 4] and batches.state_dict() == {}
+
+
+def test_a_mixed_batch_smaller_than_the_processes_goes_to_all_of_them():
+    alone = renewed([], real=1, batch_size=1, shard=(3, 9))
+    assert [len(batch) for batch in alone.epoch(0)] == [4]
 
 
 def test_processes_share_a_mixed_batch():
