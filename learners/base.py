@@ -221,11 +221,11 @@ class Learner(ABC):
             "class_means": {str(label): mean for label, mean in self.class_means.items()},
             "extra": self.extra_state(),
         }
-        return tensors, {"num_seen": self.network.num_classes, "exemplars": layout}
+        return tensors, {**self.network.layout(), "exemplars": layout}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
         """Take over what ``state`` gave; the learner must be new."""
-        self.network.grow(state["num_seen"])
+        self.network.rebuild(state)
         self.network.load_state_dict(tensors["network"])
         self.old_network = self.network.frozen_copy()
         self.memory.load(tensors["exemplars"], state["exemplars"])

@@ -26,6 +26,11 @@ def cross_entropy_from(first: int, logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, first:], labels - first)
 
 
+def old_as_one_class(labels: Tensor, num_old: int) -> Tensor:
+    """Labels of DER's auxiliary loss (arXiv:2103.16788, section 3.2): old classes become 0, new ones 1, 2, ..."""
+    return (labels - num_old + 1).clamp(min=0)
+
+
 def supervised_contrastive(z: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """Supervised contrastive loss on one view (Khosla et al. 2020, arXiv:2004.11362, Eq. 2), as DDDR uses it.
 

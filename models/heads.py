@@ -39,6 +39,20 @@ class _Head(nn.Module, ABC):
         rows = self.draw_rows(torch.empty(num_classes - self.num_classes, self.num_features), generator)
         self.weight = nn.Parameter(torch.cat([self.weight.data, rows.to(self.weight)]))
 
+    def widen(self, num_features: int, generator: torch.Generator | None = None) -> None:
+        """Take longer features: add columns up to a total of ``num_features``; the old columns keep every bit.
+
+        New entries start as those of a new row of the new length. Parameters are replaced, as by `grow`.
+
+        Args:
+            num_features: the new D, at least the present one.
+            generator: as for `grow`.
+        """
+        assert num_features >= self.num_features, f"features of {self.num_features} cannot shrink to {num_features}"
+        rows = self.draw_rows(torch.empty(self.num_classes, num_features), generator).to(self.weight)
+        rows[:, : self.num_features] = self.weight.data
+        self.weight = nn.Parameter(rows)
+
     @abstractmethod
     def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Fill new rows, float (R, D), in place."""
@@ -57,7 +71,7 @@ class LinearHead(_Head):
         self.bias = nn.Parameter(F.pad(self.bias.data, (0, num_classes - len(self.bias))))
 
     def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _uniform(rows, math.sqrt(3 / self.num_features), generator)
+        return _uniform(rows, math.sqrt(3 / rows.shape[1]), generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, num_classes)."""
@@ -68,7 +82,7 @@ class PlainHead(_Head):
     """logits = W f without bias; rows start as those of ``torch.nn.Linear``, as in GUIDE (arXiv:2403.03938)."""
 
     def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _uniform(rows, 1 / math.sqrt(self.num_features), generator)
+        return _uniform(rows, 1 / math.sqrt(rows.shape[1]), generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, num_classes)."""
@@ -83,7 +97,7 @@ class CosineHead(_Head):
         self.scale = nn.Parameter(torch.ones(()))
 
     def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _uniform(rows, 1 / math.sqrt(self.num_features), generator)
+        return _uniform(rows, 1 / math.sqrt(rows.shape[1]), generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) of any length to logits (B, num_classes) in [-s, s]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,22 @@ class IncrementalNet(nn.Module):
         """Images, float (B, 3, H, W), to logits (B, num_classes)."""
         return self.head(self.features(x))
 
+    def layout(self) -> dict[str, Any]:
+        """What `rebuild` needs to give a new network the shapes of this one, as JSON."""
+        return {"num_seen": self.num_classes}
+
+    def rebuild(self, layout: dict[str, Any]) -> None:
+        """Take the shapes that ``layout`` tells, so that a state_dict fits; the network must be new."""
+        self.grow(layout["num_seen"])
+
+    def constant_parts(self) -> list[nn.Module]:
+        """Parts that no later task changes."""
+        return []
+
     def frozen_copy(self) -> IncrementalNet:
-        """A teacher: a deep copy in eval mode without gradients."""
-        teacher = copy.deepcopy(self).eval().requires_grad_(False)
+        """A teacher in eval mode without gradients: a deep copy that shares what is constant."""
+        shared = {id(part): part for part in self.constant_parts()}
+        teacher = copy.deepcopy(self, shared).eval().requires_grad_(False)
         teacher.zero_grad(set_to_none=True)  # a deep copy also carries the last gradients
         return teacher
 

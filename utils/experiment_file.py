@@ -34,6 +34,8 @@ SOURCE_KEYS = {
         )
     },
 }
+# ESCORT's keys for the images that it generates.
+ESCORT_KEYS = ("augmentation_prob", "augmentations_per_image", "real_per_class", "syn_per_class")
 # Keys that the files of PyCIL and FSCIL-ASP carry and nothing reads.
 DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix", "base_model_path")
 
@@ -93,7 +95,17 @@ def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
             if result.get(key) not in (None, value):
                 raise ConfigError(f"{alias}={value!r} and {key}={result[key]!r} are one key: keep one of them")
             result[key] = value
-    return _move_source_keys(result)
+    return _move_source_keys(_plain_escort(result))
+
+
+def _plain_escort(raw: dict[str, Any]) -> dict[str, Any]:
+    """ESCORT's file with its method off: ``real_per_class``, not ``memory_per_class``, is how many images it keeps."""
+    given = {key: raw[key] for key in ESCORT_KEYS if key in raw}
+    if not given or given.get("augmentation_prob") or given.get("syn_per_class"):
+        return raw
+    result = {key: value for key, value in raw.items() if key not in ESCORT_KEYS}
+    kept = given.get("real_per_class")
+    return result if kept is None else {**result, "memory_per_class": kept}
 
 
 def _move_source_keys(raw: dict[str, Any]) -> dict[str, Any]:

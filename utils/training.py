@@ -38,6 +38,7 @@ class TrainConfig:
     milestones: tuple[int, ...] = ()  # epochs after which "step" multiplies the rate by lr_decay
     lr_decay: float = 0.1
     min_lr: float = 0.0  # where "cosine" and "linear" end
+    cosine_length: int | None = None  # epochs or steps until "cosine" ends, then it rises again; None: the length
     hold: int = 0  # steps that share a rate where the length is in steps, as GUIDE's epochs do; 0: none do
     warmup_steps: int = 0
     clip_norm: float = 0.0  # of the whole gradient; 0 turns it off
@@ -65,6 +66,7 @@ class TrainConfig:
         if self.schedule == "step":
             return warm * self.lr * self.lr_decay ** sum(milestone <= position for milestone in self.milestones)
         if self.schedule == "cosine":
+            length = self.cosine_length or length
             return warm * (self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * position / length)) / 2)
         if self.schedule == "linear":
             return warm * (self.lr + (self.min_lr - self.lr) * position / length)

@@ -76,6 +76,20 @@ def test_distilling_learners_weigh_their_terms_as_pycil_does(name, cross_entropy
     torch.testing.assert_close(terms["distill"], weight * distillation_loss(LOGITS[:, :2], OLD, 2.0))
 
 
+def test_weight_aligning_weighs_its_terms_by_the_share_of_old_classes(tmp_path):
+    learner, batch = learner_between_tasks("wa", tmp_path)
+    terms = learner.compute_loss(batch, Task(1, range(2, 8), tuple("cdefgh")))  # two old classes of eight
+    torch.testing.assert_close(terms["cross_entropy"], 0.75 * F.cross_entropy(LOGITS, torch.tensor([2, 3])))
+    torch.testing.assert_close(terms["distill"], 0.25 * distillation_loss(LOGITS[:, :2], OLD, 2.0))
+
+
+@pytest.mark.parametrize("name", ["wa", "der", "memo"])
+def test_new_classes_end_with_weights_as_long_as_old_ones(name, tmp_path):
+    experiment = toy_experiment(name, tmp_path, epochs=1)
+    experiment.run()
+    assert experiment.learner.network.align_new_weights(4) == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize(("loss_over", "zero"), [("new", True), ("all", False)])
 def test_one_new_class_gives_finetune_no_loss_unless_all_outputs_compete(loss_over, zero, tmp_path):
     learner, batch = learner_between_tasks("finetune", tmp_path, loss_over=loss_over)

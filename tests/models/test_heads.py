@@ -50,6 +50,31 @@ def test_a_head_cannot_shrink(kind):
 
 
 @pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("extra", [0, 1, 16])
+def test_widening_keeps_old_columns_bit_for_bit_and_changes_nothing_else(kind, extra):
+    head = grown(kind, 4)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    head.widen(16 + extra, torch.Generator().manual_seed(1))
+    assert head.num_features == 16 + extra and head.weight.requires_grad
+    after = {**head.state_dict(), "weight": head.weight.data[:, :16]}
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [(LinearHead, 3), (PlainHead, 1), (CosineHead, 1)])
+def test_new_columns_start_as_a_row_of_the_new_length(kind, bound):
+    head = grown(kind, 2000)
+    head.widen(48, torch.Generator().manual_seed(1))
+    columns, bound = head.weight.data[:, 16:], (bound / 48) ** 0.5
+    assert bound * 0.99 < columns.abs().max() <= bound
+    assert columns.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+def test_features_cannot_become_fewer():
+    with pytest.raises(AssertionError, match="features of 16 cannot shrink to 8"):
+        grown(LinearHead, 3).widen(8)
+
+
+@pytest.mark.parametrize("kind", HEADS)
 def test_a_generator_decides_the_new_rows(kind):
     state = torch.get_rng_state()
     assert torch.equal(grown(kind, 5).weight, grown(kind, 5).weight)

@@ -63,6 +63,13 @@ def test_a_frozen_copy_neither_learns_nor_follows_the_original():
     assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
 
 
+def test_a_new_network_takes_the_shapes_of_a_layout():
+    net, other = network(5), network()
+    other.rebuild(net.layout())
+    other.load_state_dict(net.state_dict())
+    torch.testing.assert_close(other(IMAGES), net(IMAGES), rtol=0, atol=0)
+
+
 def test_aligning_gives_new_rows_the_mean_length_of_old_ones():
     net = network(4)
     net.head.weight.data = torch.tensor([3.0, 5.0, 1.0, 3.0])[:, None] * torch.eye(4, 12)

@@ -355,6 +355,28 @@ def test_a_pycil_file_runs_unchanged(tmp_path):
     assert {key: getattr(config, key) for key in pycil} == pycil
 
 
+ESCORT = {
+    "dataset": "Food101", "augmentation_prob": 0.0, "augmentations_per_image": 1, "memory_per_class": 20,
+    "real_per_class": 18, "syn_per_class": 0, "init_cls": 51, "increment": 5, "memory_size": None,
+    "fixed_memory": True, "shuffle": True, "model_name": "der", "convnet_type": "resnet18", "device": ["0", "1"],
+    "seed": [1993], "model_seed": 1, "batch_size": 128, "num_workers": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["der", "icarl", "wa", "memo"])
+def test_an_escort_file_without_generated_images_is_the_plain_learner_with_its_real_exemplars(name):
+    config, unused = build_config({**ESCORT, "model_name": name})
+    assert unused == [] and config.synth is None
+    assert (config.memory_per_class, config.fixed_memory, config.model_seed) == (18, True, 1)
+    assert (config.dataset, config.convnet_type) == ("Food101", "resnet18")
+
+
+@pytest.mark.parametrize("key", ["augmentation_prob", "syn_per_class"])
+def test_escorts_generated_images_are_not_left_out_in_silence(key):
+    with pytest.raises(ConfigError, match="unknown key 'augmentation_prob'"):
+        build_config({**ESCORT, key: 1})
+
+
 def test_an_asp_file_with_the_flat_keys_of_generated_replay_runs_unchanged():
     asp = {
         "prefix": "asp", "model_prefix": "asp", "dataset": "cifar224", "memory_size": 0, "shuffle": False,

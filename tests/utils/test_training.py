@@ -111,6 +111,7 @@ def rates_of_torch(make_scheduler, length, lr=0.1) -> list[float]:
         ),
         ({"schedule": "step", "milestones": ()}, lambda opt: SCHEDULERS.MultiStepLR(opt, [])),
         ({"schedule": "cosine", "min_lr": 0.01}, lambda opt: SCHEDULERS.CosineAnnealingLR(opt, 8, 0.01)),
+        ({"schedule": "cosine", "cosine_length": 5}, lambda opt: SCHEDULERS.CosineAnnealingLR(opt, 5)),
         ({"schedule": "linear", "min_lr": 0.02}, lambda opt: SCHEDULERS.LinearLR(opt, 1.0, 0.2, 8)),
         ({"schedule": "constant"}, lambda opt: SCHEDULERS.ConstantLR(opt, 1.0)),
     ],

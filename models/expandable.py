@@ -1,0 +1,107 @@
+"""A classifier that gains a branch of its backbone with every task, and the head that reads all of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.heads import LinearHead
+from models.incremental import IncrementalNet
+
+
+class Branches(nn.Module):
+    """A trunk that all tasks share and one branch per task on top of it; starts with the first task's branch.
+
+    Args:
+        trunk: images, float (B, 3, H, W), to what a branch takes; ``nn.Identity()`` where nothing is shared.
+        branch: the first one, to features (B, D).
+        width: D.
+        train_trunk: whether the trunk learns on after the first task.
+        train_old: whether the branches of earlier tasks do.
+    """
+
+    def __init__(self, trunk: nn.Module, branch: nn.Module, width: int, train_trunk: bool, train_old: bool):
+        super().__init__()
+        self.trunk, self.branches = trunk, nn.ModuleList([branch])
+        self.width, self.train_trunk, self.train_old = width, train_trunk, train_old
+
+    @property
+    def num_features(self) -> int:
+        """Features of all branches together."""
+        return self.width * len(self.branches)
+
+    def frozen(self) -> list[nn.Module]:
+        """The parts that have stopped learning; none before the second branch."""
+        *old, _ = self.branches
+        return ([] if self.train_old else old) + ([] if self.train_trunk or not old else [self.trunk])
+
+    def add(self) -> None:
+        """Append a branch, which starts as a copy of the newest one, and freeze what stops learning then."""
+        self.branches.append(copy.deepcopy(self.branches[-1]))
+        self.zero_grad(set_to_none=True)  # neither copied nor frozen parts keep the last gradients
+        for part in self.frozen():
+            part.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Branches:
+        """As in any module, but frozen parts stay in eval mode: batches of new classes would move their BatchNorm."""
+        super().train(mode)
+        for part in self.frozen():
+            part.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images, float (B, 3, H, W), to the features of all branches side by side, oldest first."""
+        shared = self.trunk(x)
+        return torch.cat([branch(shared) for branch in self.branches], dim=1)
+
+
+class ExpandableNet(IncrementalNet):
+    """The network of DER (arXiv:2103.16788) and MEMO (arXiv:2205.13218): a task adds classes and a branch.
+
+    From the second task on, ``auxiliary`` tells the new classes apart, and all old ones as class 0, by the newest
+    branch alone, so that it learns what the others lack. It serves the training; drop it afterwards.
+
+    Args:
+        trunk, branch, train_trunk, train_old: see `Branches`.
+        head: built for the features of one branch; it has no class before the first `grow`.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, branch: nn.Module, head: LinearHead, train_trunk: bool = True, train_old: bool = False
+    ):
+        super().__init__(Branches(trunk, branch, head.num_features, train_trunk, train_old), head)
+        self.auxiliary: LinearHead | None = None
+
+    def grow(self, num_classes: int, generator: torch.Generator | None = None) -> None:
+        """Add outputs up to a total of ``num_classes``, and if there were some before, a branch to feed all of them.
+
+        Old rows keep every bit where they read old branches. See `models.heads`.
+        """
+        num_old = self.num_classes
+        if num_old == 0:
+            return self.head.grow(num_classes, generator)
+        self.backbone.add()
+        self.head.widen(self.backbone.num_features, generator)
+        self.head.grow(num_classes, generator)
+        self.auxiliary = LinearHead(self.backbone.width).to(self.head.weight.device)
+        self.auxiliary.grow(1 + num_classes - num_old, generator)
+
+    def both_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, float (B, 3, H, W), to logits (B, num_classes) and those of ``auxiliary`` (B, 1 + num_new)."""
+        features = self.features(x)
+        return self.head(features), self.auxiliary(features[:, -self.backbone.width :])
+
+    def layout(self) -> dict[str, Any]:
+        return {**super().layout(), "num_branches": len(self.backbone.branches)}
+
+    def rebuild(self, layout: dict[str, Any]) -> None:
+        for _ in range(layout["num_branches"] - 1):
+            self.backbone.add()
+        self.head.widen(self.backbone.num_features)
+        self.head.grow(layout["num_seen"])
+
+    def constant_parts(self) -> list[nn.Module]:
+        return self.backbone.frozen()

@@ -1,0 +1,125 @@
+"""DER and MEMO: their loss against the formula, and what of the network a run changes and keeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from learners import LEARNERS
+from learners.configure import build_config
+from learners.losses import old_as_one_class
+from learners.predict import load_learner
+from tests.toy import toy_experiment, toy_raw
+from utils.batches import Batch
+from utils.errors import ConfigError
+
+BOTH = ["der", "memo"]
+LABELS = torch.tensor([0, 3, 2, 1])
+
+
+class FixedNetwork:
+    """Answers four classes, two of them old, and the auxiliary head's three."""
+
+    logits, auxiliary = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)).split([4, 3], dim=1)
+
+    def __call__(self, images):
+        return self.logits
+
+    def both_logits(self, images):
+        return self.logits, self.auxiliary
+
+
+def test_old_classes_are_class_zero_of_the_auxiliary_loss():
+    assert old_as_one_class(torch.tensor([0, 4, 5, 6, 9]), num_old=5).tolist() == [0, 0, 1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "weight"), [("der", {}, 1), ("memo", {}, 1), ("memo", {"alpha_aux": 0.3}, 0.3)]
+)
+def test_loss_is_cross_entropy_over_all_classes_and_over_the_new_ones_against_the_past(name, keys, weight, tmp_path):
+    experiment = toy_experiment(name, tmp_path, **keys)
+    learner, task = experiment.check(), experiment.data.task(1)
+    learner.network = FixedNetwork()
+    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, torch.zeros(4, dtype=torch.bool), torch.arange(4))
+    terms = learner.compute_loss(batch, task)
+    log_all, log_new = learner.network.logits.log_softmax(1), learner.network.auxiliary.log_softmax(1)
+    torch.testing.assert_close(terms["cross_entropy"], -log_all[range(4), [0, 3, 2, 1]].mean())
+    torch.testing.assert_close(terms["auxiliary"], -weight * log_new[range(4), [0, 2, 1, 0]].mean())
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_first_task_is_plain_cross_entropy(name, tmp_path):
+    experiment = toy_experiment(name, tmp_path)
+    learner = experiment.check()
+    learner.network = FixedNetwork()
+    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, torch.zeros(4, dtype=torch.bool), torch.arange(4))
+    terms = learner.compute_loss(batch, experiment.data.task(0))
+    torch.testing.assert_close(terms, {"cross_entropy": F.cross_entropy(FixedNetwork.logits, LABELS)})
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_old_branches_keep_every_bit_through_later_tasks(name, tmp_path, monkeypatch):
+    seen, after_training = [], LEARNERS[name].after_training
+
+    def remember(self, task):
+        branches = self.network.backbone.branches
+        seen.append([{key: value.clone() for key, value in branch.state_dict().items()} for branch in branches])
+        after_training(self, task)
+
+    monkeypatch.setattr(LEARNERS[name], "after_training", remember)
+    experiment = toy_experiment(name, tmp_path, epochs=1)
+    experiment.run()
+    assert [len(branches) for branches in seen] == [1, 2, 3]
+    torch.testing.assert_close(seen[2][:2], [seen[0][0], seen[1][1]], rtol=0, atol=0)
+    assert not experiment.learner.network.backbone.branches[0].training
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_finished_run_can_be_asked_about_other_images(name, tmp_path):
+    experiment = toy_experiment(name, tmp_path, epochs=1)
+    experiment.run()
+    loaded, names = load_learner(experiment.folder)
+    images = experiment.data.test_images(range(6))
+    expected = experiment.learner.predict(images)
+    torch.testing.assert_close(loaded.predict(images), expected, rtol=0, atol=0)
+    assert expected["nme"].shape == (24, 6) and len(names) == 6
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_auxiliary_head_is_no_part_of_what_is_kept(name, tmp_path):
+    experiment = toy_experiment(name, tmp_path, epochs=1)
+    experiment.run()
+    assert not [key for key in experiment.learner.network.state_dict() if "auxiliary" in key]
+
+
+@pytest.mark.parametrize(
+    ("keys", "learns"),
+    [
+        ({}, [True, False, True]),  # trunk, old and new last stage
+        ({"train_base": False}, [False, False, True]),
+        ({"train_adaptive": True}, [True, True, True]),
+    ],
+)
+def test_memo_trains_what_its_keys_say(keys, learns, tmp_path):
+    experiment = toy_experiment("memo", tmp_path, init_cls=3, increment=3, epochs=1, **keys)
+    experiment.run()
+    backbone = experiment.learner.network.backbone
+    parts = (backbone.trunk, *backbone.branches)
+    assert [all(p.requires_grad for p in part.parameters()) for part in parts] == learns
+
+
+@pytest.mark.parametrize("written", ["memo_resnet32", "MEMO_ResNet32", "resnet32"])
+def test_pycils_prefix_of_memos_backbone_is_dropped(written, tmp_path):
+    config, _ = build_config(toy_raw("memo", tmp_path, convnet_type=written))
+    assert config.convnet_type.lower() == "resnet32"
+
+
+def test_memo_refuses_a_backbone_that_it_cannot_cut(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be cut in front of its last stage"):
+        toy_experiment("memo", tmp_path, convnet_type="preact_resnet18").check()
+
+
+def test_a_cosine_schedule_of_memo_ends_where_t_max_says(tmp_path):
+    learner = toy_experiment("memo", tmp_path, scheduler="cosine", epochs=8, t_max=4).check()
+    rates = [learner.schedule(first=False).learning_rate(epoch, 1) for epoch in range(8)]
+    assert (rates[0], rates[2], rates[4]) == pytest.approx((0.05, 0.025, 0))
+    assert rates[5:] == pytest.approx(rates[3:0:-1])  # and rises again
