@@ -16,12 +16,13 @@ from learners import LEARNERS
 from learners.base import Learner
 from learners.configure import build_config
 from utils.checkpoint import Checkpoints
-from utils.datasets import Dataset
+from utils.datasets import DATASETS, Dataset
 from utils.errors import CheckpointError, DataError, RepriseError
-from utils.images import IMAGE_SUFFIXES, ImageSet, Part
+from utils.images import IMAGE_SUFFIXES, ImageSet, Part, decode_image
 from utils.run import Run, log
 from utils.run_folder import DESCRIPTION
 from utils.runtime import Runtime
+from utils.transforms import match_channels
 
 
 def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner, list[str]]:
@@ -63,15 +64,22 @@ def find_images(folder: Path) -> list[Path]:
 
 def classify(learner: Learner, names: list[str], paths: list[Path]) -> list[dict[str, Any]]:
     """One row per image: path, the best class's name and label, and its softmax probability in [0, 1]."""
-    # A part for each file: the images of a folder need not have one size.
-    label = torch.zeros(1, dtype=torch.int64)
-    images = ImageSet(Part((str(path),), label) for path in paths)
+    images = _images(learner.config.data_name, paths)
     probabilities = learner.predict(images)["cnn"].softmax(1)
     best = probabilities.max(1)
     return [
         {"image": str(path), "class": names[label], "label": label, "probability": round(value, 4)}
         for path, label, value in zip(paths, best.indices.tolist(), best.values.tolist())
     ]
+
+
+def _images(data_name: str, paths: list[Path]) -> ImageSet:
+    """A part for each file, since they need not have one size, seen as the data set's own images were."""
+    label = torch.zeros(1, dtype=torch.int64)
+    view = DATASETS[data_name.lower()].view if data_name.lower() in DATASETS else None
+    if view is None:
+        return ImageSet(Part((str(path),), label) for path in paths)
+    return ImageSet(Part(view(match_channels(decode_image(path), 3)).unsqueeze(0), label) for path in paths)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 
 from learners import LEARNERS
+from learners.predict import _images
 from synth import SOURCES
 from tests.toy import TINY_SOURCES, toy_experiment
 from utils.errors import BankError
@@ -62,3 +64,10 @@ def test_panels_that_a_learner_makes_are_shown_in_the_report(tmp_path, monkeypat
     assert experiment.run()["class_forgetting"] >= 0
     page = (experiment.folder / "report.html").read_text()
     assert page.index("<h2>Shown</h2>") < page.index("part 0") < page.index("part 1")
+
+
+def test_images_to_classify_are_seen_as_those_of_the_data_set_were(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.new("L", (100, 80), 90).save(path)
+    assert _images("imagenet100_64", [path]).parts[0].images.shape == (1, 3, 64, 64)
+    assert _images("digits", [path]).parts[0].images == (str(path),)

@@ -177,3 +177,36 @@ def test_large_images_from_files_go_through_the_same_life(tmp_path):
     results = experiment.run()
     stored = sum(path.stat().st_size for path in (tmp_path / "large" / "train").rglob("*.jpg"))
     assert results["memory_bytes"]["exemplars"] >= stored
+
+
+def test_the_hooks_of_a_task_are_called_in_one_order(tmp_path, monkeypatch):
+    called = []
+    experiment = toy_experiment("finetune", tmp_path, "ddpm")
+    source = type(experiment.check().source)
+    own = (
+        "grow_network",
+        "keep_replay",
+        "before_training",
+        "make_replay",
+        "batches",
+        "after_training",
+        "after_source_fit",
+    )
+    for owner, hooks in ((LEARNERS["finetune"], own), (source, ("fit_before", "fit_after"))):
+        for hook in hooks:
+            monkeypatch.setattr(owner, hook, recorded(called, hook, getattr(owner, hook)))
+    experiment.run()
+    assert called[:10] == [
+        "grow_network", "fit_before", "keep_replay", "before_training", "make_replay", "batches", "after_training",
+        "fit_after", "keep_replay", "after_source_fit",
+    ]  # fmt: skip
+
+
+def recorded(called, name, hook):
+    """The hook, which also notes its name."""
+
+    def wrapper(*args):
+        called.append(name)
+        return hook(*args)
+
+    return wrapper
