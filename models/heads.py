@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _Head(nn.Module, ABC):
+class Head(nn.Module, ABC):
     """Class vectors as rows of ``weight``, float (num_classes, D); subclasses say how a row starts and is compared."""
 
     def __init__(self, num_features: int):
@@ -58,7 +58,7 @@ class _Head(nn.Module, ABC):
         """Fill new rows, float (R, D), in place."""
 
 
-class LinearHead(_Head):
+class LinearHead(Head):
     """logits = W f + b; rows start Kaiming-uniform for a linear layer, biases at zero, as in PyCIL."""
 
     def __init__(self, num_features: int):
@@ -66,7 +66,7 @@ class LinearHead(_Head):
         self.bias = nn.Parameter(torch.empty(0))
 
     def grow(self, num_classes: int, generator: torch.Generator | None = None) -> None:
-        """Add rows and zero biases up to a total of ``num_classes``; see `_Head.grow`."""
+        """Add rows and zero biases up to a total of ``num_classes``; see `Head.grow`."""
         super().grow(num_classes, generator)
         self.bias = nn.Parameter(F.pad(self.bias.data, (0, num_classes - len(self.bias))))
 
@@ -78,7 +78,7 @@ class LinearHead(_Head):
         return F.linear(features, self.weight, self.bias)
 
 
-class PlainHead(_Head):
+class PlainHead(Head):
     """logits = W f without bias; rows start as those of ``torch.nn.Linear``, as in GUIDE (arXiv:2403.03938)."""
 
     def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -89,7 +89,7 @@ class PlainHead(_Head):
         return F.linear(features, self.weight)
 
 
-class CosineHead(_Head):
+class CosineHead(Head):
     """logits = s * cos(w, f) with a learned scale s (Hou et al., LUCIR, CVPR 2019, Eq. 4); rows start as in PyCIL."""
 
     def __init__(self, num_features: int):

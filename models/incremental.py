@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.heads import CosineHead, LinearHead, PlainHead
+from models.heads import Head
 
 
 class IncrementalNet(nn.Module):
@@ -19,7 +19,7 @@ class IncrementalNet(nn.Module):
         head: built for D features; it has no class before the first `grow`.
     """
 
-    def __init__(self, backbone: nn.Module, head: LinearHead | CosineHead | PlainHead):
+    def __init__(self, backbone: nn.Module, head: Head):
         super().__init__()
         assert backbone.num_features == head.num_features
         self.backbone = backbone
