@@ -264,7 +264,7 @@ class DDPM(ReplaySource):
         """Size of the UNet and length of its trainings."""
         millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         first, later = self.config.first_task_num_steps, self.config.num_steps
-        replay = "images of its own" if self.config.rehearsal == "own" else "the learner's replay"
+        replay = "its own images" if self.config.rehearsal == "own" else "the learner's replay"
         return (
             f"UNet of {millions:.1f} M parameters, trained {first} steps on the first task and {later} on later ones, "
             f"with {replay} of the classes before"
