@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from synth import SOURCES
 from synth.base import Requests
 from synth.diffusion import linear_process, respace
-from tests.benchmarks.timing import alternate, peak_memory, verdict
+from tests.benchmarks.timing import compare
 from utils.batches import ImageBatches
 from utils.datasets import Dataset
 from utils.images import ImageSet
@@ -117,29 +116,17 @@ def plain_sampling(folder: Path):
     return images
 
 
-def _segment(make, *args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        arm = make(Path(folder), *args)
-        arm(), arm()
-
-
 def main() -> int:
     precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
     good = True
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        count = sum(parameter.numel() for parameter in new_source("fp32", folder).network.parameters())
-        print(f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads")
-        for title, plain, ours in (
-            (f"training steps/s, batch {BATCH}", plain_training, our_training),
-            (f"DDIM images/s, {SAMPLE_STEPS} steps, {IMAGES} at once", plain_sampling, our_sampling),
-        ):
-            print(title)
-            rates = alternate({"plain, fp32": plain(folder / "p"), f"ours, {precision}": ours(folder / "o", precision)})
-            print(", ".join(f"{arm}: {rate:.2f}" for arm, rate in rates.items()))
-            good &= verdict(title, rates[f"ours, {precision}"] / rates["plain, fp32"], 1.4)
-            memory = [peak_memory(partial(_segment, plain)), peak_memory(partial(_segment, ours, precision))]
-            print(f"peak memory of the process: plain {memory[0] / 1e6:.0f} MB, ours {memory[1] / 1e6:.0f} MB")
+        count = sum(parameter.numel() for parameter in new_source("fp32", Path(name)).network.parameters())
+    print(f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads")
+    for title, plain, ours in (
+        (f"training steps/s, batch {BATCH}", plain_training, our_training),
+        (f"DDIM images/s, {SAMPLE_STEPS} steps, {IMAGES} at once", plain_sampling, our_sampling),
+    ):
+        good &= compare(title, plain, ours, precision, 1.4)
     return 0 if good else 1
 
 

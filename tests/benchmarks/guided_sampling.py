@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from learners.guidance import toward_best_new
+from models.frozen import fixed
 from models.heads import PlainHead
 from models.incremental import IncrementalNet
 from models.options import BackboneOptions
@@ -20,7 +20,7 @@ from models.timm_backbone import build_backbone
 from synth.base import Guide, Requests
 from synth.diffusion import linear_process, respace
 from tests.benchmarks.ddpm import new_source
-from tests.benchmarks.timing import alternate, peak_memory, verdict
+from tests.benchmarks.timing import compare
 from utils.runtime import fast_bf16
 
 IMAGES, STEPS, OLD, SEEN, SCALE = 32, 5, 5, 10, 0.5
@@ -38,8 +38,6 @@ def new_classifier() -> IncrementalNet:
 
 def our_sampling(folder: Path, precision: str):
     """One request per call, bent as the learner bends it."""
-    from models.frozen import fixed
-
     source, classifier = new_source(precision, folder), new_classifier()
     requests = Requests.of_labels(LABELS, (0, "bench", 0))
 
@@ -76,33 +74,13 @@ def plain_sampling(folder: Path):
     return images
 
 
-def _segment(make, *args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), *args)()
-
-
 def main() -> int:
     precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        count = sum(parameter.numel() for parameter in new_source("fp32", folder).network.parameters())
-        print(
-            f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads; guided DDIM images/s,"
-        )
-        print(f"{STEPS} steps, {IMAGES} at once, pre-activation ResNet-18")
-        ours = f"ours, {precision}"
-        rates = alternate({"plain, fp32": plain_sampling(folder / "p"), ours: our_sampling(folder / "o", precision)})
-        print(", ".join(f"{arm}: {rate:.2f}" for arm, rate in rates.items()))
-        good = verdict("guided sampling", rates[ours] / rates["plain, fp32"], 1.5)
-        idle = peak_memory(partial(new_source, "fp32", folder))
-        plain, own = (
-            peak_memory(partial(_segment, plain_sampling)),
-            peak_memory(partial(_segment, our_sampling, precision)),
-        )
-        print(f"peak memory of the process: plain {plain / 1e6:.0f} MB, ours {own / 1e6:.0f} MB, before drawing "
-              f"{idle / 1e6:.0f} MB")  # fmt: skip
-        good &= verdict("peak memory, plain against ours", plain / own, 2)
-    return 0 if good else 1
+        count = sum(parameter.numel() for parameter in new_source("fp32", Path(name)).network.parameters())
+    print(f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads")
+    title = f"guided DDIM images/s, {STEPS} steps, {IMAGES} at once, pre-activation ResNet-18"
+    return 0 if compare(title, plain_sampling, our_sampling, precision, 1.5, rounds=1, less_memory=2) else 1
 
 
 if __name__ == "__main__":

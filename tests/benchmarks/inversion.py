@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import tempfile
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from synth import SOURCES
 from synth.base import Requests
 from synth.latents import noise_scheduler, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
-from tests.benchmarks.timing import alternate, peak_memory, verdict
+from tests.benchmarks.timing import compare
 from tests.tiny_ldm import BERT_WORDS, bert_tokenizer, folder
 from utils.data_manager import Task
 from utils.datasets import Dataset
@@ -144,29 +142,16 @@ def plain_drawing(run_folder: Path):
     return images
 
 
-def _segment(make, *args) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        arm = make(Path(name), *args)
-        arm(), arm()
-
-
 def main() -> int:
     precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
     good = True
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        model = load_text_to_image(model_folder())
-        print(f"Model of {model.frozen_bytes() / 4e6:.0f} M parameters, {torch.get_num_threads()} threads")
-        for title, plain, ours in (
-            (f"inversion steps/s, batch {BATCH}, {CLASSES * SHOTS} images", plain_search, our_search),
-            (f"images/s, DDIM with {SAMPLE_STEPS} guided steps, {DRAWN} at once", plain_drawing, our_drawing),
-        ):
-            print(title)
-            rates = alternate({"plain, fp32": plain(place / "p"), f"ours, {precision}": ours(place / "o", precision)})
-            print(", ".join(f"{arm}: {rate:.2f}" for arm, rate in rates.items()))
-            good &= verdict(title, rates[f"ours, {precision}"] / rates["plain, fp32"], 1.0)
-            memory = [peak_memory(partial(_segment, plain)), peak_memory(partial(_segment, ours, precision))]
-            print(f"peak memory of the process: plain {memory[0] / 1e6:.0f} MB, ours {memory[1] / 1e6:.0f} MB")
+    model = load_text_to_image(model_folder())
+    print(f"Model of {model.frozen_bytes() / 4e6:.0f} M parameters, {torch.get_num_threads()} threads")
+    for title, plain, ours in (
+        (f"inversion steps/s, batch {BATCH}, {CLASSES * SHOTS} images", plain_search, our_search),
+        (f"images/s, DDIM with {SAMPLE_STEPS} guided steps, {DRAWN} at once", plain_drawing, our_drawing),
+    ):
+        good &= compare(title, plain, ours, precision, 1.0)
     return 0 if good else 1
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 Arm = Callable[[], int]  # does one segment's work and returns how many images or steps that was
+MakeArm = Callable[..., Arm]
 
 
 def alternate(arms: dict[str, Arm], segments: int = 5) -> dict[str, float]:
@@ -47,3 +50,35 @@ def verdict(name: str, ratio: float, wanted: float) -> bool:
     """Print one ratio against what is wanted of it."""
     print(f"{name}: {ratio:.2f} times (wanted: at least {wanted})")
     return ratio >= wanted
+
+
+def compare(
+    title: str, plain: MakeArm, ours: MakeArm, precision: str, wanted: float, rounds: int = 2, less_memory: float = 0
+) -> bool:
+    """Time a plain arm in fp32 against ours and measure the peak memory of each; whether the ratios are as wanted.
+
+    Args:
+        title: with the unit that the arms count in.
+        plain: a module's function, folder -> arm.
+        ours: a module's function, folder and precision -> arm.
+        precision: of ours.
+        wanted: the least ratio of the rates.
+        rounds: segments while memory is watched.
+        less_memory: the least ratio of plain memory to ours; 0: any.
+    """
+    print(title)
+    with tempfile.TemporaryDirectory() as name:
+        arms = {"plain, fp32": plain(Path(name) / "p"), f"ours, {precision}": ours(Path(name) / "o", precision)}
+        slow, fast = alternate(arms).values()
+    print(f"plain, fp32: {slow:.2f}, ours, {precision}: {fast:.2f}")
+    good = verdict(title, fast / slow, wanted)
+    memory = [peak_memory(partial(_run, plain, rounds)), peak_memory(partial(_run, ours, rounds, precision))]
+    print(f"peak memory of the process: plain {memory[0] / 1e6:.0f} MB, ours {memory[1] / 1e6:.0f} MB")
+    return good and (not less_memory or verdict("peak memory", memory[0] / memory[1], less_memory))
+
+
+def _run(make: MakeArm, rounds: int, *args: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        arm = make(Path(name), *args)
+        for _ in range(rounds):
+            arm()

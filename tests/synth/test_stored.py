@@ -93,7 +93,8 @@ def test_another_learner_with_other_sampling_takes_the_same_sources(kept, tmp_pa
 
 @pytest.mark.parametrize("place", [".", "..", "sources"])
 def test_a_source_dir_is_a_run_its_seed_or_their_sources(place, kept, tmp_path):
-    taking(tmp_path, kept / place).check()
+    learner = taking(tmp_path, kept / place).check()
+    assert learner.source_fitter.folder.resolve() == (kept / "sources").resolve()
 
 
 def test_every_task_that_was_learned_is_kept_and_draws(kept, tmp_path):
