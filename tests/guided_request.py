@@ -29,5 +29,7 @@ def draw(folder: Path, rank: int):
 if __name__ == "__main__":
     from accelerate import PartialState
 
-    rank = PartialState(cpu=True).process_index
-    torch.save(draw(Path(sys.argv[1]), rank), Path(sys.argv[1]) / f"{rank}.pt")
+    state = PartialState(cpu=True)
+    torch.save(draw(Path(sys.argv[1]), state.process_index), Path(sys.argv[1]) / f"{state.process_index}.pt")
+    state.wait_for_everyone()  # the first process serves the others' store
+    state.destroy_process_group()

@@ -6,13 +6,17 @@ import sys
 
 import torch
 
+OWN = ("PATH", "HOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH")  # not what other tests or a launcher have left in there
+
 
 def drawn(folder, processes):
     folder.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # which torchrun would set for two, and not for one
+    environment = {name: os.environ[name] for name in OWN if name in os.environ}
+    environment["OMP_NUM_THREADS"] = "1"  # which torchrun would set for two, and not for one
     command = [sys.executable, *launcher, "-m", "tests.guided_request", str(folder)]
-    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 
