@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from functools import partial
 
@@ -11,27 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learners.backbones import backbone_options
+from learners.exemplars import ExemplarKeeper
 from models.heads import HEADS
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone
 from synth.bank import Bank
 from synth.base import ReplaySource
+from synth.copies import TrainingCopies
 from synth.stored import StoredSources
 from utils import seeding
 from utils.batches import Batch, Batches, ImageBatches, test_batches
 from utils.config import RunConfig
+from utils.copied_batches import CopiedBatches
 from utils.data_manager import DataManager, Task
 from utils.images import ImageSet
-from utils.memory import ExemplarMemory, class_mean, herding
 from utils.run import Run
 from utils.training import TrainConfig, fit
 from utils.transforms import ClassifierTransform, classifier_transform
 
-log = logging.getLogger("reprise")
 EVAL_BATCH = 256
 
 
-class Learner(ABC):
+class Learner(ExemplarKeeper, ABC):
     """A class-incremental classifier and what it carries from task to task.
 
     Subclasses register themselves with `LEARNERS.register(name)`, extend ``Config`` with the keys of their method,
@@ -63,12 +63,11 @@ class Learner(ABC):
         takes_stored = source is not None and config.synth.source_dir is not None
         self.source_fitter = StoredSources(source, data) if takes_stored else source
         self.transform = self.build_transform()
-        self.memory = ExemplarMemory(config.memory_size, config.memory_per_class, config.fixed_memory)
+        self.memory = self.build_memory()
         self.network = self.build_network()
         self.old_network: IncrementalNet | None = None
         self.replay = ImageSet()
         self.class_means: dict[int, Tensor] = {}
-        self._said_that_all_are_kept = False
 
     # ------------------------------------------------------------------ the fixed order
 
@@ -89,7 +88,7 @@ class Learner(ABC):
             self.after_training(task)
         if fits and (task.num_seen < self.data.num_classes or self.config.synth.fit_after_last_task):
             with self.run.timed("fit_source"):
-                self.source_fitter.fit_after(task, images, self.replay, self.memory.images, self.network)
+                self.source_fitter.fit_after(task, images, self.replay, self.compressed_picks(task), self.network)
             self.keep_replay(task)
         if self.source is not None:
             self.after_source_fit(task)
@@ -205,7 +204,8 @@ class Learner(ABC):
 
     def count_draws(self) -> int:
         """Images that the whole run draws to replay them, for `--plan`."""
-        counts = [self.config.synth.syn_per_class or count for count in self.data.class_counts]
+        wanted = self.config.synth.syn_per_class
+        counts = [count if wanted is None else wanted for count in self.data.class_counts]
         old = [self.data.task(index).num_old for index in range(self.data.num_tasks)]
         keeps = self.config.synth.replay == "keep"
         return sum(counts[: old[-1]]) if keeps else sum(sum(counts[:seen]) for seen in old)
@@ -246,11 +246,14 @@ class Learner(ABC):
         self, task: Task, images: ImageSet, replay: ImageSet, purpose: str = "train", batch_size: int | None = None
     ) -> ImageBatches:
         """Batches of real images and replay under this run's random key; null: the config's ``batch_size``."""
-        return ImageBatches(
-            images, replay, transform=self.transform, batch_size=batch_size or self.config.batch_size,
-            key=(self.run.seed, task.index, purpose), device=self.run.device, num_workers=self.run.num_workers,
-            shard=self.run.runtime.shard,
-        )  # fmt: skip
+        options = {
+            "transform": self.transform, "batch_size": batch_size or self.config.batch_size,
+            "key": (self.run.seed, task.index, purpose), "device": self.run.device,
+            "num_workers": self.run.num_workers, "shard": self.run.runtime.shard,
+        }  # fmt: skip
+        if self.source is not None and self.source.makes_copies:
+            return CopiedBatches(images, replay, TrainingCopies(self.bank, images, replay), **options)
+        return ImageBatches(images, replay, **options)
 
     @torch.no_grad()
     def extract_features(self, images: ImageSet) -> Tensor:
@@ -261,27 +264,6 @@ class Learner(ABC):
             with self.run.runtime.autocast():
                 pieces.append(self.network.features(batch).float().cpu())
         return torch.cat(pieces)
-
-    def keep_herded_exemplars(self, task: Task) -> None:
-        """Trim old classes to their share and add the herded best of the new ones (PyCIL 4.1)."""
-        budget = self.memory.budget(task.num_seen)
-        if not self.config.fixed_memory:
-            self.memory.trim(budget)
-        images = self.data.train_images(task)
-        for label in task.classes:
-            own = images.select([label])
-            self._say_if_all_are_kept(label, len(own), budget)
-            self.memory.add(own.take(herding(self.extract_features(own), budget)))
-
-    def _say_if_all_are_kept(self, label: int, count: int, budget: int) -> None:
-        if count < budget and not self._said_that_all_are_kept:
-            self._said_that_all_are_kept = True
-            log.info("Class %d has %d images, fewer than its share of %d: such classes keep all", label, count, budget)
-
-    def update_class_means(self) -> None:
-        """Nearest-mean prototypes of all classes from their exemplars, by the present network."""
-        for label in self.memory.images.classes:
-            self.class_means[label] = class_mean(self.extract_features(self.memory.images.select([label])))
 
 
 class _Extra:

@@ -21,6 +21,7 @@ from learners.base import Learner
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
+from synth.copies import CopyBank
 from synth.stored import keep_source, save_source
 from utils.checkpoint import Checkpoints, folder_bytes, write_json
 from utils.config import RunConfig
@@ -79,7 +80,8 @@ def make_learner(config: RunConfig, name: str, seed: int, data: DataManager, run
     source = bank = None
     if config.synth is not None:
         source = SOURCES[config.synth.name](config.synth, run, data.num_classes, data.class_names, data.dataset)
-        bank = Bank(bank_folder(config, name, seed), config.synth, data, run)
+        kind = partial(CopyBank, source=source) if source.makes_copies else Bank
+        bank = kind(bank_folder(config, name, seed), config.synth, data, run)
     return LEARNERS[config.model_name](config, data, run, source, bank)
 
 

@@ -15,8 +15,9 @@ from learners import LEARNERS
 from learners.base import Learner
 from learners.guidance import log_likelihood
 from models.frozen import fixed
-from synth.base import Guide, Requests, draw_labels
+from synth.base import Guide
 from synth.guide_flags import drop_switches
+from synth.requests import Requests, draw_labels
 from utils import seeding
 from utils.batches import Batch, RenewedBatches
 from utils.config import RunConfig

@@ -194,16 +194,16 @@ def _check_shapes(given: dict[str, Any]) -> None:
             f"{len(vae)} vae_channels and {len(unet)} block_out_channels halve an image {factor.bit_length() - 1} "
             f"times, so its side must be a multiple of {factor}, not {size}: give fewer of them"
         )
-    _require_multiples(given, "vae_channels", "norm_num_groups")
-    _require_multiples(given, "block_out_channels", "norm_num_groups")
-    _require_multiples(given, "block_out_channels", "num_heads")
-    _require_multiples(given, "vector_size", "num_tokens")
+    require_multiples(given, "vae_channels", "norm_num_groups")
+    require_multiples(given, "block_out_channels", "norm_num_groups")
+    require_multiples(given, "block_out_channels", "num_heads")
+    require_multiples(given, "vector_size", "num_tokens")
     absent = [level for level in given["attention_levels"] if not 0 <= level < len(unet)]
     if absent:
         raise ConfigError(f"attention_levels={absent} do not exist: levels are 0 to {len(unet) - 1}")
 
 
-def _require_multiples(given: dict[str, Any], key: str, of: str) -> None:
+def require_multiples(given: dict[str, Any], key: str, of: str) -> None:
     values = given[key] if isinstance(given[key], list) else [given[key]]
     for value in values:
         if value % given[of]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from synth.base import ReplaySource, Requests
+from synth.base import ReplaySource
 from synth.drawing import (
     MANIFEST,
     damaged_files,
@@ -23,6 +23,7 @@ from synth.drawing import (
     save_image,
     short,
 )  # fmt: skip
+from synth.requests import Requests
 from utils.checkpoint import atomic_write, write_json
 from utils.config import SourceConfig
 from utils.data_manager import DataManager, Task
@@ -35,7 +36,7 @@ LABEL_FIELDS = ("dataset", "class_order", "classes")  # what must fit of images 
 # Keys that say where images lie or how much is asked for, not what they look like.
 NOT_SETTINGS = {
     "need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task", "keep_sources",
-    "source_dir",
+    "source_dir", "real_per_class", "augmentation_prob", "augmentations_per_image", "prepare",
 }  # fmt: skip
 DRAWN = "drawn"  # folder of what a learner drew in its training
 REMEDY = "Give another --name or syn_image_path, or delete the folder"
@@ -102,7 +103,7 @@ class Bank:
         rows = {label: images.select([label]) for label in images.classes}
         for label, row in rows.items():
             for copy in range(len(row)):
-                save_image(folder, label, copy, row.image(copy), self.config)
+                save_image(folder / str(label) / f"{label}-{copy}", row.image(copy), self.config)
         atomic_write(folder / "preview.png", encode_image(preview(list(rows.values())), ".png"))
 
     def require(self, index: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,60 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from utils import seeding
+from synth.requests import Requests
 from utils.checkpoint import folder_bytes
 from utils.config import SourceConfig
-from utils.data_manager import Task
+from utils.data_manager import DataManager, Task
 from utils.errors import ConfigError, NotFittedError
 from utils.images import ImageSet
 from utils.run import Run
 
 log = logging.getLogger("reprise")
-
-
-@dataclass(frozen=True)
-class Requests:
-    """What to generate: N samples, each with a seed of its own.
-
-    Attributes:
-        labels: int64 (N,), classes in learning order.
-        item: int64 (N,), exemplar to start from, -1 for none.
-        copy: int64 (N,), tells apart samples of one class and item.
-        key: (run seed, source, task): with label, item and copy it makes the seed of a sample, whatever else is
-            asked for and in whatever order.
-    """
-
-    labels: Tensor
-    item: Tensor
-    copy: Tensor
-    key: tuple[int | str, ...]
-
-    @classmethod
-    def of_classes(cls, classes: list[int], per_class: int, key: tuple[int | str, ...]) -> Requests:
-        """The same number of samples of every class, class by class."""
-        labels = torch.tensor(classes, dtype=torch.int64).repeat_interleave(per_class)
-        return cls(labels, torch.full_like(labels, -1), torch.arange(per_class).repeat(len(classes)), key)
-
-    @classmethod
-    def of_labels(cls, labels: Tensor, key: tuple[int | str, ...]) -> Requests:
-        """One sample per label, int64 (N,), all told apart by their numbers."""
-        return cls(labels, torch.full_like(labels, -1), torch.arange(len(labels)), key)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, positions: Tensor) -> Requests:
-        """Only these requests, in this order."""
-        return Requests(self.labels[positions], self.item[positions], self.copy[positions], self.key)
-
-    def chunks(self, size: int) -> Iterator[Requests]:
-        """Pieces of ``size`` requests, cut by position: the same ones on one process and on many."""
-        yield from (self.take(positions) for positions in torch.arange(len(self)).split(size))
-
-    def generators(self) -> list[torch.Generator]:
-        """One CPU generator per sample."""
-        rows = zip(self.labels.tolist(), self.item.tolist(), self.copy.tolist())
-        return [seeding.generator(*self.key, *row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -85,28 +40,6 @@ class Guide:
     bend: Callable[[Requests], Callable[[Tensor], Tensor]] | None = None
 
 
-def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, (N, *shape), each row from its own generator; on the CPU, so that a seed is a seed."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
-def draw_labels(classes: list[int], count: int, generator: torch.Generator, balanced: bool) -> Tensor:
-    """Labels to ask for, int64 (count,).
-
-    Args:
-        classes: at least one.
-        count: of labels.
-        generator: on the CPU.
-        balanced: equal counts of every class, the remainder going to classes drawn by chance; else each label is drawn
-            by itself, as GUIDE does (Cywinski et al. 2024, arXiv:2403.03938).
-    """
-    known = torch.tensor(classes)
-    if not balanced:
-        return known[torch.randint(len(known), (count,), generator=generator)]
-    rest = torch.randperm(len(known), generator=generator)[: count % len(known)].sort().values
-    return torch.cat([known.repeat_interleave(count // len(known)), known[rest]])
-
-
 class ReplaySource(ABC):
     """Learns classes task by task and generates samples of them.
 
@@ -123,6 +56,7 @@ class ReplaySource(ABC):
 
     kind = "images"  # or "features"
     can_be_guided = False  # whether `generate` takes a guide
+    makes_copies = False  # whether its samples are copies of single images: see `synth/compression.py`
     drawing_keys: frozenset[str] = frozenset()  # its own keys in which a run that takes its weights may differ
 
     def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset):
@@ -152,7 +86,8 @@ class ReplaySource(ABC):
             task: the task just learned.
             images: its real images.
             replay: the generated images of old classes that the classifier was trained on.
-            exemplars: real images that the learner keeps.
+            exemplars: the herded images of the task that follow those that the learner keeps, best first within a
+                class, as many as ``split_memory`` gave to the source.
             encoder: the trained classifier.
         """
 
@@ -165,6 +100,18 @@ class ReplaySource(ABC):
     def wants_replay(cls, config) -> bool:
         """Whether ``fit_after`` looks at the replay that it is given."""
         return cls.learns_after()
+
+    def split_memory(self, memory_per_class: int | None, data: DataManager) -> tuple[int, int]:
+        """How many exemplars per class the learner keeps, and how many more the source does, in its own form.
+
+        Args:
+            memory_per_class: images' worth per class; None: the learner keeps none.
+            data: for the sizes of its images.
+
+        Raises:
+            ConfigError: if what the config wants is more than that.
+        """
+        return memory_per_class or 0, 0
 
     def require(self) -> None:
         """See that all that it will learn from is there, beside its weights. Default: it needs nothing more."""
@@ -208,8 +155,10 @@ class ReplaySource(ABC):
 
     def memory_bytes(self) -> int:
         """Bytes that ``save`` writes: the price of carrying this source to the next task."""
-        if not self.fitted_classes:
-            return 0
+        return self.saved_bytes() if self.fitted_classes else 0
+
+    def saved_bytes(self) -> int:
+        """Bytes that ``save`` writes at this moment."""
         with tempfile.TemporaryDirectory() as directory:
             self.save(Path(directory))
             return folder_bytes(directory)
@@ -250,25 +199,26 @@ class ReplaySource(ABC):
                 "fit it on their task first"
             )
 
-    def in_chunks(self, requests: Requests, draw: Callable[[Requests], Tensor]) -> Tensor:
+    def in_chunks(self, requests: Requests, draw: Callable[[Requests], Sequence[Tensor]]) -> list[Tensor]:
         """Draw chunk by chunk, in order; where the device runs out of memory, on in chunks of half the size.
 
         Args:
             requests: N of them.
-            draw: one chunk to its samples, row by row.
+            draw: one chunk to its samples.
 
         Returns:
-            N rows.
+            N samples.
 
         Raises:
             torch.OutOfMemoryError: if a single request is too many.
         """
-        pieces, done = [], 0
+        samples: list[Tensor] = []
+        done = 0
         while done < len(requests):
             chunk = requests.take(torch.arange(done, min(done + self.chunk_size, len(requests))))
             drawn = _if_it_fits(draw, chunk)
             if drawn is not None:
-                pieces.append(drawn)
+                samples += drawn
                 done += len(chunk)
                 continue
             self.chunk_size = len(chunk) // 2
@@ -276,10 +226,10 @@ class ReplaySource(ABC):
                 "Too little memory to draw %d images at once: going on with %d at a time, which may move a pixel by a "
                 "grey level; synth.sample_batch=%d says so from the start", len(chunk), *[self.chunk_size] * 2,
             )  # fmt: skip
-        return torch.cat(pieces)
+        return samples
 
 
-def _if_it_fits(draw: Callable[[Requests], Tensor], chunk: Requests) -> Tensor | None:
+def _if_it_fits(draw: Callable[[Requests], Sequence[Tensor]], chunk: Requests) -> Sequence[Tensor] | None:
     """The drawn samples, or None where memory ran out; leaving this frame frees what the failed draw held."""
     try:
         return draw(chunk)

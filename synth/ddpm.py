@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.frozen import fixed
 from models.unet import ClassUNet
 from synth import SOURCES
-from synth.base import Guide, ReplaySource, Requests, draw_labels, draw_noise
+from synth.base import Guide, ReplaySource
 from synth.diffusion import (
     classifier_free,
     linear_process,
@@ -29,6 +29,7 @@ from synth.diffusion import (
 )  # fmt: skip
 from synth.drawing import draw_missing, images_in
 from synth.guide_flags import translate
+from synth.requests import Requests, draw_labels, draw_noise
 from utils import seeding
 from utils.batches import Batch, ImageBatches
 from utils.checkpoint import load_tensors, save_tensors, write_json
@@ -203,7 +204,7 @@ class DDPM(ReplaySource):
         """
         self.require_fitted(requests.labels)
         images = self.in_chunks(requests, lambda chunk: self._draw(chunk, guide or self.own_sampling))
-        return ImageSet.of(images, requests.labels)
+        return ImageSet.of(torch.stack(images), requests.labels)
 
     def check_guide(self, guide: Guide) -> None:
         """See that the full process has the guide's time steps.

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synth.base import ReplaySource, Requests
+from synth.base import ReplaySource
+from synth.requests import Requests
 from utils.checkpoint import atomic_write, file_hash
 from utils.config import SourceConfig
 from utils.errors import BankError
 from utils.images import IMAGE_SUFFIXES, ImageSet, encode_image
+from utils.transforms import stack
 
 MANIFEST = "manifest.json"
 LARGEST_PNG = 64  # pixels; larger images are stored as JPEG
@@ -28,30 +30,34 @@ def draw_missing(source: ReplaySource, folder: Path, requests: list[Requests]) -
     bar = run.bar(sum(map(len, requests)), f"drawing {folder.name}")
     for asked in requests:
         for chunk in list(asked.chunks(source.config.sample_batch))[rank::world]:
-            names = list(zip(chunk.labels.tolist(), chunk.copy.tolist()))
+            paths = image_paths(folder, chunk)
             # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
-            if not all(_is_there(_path(folder, *name)) for name in names):
-                for name, image in zip(names, source.generate(chunk).decoded().parts[0].images):
-                    save_image(folder, *name, image, source.config)
+            if not all(map(find_image, paths)):
+                drawn = source.generate(chunk)
+                for position, path in enumerate(paths):
+                    save_image(path, drawn.image(position), source.config)
             bar.update(len(chunk))
     bar.close()
     run.runtime.accelerator.wait_for_everyone()
 
 
-def save_image(folder: Path, label: int, copy: int, image: Tensor, config: SourceConfig) -> None:
-    """Write one image, uint8 (C, H, W), in the format that the source asks for."""
+def save_image(path: Path, image: Tensor, config: SourceConfig) -> None:
+    """Write one image, uint8 (C, H, W), in the format that the source asks for, which gives the path its suffix."""
     auto = "png" if max(image.shape[-2:]) <= LARGEST_PNG else "jpg"
     suffix = "." + (auto if config.image_format == "auto" else config.image_format)
-    atomic_write(_path(folder, label, copy).with_suffix(suffix), encode_image(image, suffix), sync=False)
+    atomic_write(path.with_suffix(suffix), encode_image(image, suffix), sync=False)
 
 
-def _path(folder: Path, label: int, copy: int) -> Path:
-    """Where an image lies, but for its suffix."""
-    return folder / str(label) / f"{label}-{copy}"
+def image_paths(folder: Path, requests: Requests) -> list[Path]:
+    """Where the images asked for lie, but for their suffixes; copies of an item carry its number in hexadecimal."""
+    rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
+    names = [(label, f"{copy}" if item < 0 else f"{item:012x}_seed{copy:02d}") for label, item, copy in rows]
+    return [folder / str(label) / f"{label}-{name}" for label, name in names]
 
 
-def _is_there(path: Path) -> bool:
-    return path.with_suffix(".png").exists() or path.with_suffix(".jpg").exists()
+def find_image(path: Path) -> Path | None:
+    """The image with one of our suffixes, if it is there."""
+    return next((found for suffix in (".png", ".jpg") if (found := path.with_suffix(suffix)).exists()), None)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -101,9 +107,9 @@ def short(value: Any) -> str:
 
 def preview(rows: list[ImageSet]) -> Tensor:
     """The first images of every class, one class a row, uint8 (C, H, W); small images are enlarged."""
-    lines = []
+    lines, side = [], rows[0].image(0).shape[-1]
     for images in rows:
-        picked = images.take(range(min(PREVIEW_COLUMNS, len(images)))).decoded().parts[0].images
+        picked = stack(images.take(range(min(PREVIEW_COLUMNS, len(images)))), side)
         blank = torch.zeros(PREVIEW_COLUMNS - len(picked), *picked.shape[1:], dtype=torch.uint8)
         lines.append(torch.cat([picked, blank]))
     scale = max(1, 64 // lines[0].shape[-1])

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from models.latent_diffusion import PLACEHOLDER, LatentDiffusion
-from synth.base import Guide, ReplaySource, Requests, draw_noise
+from synth.base import Guide, ReplaySource
 from synth.diffusion import Model, classifier_free
 from synth.federated import federated_mean, split_clients
 from synth.latents import (
@@ -28,6 +28,7 @@ from synth.latents import (
     sample_scheduler,
 )  # fmt: skip
 from synth.prompts import TRAIN_TEMPLATES, class_words
+from synth.requests import Requests, draw_noise
 from utils import seeding
 from utils.batches import Batch
 from utils.checkpoint import load_tensors, save_tensors, write_json
@@ -229,7 +230,7 @@ class ClassInversion(ReplaySource):
             contexts = torch.cat([self.context(label) for label in classes.tolist()])  # (K, tokens, width)
             nothing = self.model.context([""])  # (1, tokens, width)
         draw = partial(self._draw, classes=classes, contexts=contexts, nothing=nothing)
-        return ImageSet.of(self.in_chunks(requests, draw), requests.labels)
+        return ImageSet.of(torch.stack(self.in_chunks(requests, draw)), requests.labels)
 
     def context(self, label: int) -> Tensor:
         """What the model is told to draw a class, (1, tokens, width)."""

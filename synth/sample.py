@@ -14,7 +14,7 @@ import torch
 
 from synth import SOURCES, build_source_config
 from synth.bank import NOT_SETTINGS
-from synth.base import ReplaySource, Requests
+from synth.base import ReplaySource
 from synth.command import (
     FitConfig,
     FittedSource,
@@ -33,6 +33,7 @@ from synth.drawing import (
     preview,
     require_same,
 )  # fmt: skip
+from synth.requests import Requests
 from utils import subsets
 from utils.checkpoint import atomic_write, write_json
 from utils.command import exit_code

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from synth import SOURCES
 from synth.bank import Bank
-from synth.base import Requests
 from synth.command import FITTED, FitConfig, add_shared_flags, build_config, pick_classes, read_file
+from synth.requests import Requests
 from synth.stored import keep_source, save_source
 from utils.checkpoint import atomic_write, file_hash, write_json
 from utils.command import exit_code

@@ -43,6 +43,18 @@ TINY_SOURCES = {
         "sample_batch": 4,
         "syn_per_class": 3,
     },
+    "small_controlnet": {
+        "map_size": 16,
+        "block_out_channels": [8, 8],
+        "norm_num_groups": 4,
+        "unet_steps": 3,
+        "control_steps": 3,
+        "batch_size": 8,
+        "ema_rate": 0.5,
+        "sample_steps": 2,
+        "sample_batch": 4,
+        "syn_per_class": 3,
+    },
     "small_ldm": {
         "vae_channels": [8, 8],
         "vae_steps": 3,

@@ -26,8 +26,8 @@ class Batch:
     Attributes:
         images: float (B, C, H, W) on the device, as the network wants it.
         labels: int64 (B,), in learning order, on the device.
-        is_replay: bool (B,), True where the image was generated.
-        index: int64 (B,), position in the set that the batches were cut from.
+        is_replay: bool (B,), True where the sample is of the replay: generated images of old classes.
+        index: int64 (B,), number of the sample in the set that the batches were cut from.
         soft_targets: float (B, num_classes) or None.
         replay: a second batch, of old classes, that goes through the network on its own; None: there is none.
     """
@@ -102,13 +102,18 @@ class ImageBatches:
     def load_state_dict(self, state: dict) -> None:
         """Nothing to restore: position is enough."""
 
+    def rows(self, epoch: int) -> Tensor:
+        """Where the image lies that stands for each sample in this epoch, int64 (N,)."""
+        return torch.arange(len(self.labels))
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(len(self.labels), generator=seeding.generator(*self.key, "shuffle", epoch))
         picks = [self._share(pick) for pick in order.split(self.batch_size)[start : len(self)]]
-        loaded = None if self.transform.whole_batch else self._load(picks, epoch)
+        rows = self.rows(epoch)
+        loaded = None if self.transform.whole_batch else self._load(picks, rows, epoch)
         for step, pick in enumerate(picks, start):
             augment = seeding.generator(*self.key, "augment", epoch, step, self.shard[0])
-            images = self._take(pick, augment) if loaded is None else self.transform.train(next(loaded), augment)
+            images = self._take(rows[pick], augment) if loaded is None else self.transform.train(next(loaded), augment)
             pick = pick.to(self.device)
             yield Batch(images, self.labels[pick], self.is_replay[pick], pick)
 
@@ -136,11 +141,11 @@ class ImageBatches:
         views = torch.cat([self.transform.train(piece, augment) for piece in pieces])
         return views[torch.cat(places).argsort().to(self.device)]
 
-    def _load(self, picks: list[Tensor], epoch: int) -> Iterator[Tensor]:
+    def _load(self, picks: list[Tensor], rows: Tensor, epoch: int) -> Iterator[Tensor]:
         """uint8 (B, C, S, S) on the device, one per pick, decoded and cropped by workers."""
         loader = DataLoader(
             _Decoded(self.images, self.transform.load_train, (*self.key, "crop", epoch)),
-            batch_sampler=[pick.tolist() for pick in picks],
+            batch_sampler=[list(zip(rows[pick].tolist(), pick.tolist())) for pick in picks],
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -237,7 +242,7 @@ class PairedBatches:
 
 
 class _Decoded(Dataset):
-    """Large images, decoded and cropped in a worker; every image's crop has its own key."""
+    """Large images, decoded and cropped in a worker; every sample's crop has its own key, whatever image it shows."""
 
     def __init__(self, images: ImageSet, load, key: tuple | None):
         self.images, self.load, self.key = images, load, key
@@ -245,11 +250,12 @@ class _Decoded(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: int) -> Tensor:
-        image = self.images.image(position)
+    def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
+        """Of a test image its position; of a training image where it lies, and which sample it stands for."""
         if self.key is None:
-            return self.load(image).contiguous()
-        return self.load(image, seeding.generator(*self.key, position)).contiguous()
+            return self.load(self.images.image(place)).contiguous()
+        row, sample = place
+        return self.load(self.images.image(row), seeding.generator(*self.key, sample)).contiguous()
 
 
 def test_batches(images: ImageSet, transform, batch_size: int, device, num_workers: int = 0) -> Iterator[Tensor]:

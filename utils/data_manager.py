@@ -5,6 +5,7 @@ Real images of past tasks are sealed: a learner that wants them needs exemplars 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from utils import seeding, subsets
 from utils.config import RunConfig
 from utils.datasets import Dataset
 from utils.errors import SealedDataError
-from utils.images import ImageSet
+from utils.images import ImageSet, image_sizes
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,10 @@ class DataManager:
     def all_real_bytes(self) -> int:
         """What keeping all training images would take: raw pixels in memory, file sizes on disk."""
         return self._train.nbytes
+
+    def image_sizes(self) -> Counter[tuple[int, int]]:
+        """(height, width) of all training images as they are stored, and how many have it."""
+        return image_sizes(self._train)
 
     def task(self, index: int) -> Task:
         """The task of this index; looking at it does not begin it."""

@@ -36,6 +36,9 @@ SOURCE_KEYS = {
 }
 # ESCORT's keys for the images that it generates.
 ESCORT_KEYS = ("augmentation_prob", "augmentations_per_image", "real_per_class", "syn_per_class")
+SOURCE_KEYS |= {key: ("controlnet", key) for key in ESCORT_KEYS}
+# Sources that take the keys of another one.
+RELATIVES = {"controlnet": ("controlnet", "small_controlnet")}
 # Keys that the files of PyCIL and FSCIL-ASP carry and nothing reads.
 DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix", "base_model_path")
 
@@ -101,7 +104,7 @@ def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
 def _plain_escort(raw: dict[str, Any]) -> dict[str, Any]:
     """ESCORT's file with its method off: ``real_per_class``, not ``memory_per_class``, is how many images it keeps."""
     given = {key: raw[key] for key in ESCORT_KEYS if key in raw}
-    if not given or given.get("augmentation_prob") or given.get("syn_per_class"):
+    if not given or raw.get("synth") or given.get("augmentation_prob") or given.get("syn_per_class"):
         return raw
     result = {key: value for key, value in raw.items() if key not in ESCORT_KEYS}
     kept = given.get("real_per_class")
@@ -121,7 +124,8 @@ def _move_source_keys(raw: dict[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         source, inner = SOURCE_KEYS[key]
         # Keys that every source has, such as syn_image_path, name none; the others belong to theirs alone.
-        if inner not in SourceConfig.model_fields and str(synth.get("name", source)).lower() != source:
+        named = str(synth.get("name", source)).lower()
+        if inner not in SourceConfig.model_fields and named not in RELATIVES.get(source, (source,)):
             raise ConfigError(
                 f"{key}={value!r} is of the source {source!r}, and synth.name={synth['name']!r}: keep one"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,26 @@ def encode_image(image: Tensor, suffix: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG" if suffix == ".png" else "JPEG", quality=95)
     return buffer.getvalue()
+
+
+def image_sizes(images: ImageSet) -> Counter[tuple[int, int]]:
+    """(height, width) of all images and how many have it; of files only the header is read."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for part in images.parts:
+        if isinstance(part.images, Tensor):
+            sizes[tuple(part.images.shape[-2:])] += len(part.images)
+        else:
+            with ThreadPoolExecutor() as pool:
+                sizes.update(pool.map(_file_size, part.images))
+    return sizes
+
+
+def _file_size(path: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
 
 
 @dataclass(frozen=True)

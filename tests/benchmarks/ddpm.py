@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from synth import SOURCES
-from synth.base import Requests
 from synth.diffusion import linear_process, respace
+from synth.requests import Requests
 from tests.benchmarks.timing import compare
 from utils.batches import ImageBatches
 from utils.datasets import Dataset

@@ -17,8 +17,9 @@ from models.heads import PlainHead
 from models.incremental import IncrementalNet
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
-from synth.base import Guide, Requests
+from synth.base import Guide
 from synth.diffusion import linear_process, respace
+from synth.requests import Requests
 from tests.benchmarks.ddpm import new_source
 from tests.benchmarks.timing import compare
 from utils.runtime import fast_bf16

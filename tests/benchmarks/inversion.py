@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from models.text_to_image import load_text_to_image
 from synth import SOURCES
-from synth.base import Requests
 from synth.latents import noise_scheduler, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
+from synth.requests import Requests
 from tests.benchmarks.timing import compare
 from tests.tiny_ldm import BERT_WORDS, bert_tokenizer, folder
 from utils.data_manager import Task

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from learners.configure import build_config
 from learners.guidance import log_likelihood
-from synth.base import Requests
+from synth.requests import Requests
 from tests.toy import TINY_SOURCES, toy_experiment, toy_raw
 from utils.errors import ConfigError
 from utils.panels import Panels

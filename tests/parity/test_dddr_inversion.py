@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from synth.bank import Bank
-from synth.base import Requests
 from synth.federated import federated_mean, split_clients
 from synth.inversion import ClassVectors
 from synth.latents import LatentBatches, encode, noise_scheduler, sample_scheduled, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
+from synth.requests import Requests
 from tests.tiny_inversion import make_inversion, tiny_model, toy_task
 from tests.toy import toy_dataset
 from utils import seeding

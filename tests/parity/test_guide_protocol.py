@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from learners.configure import build_config
 from learners.guide import GUIDE
-from synth.base import draw_labels
 from synth.ddpm import DDPM
+from synth.requests import draw_labels
 from tests.parity.published import PUBLISHED, published
 from tests.toy import toy_experiment
 from utils.run import Run

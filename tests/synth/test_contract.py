@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from synth import SOURCES
-from synth.base import Requests, draw_labels
+from synth.requests import Requests, draw_labels
 from tests.toy import tiny_source, toy_dataset
 from utils import seeding
 from utils.data_manager import DataManager

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from synth.base import Guide, Requests
+from synth.base import Guide
 from synth.latents import SAMPLERS, LatentBatches, Latents, encode, sample_scheduled, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES, class_words
+from synth.requests import Requests
 from tests.tiny_inversion import TinyInversion, make_inversion, tiny_model, toy_task
 from utils.data_manager import Task
 from utils.errors import ConfigError, WeightsError

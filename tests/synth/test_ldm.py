@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from synth.base import Requests
 from synth.ldm import LDM, unread
+from synth.requests import Requests
 from tests.tiny_compvis import compvis_weights, compvis_yaml, write_compvis
 from tests.tiny_ldm import tiny_ldm, tiny_ldm_folder, tiny_stable_diffusion
 from tests.toy import toy_dataset

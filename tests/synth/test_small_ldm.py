@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from models.small_ldm import SmallLDM
-from synth.base import Requests
 from synth.latents import encode
+from synth.requests import Requests
 from synth.small_ldm import SmallLDMSource, spread
 from tests.tiny_inversion import TINY_MODEL, make_inversion, toy_task
 from tests.toy import tiny_source

@@ -1,0 +1,256 @@
+"""ESCORT: exemplars kept as edge maps of one bit per pixel, and drawn again from them whenever they are wanted."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from synth.base import Guide, ReplaySource
+from synth.edges import EdgeMap, canny, map_bytes, pack, unpack
+from synth.requests import Requests
+from utils.checkpoint import load_tensors, save_tensors
+from utils.config import SourceConfig
+from utils.data_manager import DataManager, Task
+from utils.errors import ConfigError, NotFittedError
+from utils.images import ImageSet
+from utils.transforms import match_channels
+
+log = logging.getLogger("reprise")
+EDGE_MAPS = "edge_maps.safetensors"
+
+
+class ExemplarCompression(ReplaySource):
+    """Herded exemplars as edge maps, which a frozen generator turns into images again, as many copies as are wanted.
+
+    Duan et al., "Prompt-Based Exemplar Super-Compression and Regeneration for Class-Incremental Learning", BMVC 2025,
+    arXiv:2311.18266 (ESCORT). The images can be drawn again from what is kept, so they are no memory of the past. A
+    subclass says in ``draw`` how a map becomes an image, and in ``map_shape`` at which size maps are made.
+
+    `Requests.item` names a map, of an exemplar or of an image at hand (`read`); -1 takes the class's exemplars in turn.
+    """
+
+    class Config(SourceConfig):
+        replay: Literal["keep"] = Field("keep", description="copies are drawn when they are wanted, and stay on disk")
+        fit_after_last_task: bool = Field(True, description="also compress the exemplars of the last task")
+        sample_batch: int = Field(16, ge=1, description="images drawn at once, of one size each")
+        real_per_class: int | None = Field(
+            None, ge=0, description="R, exemplars per class that stay images; null: what syn_per_class leaves of the "
+            "budget"
+        )  # fmt: skip
+        syn_per_class: int = Field(0, ge=0, description="S, exemplars per class that become edge maps")
+        augmentation_prob: float = Field(
+            0.0, ge=0, le=1, description="p, of a new image or a real exemplar to be shown as a copy of itself"
+        )
+        augmentations_per_image: int = Field(5, ge=1, description="K, copies of each image")
+        prepare: Literal["needed", "all"] = Field(
+            "needed", description="needed: a copy is drawn when an epoch first shows it; all: all before a training"
+        )
+        canny_low: int = Field(100, ge=0, description="lower threshold of the gradient")
+        canny_high: int = Field(200, ge=0, description="upper threshold of the gradient")
+        copy_noise: Literal["own", "reference"] = Field(
+            "own", description="reference: copy s of every image starts from the same noise, of seed s"
+        )
+
+        @model_validator(mode="after")
+        def _draws_itself(self) -> ExemplarCompression.Config:
+            if not self.need_syn_imgs or self.adopt_syn_images:
+                raise ValueError("copies are drawn here: need_syn_imgs must be true and adopt_syn_images false")
+            if self.canny_low > self.canny_high:
+                raise ValueError(f"synth.canny_low={self.canny_low} is above canny_high={self.canny_high}")
+            return self
+
+    makes_copies = True
+    drawing_keys = frozenset({
+        "real_per_class", "augmentation_prob", "augmentations_per_image", "prepare", "copy_noise"
+    })  # fmt: skip
+
+    def __init__(self, config, run, num_classes, class_names, dataset):
+        super().__init__(config, run, num_classes, class_names, dataset)
+        self.maps: dict[int, list[EdgeMap]] = {}  # class -> its compressed exemplars, best first
+        self.at_hand: dict[int, EdgeMap] = {}  # maps of images that are there anyway; not kept
+        self.originals: dict[int, Tensor] = {}  # item -> image, of the newest task's exemplars, to be looked at
+        self._said_that_a_map_is_empty = False
+
+    # ------------------------------------------------------------------ the budget
+
+    @abstractmethod
+    def map_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of the map of an image (height, width)."""
+
+    def maps_per_image(self, data: DataManager) -> float:
+        """How many maps cost what an image costs, in bytes: raw pixels, C of them, against packed bits.
+
+        24 for coloured images and maps of their size; of a data set with images of many sizes it is the mean's.
+        """
+        sizes = data.image_sizes()
+        raw = sum(count * height * width for (height, width), count in sizes.items()) * self.dataset.channels
+        packed = sum(count * map_bytes(*self.map_shape(*size)) for size, count in sizes.items())
+        return raw / packed
+
+    def split_memory(self, memory_per_class: int | None, data: DataManager) -> tuple[int, int]:
+        """R and S of ``memory_per_class`` images' worth per class: R + S / `maps_per_image` must not be more."""
+        real, compressed = self.config.real_per_class, self.config.syn_per_class
+        if memory_per_class is None:
+            if real:
+                raise ConfigError(
+                    f"synth.real_per_class={real}, but this learner keeps no real exemplars: set it to 0 or null"
+                )
+            return 0, compressed
+        if compressed == 0:
+            return min(memory_per_class, real if real is not None else memory_per_class), 0
+        ratio = self.maps_per_image(data)
+        if real is None:
+            real = max(0, int(memory_per_class - compressed / ratio + 1e-9))
+        units = real + compressed / ratio
+        if units > memory_per_class + 1e-9:
+            fits = max(0, int((memory_per_class - real) * ratio + 1e-9))
+            raise ConfigError(
+                f"real_per_class + syn_per_class / {ratio:g} = {real} + {compressed} / {ratio:g} = {units:.3f} images' "
+                f"worth per class is more than memory_per_class={memory_per_class}: with {real} real ones at most "
+                f"syn_per_class={fits} fit (on {self.dataset.name} {ratio:g} edge maps cost what an image costs)"
+            )
+        return real, compressed
+
+    @property
+    def num_compressed(self) -> int:
+        """Edge maps that are kept."""
+        return sum(map(len, self.maps.values()))
+
+    @property
+    def nominal_share(self) -> float:
+        """What one map costs of an image, in ESCORT's count: a bit against the 24 of a coloured pixel."""
+        return 1 / 24
+
+    def drop_compressed(self, label: int) -> int:
+        """Forget the last exemplar of a class; returns its bytes, 0 if there is none."""
+        return len(self.maps[label].pop().bits) if self.maps.get(label) else 0
+
+    # ------------------------------------------------------------------ compressing
+
+    def fit_before(self, task: Task, images: ImageSet) -> None:
+        """Forget what was at hand in the task before."""
+        self.at_hand, self.originals = {}, {}
+
+    def fit_after(self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder) -> None:
+        """Compress the exemplars; without any, as outside a run, the first images of every class."""
+        if not self.config.syn_per_class:
+            return
+        for label in task.classes:
+            own = exemplars.select([label])
+            own = own if len(own) else images.select([label]).take(range(self.config.syn_per_class))
+            pictures = [own.image(position) for position in range(len(own))]
+            self.maps[label] = [self.compress(picture) for picture in pictures]
+            self.originals |= {one.item: picture for one, picture in zip(self.maps[label], pictures)}
+        self.fitted_classes |= set(task.classes)
+
+    def compress(self, image: Tensor) -> EdgeMap:
+        """The edge map of one image, uint8 (C, h, w)."""
+        config, size = self.config, tuple(image.shape[-2:])
+        shape = self.map_shape(*size)
+        made = EdgeMap.of(canny(self.enlarge(image, *shape), config.canny_low, config.canny_high), size)
+        if made.is_empty and not self._said_that_a_map_is_empty:
+            self._said_that_a_map_is_empty = True
+            log.warning("An image has no edges at all: it, and others like it, are drawn from nothing but their class")
+        return made
+
+    @abstractmethod
+    def enlarge(self, image: Tensor, height: int, width: int) -> Tensor:
+        """An image, uint8 (C, h, w), as edges are looked for: (C, height, width)."""
+
+    def read(self, images: ImageSet) -> Tensor:
+        """Make maps of images that are at hand, so that copies of them can be asked for.
+
+        Returns:
+            int64 (N,), what `Requests.item` calls them, until the next task.
+        """
+        with ThreadPoolExecutor() as pool:
+            made = list(pool.map(lambda position: self.compress(images.image(position)), range(len(images))))
+        self.at_hand |= {one.item: one for one in made}
+        return torch.tensor([one.item for one in made], dtype=torch.int64)
+
+    def requests(self, classes: list[int], num_copies: int = 1) -> Requests:
+        """All compressed exemplars of these classes, best first, and so many copies of each, copy by copy."""
+        rows = [(label, one.item) for label in classes for one in self.maps.get(label, [])]
+        labels, items = torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
+        copies = torch.arange(num_copies).repeat_interleave(len(rows))
+        return self.ask(labels.repeat(num_copies), items.repeat(num_copies), copies)
+
+    def ask(self, labels: Tensor, items: Tensor, copies: Tensor) -> Requests:
+        """Requests whose images stay the same in every task."""
+        return Requests(labels, items, copies, (self.run.seed, self.config.name))
+
+    # ------------------------------------------------------------------ drawing
+
+    @abstractmethod
+    def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
+        """N images uint8 (C, h, w) of the maps, each at the size that its map names; C = 1 or 3."""
+
+    @torch.no_grad()
+    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+        """Draw one image per request along the edges of its map.
+
+        Returns:
+            N images in the order of ``requests``, uint8, each at the size of the image that its map was made of.
+
+        Raises:
+            ConfigError: if there is a guide.
+            NotFittedError: if a class has no compressed exemplar, or an item is unknown.
+        """
+        if guide is not None:
+            raise ConfigError(f"the source {self.config.name!r} draws along edges and cannot be guided")
+        known = {one.item: one for maps in self.maps.values() for one in maps}
+        known |= self.at_hand
+        unknown = torch.tensor([item not in known for item in requests.item.tolist()], dtype=torch.bool)
+        self.require_fitted(requests.labels[unknown])
+        images = self.in_chunks(requests, partial(self._draw, known=known))
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) == 1:
+            return ImageSet.of(torch.stack(images), requests.labels)
+        return sum((ImageSet.of(image[None], label[None]) for image, label in zip(images, requests.labels)), ImageSet())
+
+    def _draw(self, requests: Requests, known: dict[int, EdgeMap]) -> list[Tensor]:
+        rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
+        maps = [known[item] if item >= 0 else self._in_turn(label, copy) for label, item, copy in rows]
+        drawn = self.draw(requests, maps, self._generators(requests))
+        return [match_channels(image, self.dataset.channels) for image in drawn]
+
+    def _in_turn(self, label: int, number: int) -> EdgeMap:
+        if not self.maps.get(label):
+            raise NotFittedError(f"class {label} has no compressed exemplar to draw: syn_per_class was 0")
+        return self.maps[label][number % len(self.maps[label])]
+
+    def _generators(self, requests: Requests) -> list[torch.Generator]:
+        if self.config.copy_noise == "own":
+            return requests.generators()
+        return [torch.Generator().manual_seed(copy) for copy in requests.copy.tolist()]
+
+    def in_drawing_order(self, requests: Requests) -> Requests:
+        """The same requests with those of one size side by side, so that they are drawn together."""
+        known = {one.item: one for maps in self.maps.values() for one in maps} | self.at_hand
+        shapes = [known[item].shape for item in requests.item.tolist()]
+        return requests.take(torch.tensor(sorted(range(len(shapes)), key=shapes.__getitem__), dtype=torch.int64))
+
+    # ------------------------------------------------------------------ keeping
+
+    def describe(self) -> str:
+        """What becomes of an exemplar and of a new image."""
+        config = self.config
+        shown = f"{config.augmentations_per_image} copies of each, shown with probability {config.augmentation_prob:g}"
+        return f"{config.syn_per_class} exemplars per class as edge maps, {shown} for new images and real exemplars"
+
+    def save(self, directory: Path) -> None:
+        """The edge maps; a subclass adds its generator if that was learned here."""
+        save_tensors(Path(directory) / EDGE_MAPS, pack(self.maps))
+
+    def load(self, directory: Path) -> None:
+        """Take over what ``save`` wrote."""
+        self.maps = unpack(load_tensors(Path(directory) / EDGE_MAPS))
+        self.fitted_classes = set(self.maps)

@@ -1,0 +1,137 @@
+"""ESCORT in the life of a task: what is compressed, what is shown, what it costs."""
+
+import json
+
+import pytest
+import torch
+
+from learners.configure import build_config
+from learners.experiment import Experiment
+from tests.toy import tiny_source, toy_dataset, toy_experiment, toy_raw
+from utils.checkpoint import load_tensors
+from utils.errors import ConfigError
+from utils.runtime import Runtime
+
+
+def escort(folder, learner="icarl", memory_per_class=4, **keys):
+    synth = {**tiny_source("small_controlnet"), **keys}
+    return toy_experiment(learner, folder, fixed_memory=True, memory_per_class=memory_per_class, synth=synth)
+
+
+def error_of(folder, learner="icarl", **keys):
+    with pytest.raises(ConfigError) as error:
+        escort(folder, learner, **keys).check()
+    return str(error.value)
+
+
+# A map of 16x16 bits costs 32 bytes, a grey toy image of 8x8 pixels 64: two maps are one image.
+@pytest.mark.parametrize(("real", "compressed"), [(4, 0), (3, 2), (2, 4), (0, 8)])
+def test_the_budget_is_images_and_what_maps_cost_of_them(tmp_path, real, compressed):
+    learner = escort(tmp_path, real_per_class=real, syn_per_class=compressed).check()
+    assert (learner.memory.per_class, learner.num_compressed) == (real, compressed)
+
+
+def test_real_exemplars_take_what_the_maps_leave(tmp_path):
+    assert escort(tmp_path, syn_per_class=3).check().memory.per_class == 2  # 2 + 3 / 2 <= 4
+
+
+def test_more_than_the_budget_is_refused_with_the_arithmetic(tmp_path):
+    message = error_of(tmp_path, real_per_class=3, syn_per_class=3)
+    assert "3 + 3 / 2 = 4.500" in message and "memory_per_class=4" in message and "syn_per_class=2 fit" in message
+
+
+def test_more_exemplars_than_a_class_has_images_are_refused_before_training(tmp_path):
+    assert "has only 10 training images" in error_of(tmp_path, memory_per_class=10, real_per_class=6, syn_per_class=5)
+
+
+def test_a_shared_total_is_refused(tmp_path):
+    raw = toy_raw("icarl", tmp_path, fixed_memory=False, synth=tiny_source("small_controlnet"))
+    config, _ = build_config(raw)
+    with pytest.raises(ConfigError, match="fixed_memory=true"):
+        Experiment(config, "toy", 7, toy_dataset(), Runtime(["cpu"], "fp32")).check()
+
+
+def test_real_exemplars_of_a_learner_without_memory_are_refused(tmp_path):
+    assert "real_per_class=2" in error_of(tmp_path, "finetune", real_per_class=2, syn_per_class=3)
+
+
+def test_first_picks_stay_images_and_the_next_ones_become_maps(tmp_path):
+    experiment = escort(tmp_path, real_per_class=2, syn_per_class=3)
+    experiment.run()
+    learner = experiment.learner
+    assert learner.memory.images.counts(6).tolist() == [2] * 6
+    assert {label: len(maps) for label, maps in learner.source.maps.items()} == dict.fromkeys(range(6), 3)
+    picks = learner.picks(experiment.data.task(2), 5, None)  # of the last task, remembered
+    own = experiment.data.train_images(experiment.data.task(2)).select([5])
+    kept = learner.memory.images.select([5])
+    assert all(torch.equal(kept.image(i), own.image(pick)) for i, pick in enumerate(picks[:2]))
+    assert [learner.source.compress(own.image(pick)) for pick in picks[2:]] == learner.source.maps[5]
+
+
+def test_memory_grows_as_published(tmp_path):
+    """Card 8.13 with the toy's classes: R = 2 and S = 3 of each of 2, 4, 6 classes."""
+    experiment = escort(tmp_path, real_per_class=2, syn_per_class=3, augmentation_prob=0.5)
+    entries = []
+    save = experiment._save
+
+    def count(task):
+        entries.append((len(experiment.learner.memory.images), experiment.learner.source.num_compressed))
+        save(task)
+
+    experiment._save = count
+    experiment.run()
+    assert entries == [(4, 6), (8, 12), (12, 18)]
+
+
+def test_with_the_method_off_the_run_is_the_plain_learners(tmp_path):
+    plain = toy_experiment("icarl", tmp_path / "plain", fixed_memory=True, memory_per_class=4)
+    off = escort(tmp_path / "off", real_per_class=4, syn_per_class=0)
+    plain.run(), off.run()
+    networks = [experiment.folder / "checkpoints" / "task_2" / "network.safetensors" for experiment in (plain, off)]
+    first, second = map(load_tensors, networks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_what_is_shown_is_drawn(tmp_path):
+    experiment = escort(tmp_path, real_per_class=1, syn_per_class=2, augmentations_per_image=5)
+    experiment.run()
+    bank = experiment.learner.bank.root
+    files = json.loads((bank / "task_0" / "manifest.json").read_text())["files"]
+    copies = {int(name.partition("_seed")[2][:2]) for name in files}
+    assert len(files) < 4 * 5 and copies <= set(range(5))  # two epochs in each of two tasks show no more
+    assert all((bank / "task_0" / name).exists() for name in files)
+
+
+def test_everything_is_drawn_before_a_training_where_that_is_asked(tmp_path):
+    experiment = escort(
+        tmp_path, real_per_class=1, syn_per_class=2, augmentation_prob=0.5, augmentations_per_image=3, prepare="all"
+    )
+    experiment.run()
+    files = json.loads((experiment.learner.bank.root / "task_0" / "manifest.json").read_text())["files"]
+    assert len(files) == 2 * 10 * 3  # ten images of each of two classes, exemplars among them
+
+
+def test_prepared_and_needed_copies_train_the_same_network(tmp_path):
+    results = []
+    for prepare in ("needed", "all"):
+        experiment = escort(
+            tmp_path / prepare, real_per_class=1, syn_per_class=2, augmentation_prob=0.5, prepare=prepare
+        )
+        results.append(experiment.run()["accuracy_matrix"])
+    assert results[0] == results[1]
+
+
+def test_an_image_without_edges_is_said_once_and_drawn(tmp_path, caplog):
+    source = escort(tmp_path, syn_per_class=2).check().source
+    flat = torch.full((1, 8, 8), 90, dtype=torch.uint8)
+    assert source.compress(flat).is_empty and source.compress(flat // 2).is_empty
+    assert sum("no edges" in record.message for record in caplog.records) <= 1
+
+
+def test_report_shows_originals_maps_and_copies(tmp_path):
+    experiment = escort(tmp_path, syn_per_class=2)
+    experiment.run()
+    panel = json.loads((experiment.folder / "panels" / "compressed_1" / "panel.json").read_text())
+    assert panel["columns"] == ["original", "edge map", "copy 0", "copy 1", "copy 2"]
+    assert [row["name"] for row in panel["rows"]] == list(experiment.data.class_names[2:4])
+    assert all(cell is not None for row in panel["rows"] for cell in row["cells"])
