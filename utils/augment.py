@@ -1,7 +1,7 @@
-"""Rotations, colours and erased rectangles for whole batches, as GUIDE trains its classifier (arXiv:2403.03938).
+"""GUIDE's rotations, colours and erased rectangles for whole batches, and AutoAugment for single images.
 
-The formulas are those of kornia 0.7.1, which that paper uses; several differ from torchvision's of the same name. A
-batch is changed on its device; the draws are made on the CPU, so that a seed means the same everywhere.
+GUIDE's formulas (arXiv:2403.03938) are those of kornia 0.7.1; several differ from torchvision's of the same name.
+Images are changed on their device; the draws are made on the CPU, so that a seed means the same everywhere.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
+
+IMAGENET_POLICY = AutoAugment(AutoAugmentPolicy.IMAGENET)
 
 
 def rotate(images: Tensor, degrees: float, p: float, generator: torch.Generator) -> Tensor:
@@ -90,6 +93,27 @@ def erase(
     rows &= torch.rand(count, 1, generator=generator) < p
     rows, columns = rows.to(images.device), columns.to(images.device)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0)
+
+
+def auto_augment(image: Tensor, generator: torch.Generator) -> Tensor:
+    """One of 25 pairs of operations, each with a probability and a strength, that were found by search on ImageNet.
+
+    Cubuk et al., "AutoAugment: Learning Augmentation Strategies from Data", CVPR 2019, arXiv:1805.09501, Table 9. What
+    turns or shears into the image is black.
+
+    Args:
+        image: uint8 (1 or 3, H, W), on any device.
+        generator: on the CPU.
+
+    Returns:
+        uint8 (C, H, W).
+    """
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    # torchvision draws from the CPU's global generator alone. `torch.manual_seed` would reach a GPU's as well, which
+    # the fork does not restore.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return IMAGENET_POLICY(image)
 
 
 def rgb_to_hsv(images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From uint8 images to what a network wants, and nowhere else: sizes, channels, augmentation, value ranges.
 
 Small images are augmented as a whole batch on the device. Large ones are decoded, cropped and resized one by one in
-worker processes; what follows the crop runs per batch on the device.
+worker processes; what follows the crop runs per batch on the device, unless AutoAugment is part of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from utils.augment import erase, jiggle, rotate
+from utils.augment import auto_augment, erase, jiggle, rotate
 from utils.crops import crop_and_flip, random_resized_crop, shift_and_flip
 from utils.images import ImageSet, decode_image
 
@@ -31,6 +31,7 @@ class Recipe:
     flip: bool = False  # horizontal, p = 0.5
     brightness: float = 0.0  # factor drawn from [1 - b, 1 + b]
     crop_scale: tuple[float, float] | None = None  # RandomResizedCrop's area; None: no resized crop
+    auto_augment: bool = False  # ImageNet's, image by image after crop, flip and brightness; needs crop_scale
     rotation: float = 0.0  # degrees to either side, p = 0.5
     jiggle: float = 0.0  # brightness, contrast, saturation and hue by up to this much: `utils.augment.jiggle`
     erasing: float = 0.0  # probability of a black rectangle
@@ -46,6 +47,7 @@ RECIPES = {
     "imagenet": Recipe(flip=True, crop_scale=(0.08, 1.0)),
     "imagenet_jitter": Recipe(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0)),
     "asp": Recipe(flip=True, crop_scale=(0.05, 1.0), test_resize="bicubic"),
+    "escort": Recipe(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0), auto_augment=True),
     "guide": Recipe(padding=4, flip=True, rotation=30, jiggle=0.1, erasing=0.5),
 }
 
@@ -145,10 +147,11 @@ class ClassifierTransform:
 
     def load_train(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """One uint8 (C, H, W) image to uint8 (3, S, S), in a worker."""
-        scale = self.recipe.crop_scale
-        if scale is None:
+        recipe = self.recipe
+        if recipe.crop_scale is None:
             return match_channels(self._test_view(image), 3)
-        return match_channels(random_resized_crop(image, self.size, scale, generator), 3)
+        image = match_channels(random_resized_crop(image, self.size, recipe.crop_scale, generator), 3)
+        return self._auto_augment(image, generator) if recipe.auto_augment else image
 
     def load_test(self, image: Tensor) -> Tensor:
         """One uint8 (C, H, W) image to uint8 (3, S, S), in a worker."""
@@ -157,6 +160,10 @@ class ClassifierTransform:
     def train(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 (B, C, H, W), as kept or as loaded, to an augmented float batch (B, 3, S, S)."""
         recipe = self.recipe
+        if recipe.auto_augment:
+            if self.whole_batch:  # every image has operations of its own, so small ones too are changed one by one
+                images = torch.stack([self.load_train(image, generator) for image in images])
+            return self.test(images)  # at the network's size, so that only the normalisation is left
         if self._crops_batches:
             # Colours first, on the few stored pixels; stretching changes neither their scale nor their mean.
             pixels = self._alter(images, generator)
@@ -175,6 +182,16 @@ class ClassifierTransform:
 
     def _test_view(self, images: Tensor) -> Tensor:
         return resize_and_crop(images, self.size, self.recipe.test_resize)
+
+    def _auto_augment(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """What follows the crop, on one uint8 (3, S, S) image; each step gives whole grey levels, as with PIL."""
+        recipe = self.recipe
+        if recipe.flip and torch.rand((), generator=generator) < 0.5:
+            image = image.flip(-1)
+        if recipe.brightness:
+            factor = torch.empty(()).uniform_(1 - recipe.brightness, 1 + recipe.brightness, generator=generator)
+            image = F.adjust_brightness(image, float(factor))
+        return auto_augment(image, generator)
 
     def _alter(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """What follows shift and flip; a step that the recipe leaves out draws nothing."""

@@ -1,4 +1,4 @@
-"""GUIDE's augmentation, checked against torchvision, colorsys and loops over single images."""
+"""GUIDE's augmentation and AutoAugment, checked against torchvision, colorsys and loops over single images."""
 
 import colorsys
 
@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv2
 
-from utils.augment import erase, hsv_to_rgb, jiggle, rgb_to_hsv, rotate
+from utils.augment import auto_augment, erase, hsv_to_rgb, jiggle, rgb_to_hsv, rotate
 
 AREA, ASPECT = (0.1, 0.5), (0.3, 3.3)
 
@@ -164,6 +164,35 @@ def test_what_is_not_erased_keeps_every_bit():
     images = noise(20) + 0.1
     erased = erase(images, 0.5, AREA, ASPECT, generator())
     assert torch.equal(erased, images.where((erased != 0).all(1, keepdim=True), 0))  # all channels or none
+
+
+# ---------------------------------------------------------------------- AutoAugment
+
+
+def grey_levels(side=16):
+    """One image, uint8 (3, side, side), that holds every grey level from 0 to 255 once."""
+    return torch.arange(side * side, dtype=torch.uint8).view(1, side, side).expand(3, -1, -1).contiguous()
+
+
+def test_auto_augment_leaves_the_global_generators_as_they_were():
+    state = torch.get_rng_state()
+    results = [auto_augment(grey_levels(), generator(seed)) for seed in (1, 1, 3)]
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_auto_augment_does_not_depend_on_the_global_generators():
+    torch.manual_seed(5)
+    first = [auto_augment(grey_levels(), generator(seed)) for seed in range(20)]
+    torch.manual_seed(6)
+    assert all(torch.equal(image, auto_augment(grey_levels(), generator(seed))) for seed, image in enumerate(first))
+
+
+def test_images_are_inverted_as_often_as_the_published_table_says():
+    # With every level once, equalising changes nothing: two of 25 pairs invert and equalise, one sharpens and inverts.
+    image, draw = grey_levels(), generator()
+    inverted = [bool(auto_augment(image, draw)[0, 0, 0] > 250) for _ in range(3000)]
+    assert sum(inverted) / 3000 == pytest.approx(3 / 25 * 0.6, abs=0.015)
 
 
 # ---------------------------------------------------------------------- all of them

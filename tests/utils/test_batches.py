@@ -151,7 +151,7 @@ def test_shards_partition_every_batch_unless_it_is_smaller_than_their_number(cou
         assert sorted(together) == sorted(batch.index.tolist())
 
 
-@pytest.mark.parametrize("recipe", ["none", "imagenet", "imagenet_jitter"])
+@pytest.mark.parametrize("recipe", ["none", "imagenet", "imagenet_jitter", "escort"])
 def test_large_images_are_the_same_with_and_without_worker_processes(photographs, recipe):
     alone, helped = (
         list(batches_of(photographs, recipe=recipe, size=16, in_memory=False, num_workers=workers).epoch(0))

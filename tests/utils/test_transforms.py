@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torchvision import transforms as tv
 from torchvision.transforms.v2 import functional as tv2
 
-from utils.augment import erase, jiggle, rotate
+from utils.augment import auto_augment, erase, jiggle, rotate
 from utils.crops import crop_and_flip, crop_boxes, random_resized_crop, shift_and_flip
 from utils.images import ImageSet
 from utils.transforms import (
@@ -161,6 +161,35 @@ def test_guide_shifts_flips_turns_jiggles_and_erases_one_after_the_other():
     guide = ClassifierTransform(RECIPES["guide"], 8, (0.5,) * 3, (0.5,) * 3, True)
     assert_close(guide.train(images, generator(5)), pixels * 2 - 1)
     assert_close(guide.test(images), to_unit_range(images))
+
+
+def test_escort_crops_flips_brightens_and_auto_augments_one_image_after_the_other():
+    images, draw, expected = noise_images(20, height=60, width=50), generator(5), []
+    for image in images:
+        image = random_resized_crop(image, 24, (0.08, 1.0), draw)
+        image = image.flip(-1) if torch.rand((), generator=draw) < 0.5 else image
+        factor = torch.empty(()).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw).item()
+        expected.append(auto_augment((image * factor).clamp(0, 255).to(torch.uint8), draw))
+    escort, same = transform(RECIPES["escort"], 24, in_memory=False), generator(5)
+    loaded = torch.stack([escort.load_train(image, same) for image in images])
+    assert_close(loaded, torch.stack(expected), rtol=0, atol=0)
+
+
+def test_what_escorts_workers_leave_to_the_device_is_the_normalisation_alone():
+    images, draw = noise_images(4, height=24, width=24), generator(5)
+    batch = transform(RECIPES["escort"], 24, in_memory=False).train(images, draw)
+    assert_close(batch, tv.Normalize(MEAN, STD)(images / 255))
+    assert torch.equal(draw.get_state(), generator(5).get_state())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_escort_sees_small_images_in_memory_as_it_sees_files(channels):
+    images, draw = noise_images(8, channels, 8, 8), generator(3)
+    small = transform(RECIPES["escort"], 24)
+    files = transform(RECIPES["escort"], 24, in_memory=False)
+    loaded = torch.stack([files.load_train(image, draw) for image in images])
+    assert_close(small.train(small.keep(images, training=True), generator(3)), files.train(loaded, draw))
+    assert_close(small.test(images), files.test(torch.stack([files.load_test(image) for image in images])))
 
 
 def test_a_flip_before_a_rotation_is_one_after_the_opposite_rotation():
