@@ -1,5 +1,6 @@
 """Reading data sets: class folders, scikit-learn's digits, and what torchvision would download."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -288,6 +289,75 @@ def test_absent_cub_says_how_to_unpack_it(tmp_path):
         load_dataset("cub_official", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["food101", "Caltech256", "PLACES100", "imagenet100_escort"])
+def test_escorts_data_sets_share_one_transform_and_find_the_folders_of_the_original(tmp_path, name):
+    original = {"food101": "Food101", "PLACES100": "Places100", "imagenet100_escort": "ImageNet100"}.get(name, name)
+    write_folders(tmp_path / original, images=[("RGB", (80, 60)), ("L", (70, 90))])
+    dataset = load_dataset(name, tmp_path, offline=True)
+    assert dataset.name == name.lower() and not dataset.in_memory
+    assert (dataset.augmentation, dataset.image_size) == ("escort", 224)
+    assert (dataset.mean, dataset.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_escorts_edge_maps_and_copies_beside_train_and_test_are_not_read(tmp_path):
+    folder = write_folders(tmp_path / "Places100")
+    write_image(folder / "edge_maps" / "cat" / "0.bmp", "L")
+    write_image(folder / "exemplars" / "cat" / "0_seed00.jpg")
+    dataset = load_dataset("places100", tmp_path)
+    assert (len(dataset.train), len(dataset.test), dataset.class_names) == (4, 4, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",), ("test",)])
+def test_the_clutter_of_caltech256_is_left_out_in_either_split_and_the_source_says_so(tmp_path, splits):
+    folder = write_folders(tmp_path / "Caltech256", classes=["001.ak47", "256.toad"])
+    write_folders(folder, classes=["257.clutter"], splits=splits)
+    dataset, found = load_dataset("caltech256", tmp_path), find_dataset("caltech256", tmp_path)
+    assert dataset.class_names == ["001.ak47", "256.toad"] and len(dataset.train) == len(dataset.test) == 4
+    assert found.num_classes == 2
+    said = f"class folders in {folder}" + " without 257.clutter" * ("train" in splits)
+    assert dataset.source.startswith(f"{said} (4 training") and found.text == f"{said} (2 classes)"
+
+
+def write_food(data_dir):
+    """Food-101 as torchvision unpacks it, with two classes out of alphabetical order."""
+    folder = data_dir / "food-101"
+    splits = {"train": {"waffles": ["waffles/2", "waffles/1"], "apple_pie": ["apple_pie/7"]}}
+    splits["test"] = {"waffles": ["waffles/3"], "apple_pie": ["apple_pie/8"]}
+    (folder / "meta").mkdir(parents=True)
+    for split, images in splits.items():
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(images))
+        for image in (image for names in images.values() for image in names):
+            write_image(folder / "images" / f"{image}.jpg", size=(70, 80))
+    return folder
+
+
+def test_food101_is_read_with_its_official_split_as_torchvision_unpacks_it(tmp_path):
+    folder = write_food(tmp_path)
+    dataset = load_dataset("food101", tmp_path, offline=True)
+    train, test = (
+        [path.removeprefix(f"{folder}/images/") for path in images.parts[0].images]
+        for images in (dataset.train, dataset.test)
+    )
+    assert train == ["apple_pie/7.jpg", "waffles/1.jpg", "waffles/2.jpg"]
+    assert test == ["apple_pie/8.jpg", "waffles/3.jpg"]
+    assert (dataset.class_names, dataset.train.labels.tolist()) == (["apple_pie", "waffles"], [0, 1, 1])
+    assert "official split" in dataset.source and find_dataset("food101", tmp_path).present
+
+
+def test_class_folders_of_food101_win_over_the_download(tmp_path):
+    write_food(tmp_path)
+    write_folders(tmp_path / "Food101", classes=["a", "b", "c"])
+    assert load_dataset("Food101", tmp_path).class_names == ["a", "b", "c"]
+    assert find_dataset("food101", tmp_path).num_classes == 3
+
+
+def test_an_image_that_an_interrupted_unpacking_of_food101_left_out_is_named(tmp_path):
+    folder = write_food(tmp_path)
+    (folder / "images" / "waffles" / "2.jpg").unlink()
+    with pytest.raises(DataError, match=r"waffles/2\.jpg is missing; delete .*food-101 to unpack it anew"):
+        load_dataset("food101", tmp_path)
+
+
 def test_digits_are_scaled_to_bytes_and_split_by_class():
     dataset = load_dataset("digits")
     images = torch.cat([dataset.train.parts[0].images, dataset.test.parts[0].images])
@@ -345,7 +415,7 @@ def test_a_failed_download_says_what_to_put_where_and_why_it_failed(monkeypatch,
 def test_every_known_data_set_can_be_asked_for_without_reading_it(tmp_path):
     found = {name: find_dataset(name, tmp_path) for name in DATASETS.names()}
     assert [name for name in found if found[name].present] == ["digits"]
-    fetchable = ["cifar10", "cifar100", "cifar224", "fashion_mnist", "mnist"]
+    fetchable = ["cifar10", "cifar100", "cifar224", "fashion_mnist", "food101", "mnist"]
     assert [name for name in found if found[name].fetchable] == fetchable
     assert all(str(tmp_path) in found[name].text for name in found if name != "digits")
 

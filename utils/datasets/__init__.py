@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.datasets.base import LARGE_FOLDER, LARGE_SIDE, SMALL_FOLDER, Dataset, Found, Images, Recipe
-from utils.datasets.folders import list_class_names, read_folders, read_through
+from utils.datasets.folders import describe_left_out, list_class_names, read_folders, read_through
 from utils.errors import ConfigError, DataError
 from utils.registry import Registry, nearest
 
@@ -36,7 +36,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", offline: bool = False
     """
     place = _look_up(name, Path(data_dir))
     if place.folder is not None:
-        images = read_folders(place.folder, place.recipe.test_folders if place.recipe else ("test",))
+        test_folders = place.recipe.test_folders if place.recipe else ("test",)
+        images = read_folders(place.folder, test_folders, left_out=place.left_out)
     elif place.recipe is not None and place.recipe.provider is not None:
         images = _provide(place, Path(data_dir), offline)
     else:
@@ -67,8 +68,9 @@ def find_dataset(name: str, data_dir: str | Path = "data") -> Found:
     """
     place = _look_up(name, Path(data_dir))
     if place.folder is not None:
-        count = len(list_class_names(place.folder / "train"))
-        return Found(True, False, f"class folders in {place.folder} ({count} classes)", count)
+        count = len(set(list_class_names(place.folder / "train")) - set(place.left_out))
+        without = describe_left_out(place.folder, place.left_out)
+        return Found(True, False, f"class folders in {place.folder}{without} ({count} classes)", count)
     provider = place.recipe.provider if place.recipe else None
     if provider is None:
         return Found(False, False, place.absent, None)
@@ -83,6 +85,10 @@ class _Place(NamedTuple):
     recipe: Recipe | None
     folder: Path | None
     absent: str
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return self.recipe.left_out if self.recipe else ()
 
 
 def _look_up(name: str, data_dir: Path) -> _Place:

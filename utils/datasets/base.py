@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils.images import ImageSet
 
-Augmentation = Literal["none", "cifar", "crop", "imagenet", "imagenet_jitter", "asp"]
+Augmentation = Literal["none", "cifar", "crop", "imagenet", "imagenet_jitter", "asp", "escort"]
 Triple = tuple[float, float, float]
 Split = tuple[Tensor, Tensor]
 
@@ -75,6 +75,7 @@ class Recipe:
         image_size: side of the network's input; None: the stored side of small images, 224 for large ones.
         folders: other names of its folder in ``data_dir``.
         test_folders: names of the folder with test images; the first that holds the training classes is read.
+        left_out: class folders that are no classes, which are not read.
         provider: what stands in where there are no class folders; None: nothing can.
         view: makes small images of one size from uint8 (..., C, H, W) of any; all of them are read through it into
             memory. None: large images stay files.
@@ -86,6 +87,7 @@ class Recipe:
     image_size: int | None = None
     folders: tuple[str, ...] = ()
     test_folders: tuple[str, ...] = ("test",)
+    left_out: tuple[str, ...] = ()
     provider: Provider | None = None
     view: Callable[[Tensor], Tensor] | None = None
 

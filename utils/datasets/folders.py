@@ -40,25 +40,38 @@ def list_class_names(split: Path) -> list[str]:
     return sorted(names)
 
 
-def read_folders(folder: Path, test_folders: Sequence[str], class_names: list[str] | None = None) -> Images:
+def read_folders(
+    folder: Path,
+    test_folders: Sequence[str],
+    class_names: list[str] | None = None,
+    left_out: Sequence[str] = (),
+) -> Images:
     """Read ``folder/train`` and the first of ``test_folders`` that holds the same classes.
 
     Args:
         folder: holds train and test folders.
         test_folders: names to try for the test images.
         class_names: read these classes only; None: all.
+        left_out: class folders that are passed over, in either split.
 
     Raises:
         DataError: if test images are missing, the two splits have other classes, a class has no image, or an image
             is broken. The message names the folder or file.
     """
     test_folder = _pick_test_folder(folder, test_folders)
-    train = _class_files(folder / "train", class_names)
-    test = _class_files(test_folder, class_names)
+    train = _without(left_out, _class_files(folder / "train", class_names))
+    test = _without(left_out, _class_files(test_folder, class_names))
     _check_same_classes(folder / "train", list(train), test_folder, list(test))
     _check_not_empty(folder / "train", train)
     _check_not_empty(test_folder, test)
-    return read_files(train, {name: test[name] for name in train}, f"class folders in {folder}")
+    source = f"class folders in {folder}{describe_left_out(folder, left_out)}"
+    return read_files(train, {name: test[name] for name in train}, source)
+
+
+def describe_left_out(folder: Path, left_out: Sequence[str]) -> str:
+    """Which of ``left_out`` are class folders of ``folder/train``: " without a, b", or nothing where none is."""
+    present = [name for name in left_out if (folder / "train" / name).is_dir()]
+    return f" without {', '.join(present)}" if present else ""
 
 
 def read_files(train: dict[str, list[str]], test: dict[str, list[str]], source: str) -> Images:
@@ -117,6 +130,10 @@ def _class_files(split: Path, class_names: list[str] | None) -> dict[str, list[s
         files = _annotated_files(split)
         return {name: files.get(name, []) for name in class_names or sorted(files)}
     return {name: _image_files(split / name) for name in class_names or list_class_names(split)}
+
+
+def _without(left_out: Sequence[str], files: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {name: paths for name, paths in files.items() if name not in left_out}
 
 
 def _image_files(folder: Path) -> list[str]:

@@ -1,7 +1,8 @@
-"""Photographs in class folders, which the user puts into `data_dir`."""
+"""Photographs, which stay files: class folders and published archives in `data_dir`."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from utils.transforms import square
 
 EITHER = ("test", "val")
 IMAGENET_FOLDERS = ("imagenet1000", "imagenet")
+FOOD_FOLDER = "food-101"
 CUB_FOLDER = "CUB_200_2011"
 CUB_TABLES = ("images", "train_test_split", "image_class_labels", "classes")
 
@@ -79,9 +81,42 @@ class OfficialCub:
         return read_files(train, test, text)
 
 
+@dataclass(frozen=True)
+class OfficialFood:
+    """Food-101 as torchvision downloads it, with its published split (Bossard et al., ECCV 2014)."""
+
+    num_classes: int = 101
+    fetchable: bool = True
+
+    def describe(self, data_dir: Path) -> tuple[bool, str]:
+        folder = data_dir / FOOD_FOLDER
+        if (folder / "meta").is_dir() and (folder / "images").is_dir():
+            return True, f"torchvision's Food101 and its official split in {folder}"
+        return False, f"torchvision's Food101, to be downloaded into {folder} (5 GB)"
+
+    def load(self, data_dir: Path, offline: bool) -> Images:
+        import torchvision
+
+        torchvision.datasets.Food101(str(data_dir), download=not offline)
+        folder = data_dir / FOOD_FOLDER
+        train, test = (_food_files(folder, split) for split in ("train", "test"))
+        return read_files(train, test, f"torchvision's Food101 and its official split in {folder}")
+
+
 def squashed_middle(image: Tensor) -> Tensor:
     """ImageNet as GUIDE sees it (GUIDE card, 4): uint8 (..., C, H, W) squashed to 76x76, then the middle 64x64."""
     return F.center_crop(square(image, 76, "bilinear"), [64, 64])
+
+
+def _food_files(folder: Path, split: str) -> dict[str, list[str]]:
+    """Paths by class, sorted as class folders would be."""
+    images = json.loads((folder / "meta" / f"{split}.json").read_text(encoding="utf-8"))
+    files = {name: sorted(str(folder / "images" / f"{image}.jpg") for image in images[name]) for name in sorted(images)}
+    missing = next((path for paths in files.values() for path in paths if not Path(path).is_file()), None)
+    if missing is not None:
+        # torchvision unpacks nothing where the folder is there, whatever an interrupted unpacking left out.
+        raise FileNotFoundError(f"{missing} is missing; delete {folder} to unpack it anew")
+    return files
 
 
 def _read_table(path: Path) -> dict[str, str]:
@@ -96,6 +131,8 @@ def _read_table(path: Path) -> dict[str, str]:
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "test_folders": EITHER}
 # ASP and PILOT feed these to a ViT as pixels in [0, 1], without mean and deviation (ASP card, 2.4).
 ASP = {"augmentation": "asp", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": LARGE_SIDE}
+# ESCORT treats all of its data sets alike (ESCORT card, 1.6).
+ESCORT = {"augmentation": "escort", "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": LARGE_SIDE}
 
 for name, recipe in {
     "tiny_imagenet": Recipe("imagenet", folders=("tiny-imagenet-200", "tiny-imagenet"), image_size=64, **IMAGENET),
@@ -113,5 +150,11 @@ for name, recipe in {
     "imagenetr": Recipe(folders=("imagenet-r",), test_folders=EITHER, **ASP),
     "cub": Recipe(folders=("cub200",), **ASP),
     "cub_official": Recipe(provider=OfficialCub(), **ASP),
+    "food101": Recipe(folders=("Food101",), provider=OfficialFood(), **ESCORT),
+    "caltech256": Recipe(folders=("Caltech256",), left_out=("257.clutter",), **ESCORT),
+    "places100": Recipe(folders=("Places100",), **ESCORT),
+    "imagenet100_escort": Recipe(
+        folders=("imagenet100", "ImageNet100"), test_folders=EITHER, provider=FirstOfImageNet(), **ESCORT
+    ),
 }.items():
     DATASETS.register(name)(recipe)
