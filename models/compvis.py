@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.diffusers_folder import HUB_ID, LDM_SCHEDULE, has_vocabulary
+from models.diffusers_folder import LDM_SCHEDULE, check_tokenizer
 from models.diffusers_parts import Parts, read_tokenizer
 from models.weights import load_exactly, read_weights
 from utils.errors import ConfigError, WeightsError
@@ -73,13 +73,7 @@ def check_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool)
             "CompVis/ldm-text2im-large-256, which needs no YAML"
         )
     read_yaml(yaml)
-    may_be_fetched = HUB_ID.fullmatch(tokenizer) and not Path(tokenizer).exists() and not offline
-    if not may_be_fetched and not has_vocabulary(tokenizer):
-        raise WeightsError(
-            f"tokenizer={tokenizer!r} is no folder with a vocab.txt"
-            + ", nor is it in the hub's cache, and nothing is fetched offline" * offline
-            + ": put the vocab.txt of bert-base-uncased into a folder and name that"
-        )
+    check_tokenizer(tokenizer, "vocab.txt", "bert-base-uncased", offline)
 
 
 def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) -> Parts:
@@ -198,7 +192,7 @@ def _convert_unet(params: dict[str, Any], weights: dict[str, Tensor], path: str)
     config = create_unet_diffusers_config_from_ldm({"model": {"params": params}}, section)
     # The library takes every checkpoint for one of 512 pixels.
     config["sample_size"] = LATENT_SIDE
-    return _fill(lambda: UNet2DConditionModel.from_config(config), convert_ldm_unet_checkpoint, config, section, path)
+    return fill(lambda: UNet2DConditionModel.from_config(config), convert_ldm_unet_checkpoint, config, section, path)
 
 
 def _convert_vae(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> nn.Module:
@@ -207,7 +201,7 @@ def _convert_vae(params: dict[str, Any], weights: dict[str, Tensor], path: str) 
 
     section = {key: value for key, value in weights.items() if key.startswith(VAE_PARTS)}
     config = create_vae_diffusers_config_from_ldm({"model": {"params": params}}, section)
-    return _fill(lambda: AutoencoderKL.from_config(config), convert_ldm_vae_checkpoint, config, section, path)
+    return fill(lambda: AutoencoderKL.from_config(config), convert_ldm_vae_checkpoint, config, section, path)
 
 
 def _convert_text_encoder(weights: dict[str, Tensor], path: str) -> nn.Module:
@@ -225,13 +219,33 @@ def _convert_text_encoder(weights: dict[str, Tensor], path: str) -> nn.Module:
         )  # fmt: skip
     except KeyError as error:
         raise _lacks(path, error) from error
-    return _fill(lambda: LDMBertEncoder(config), _rename_text, config, section, path)
+    return fill(lambda: LDMBertEncoder(config), _rename_text, config, section, path)
 
 
-def _fill(build: Callable, convert: Callable, config: Any, section: dict[str, Tensor], path: str) -> nn.Module:
-    """A network with the converted weights of one section, each of which must have been used.
+def fill(
+    build: Callable[[], nn.Module],
+    convert: Callable,
+    config: Any,
+    section: dict[str, Tensor],
+    path: str,
+    wanted: str = "that the YAML describes",
+    hint: str = "Use the YAML that came with the checkpoint, or fetch the checkpoint again",
+) -> nn.Module:
+    """A network with the converted weights of one section of a checkpoint, each of which must have been used.
 
     diffusers' own ``from_single_file`` would not say which weights are missing, nor that some were left over.
+
+    Args:
+        build: makes the network, on the meta device unless it says otherwise.
+        convert: gives diffusers' names to a section of this config.
+        config: of the network.
+        section: weights under CompVis' names.
+        path: where they come from, for the message.
+        wanted: which network it must be, for the message.
+        hint: what the user may do.
+
+    Raises:
+        WeightsError: if a weight is missing, misshapen or left over.
     """
     try:
         converted = {key: value for key, value in convert(section, config).items() if value is not None}
@@ -242,9 +256,8 @@ def _fill(build: Callable, convert: Callable, config: Any, section: dict[str, Te
     with torch.device("meta"):  # nothing is drawn at random first, and no weight is there twice
         network = build()
     load_exactly(
-        network, converted | left_over, path, what=f"the {type(network).__name__} that the YAML describes",
-        hint="Use the YAML that came with the checkpoint, or fetch the checkpoint again", assign=True,
-    )  # fmt: skip
+        network, converted | left_over, path, what=f"the {type(network).__name__} {wanted}", hint=hint, assign=True
+    )
     return network
 
 

@@ -1,4 +1,4 @@
-"""Where diffusers keeps a text-to-image model: a folder with model_index.json, on disk or on the hub."""
+"""Where diffusers keeps a model, on disk or on the hub: a folder with model_index.json, or with one network."""
 
 from __future__ import annotations
 
@@ -53,34 +53,99 @@ LAYOUTS = {
 }
 
 
-def check_folder(source: str, offline: bool) -> None:
+@dataclass(frozen=True)
+class Sought:
+    """What a key of the config names, for checks and errors.
+
+    Attributes:
+        key: of the config.
+        kind: of model.
+        example: a hub id that fits.
+        file: a published single file that fits as well.
+        network: one network, not a pipeline of several.
+    """
+
+    key: str
+    kind: str
+    example: str
+    file: str | None = None
+    network: bool = False
+
+    @property
+    def index(self) -> str:
+        """The file by which such a folder is known."""
+        return "config.json" if self.network else "model_index.json"
+
+    def missing(self, folder: Path) -> list[str]:
+        """Files that are absent, weights by the better one of their names."""
+        if not (folder / self.index).is_file():
+            return [self.index]
+        if not self.network:
+            return _missing(folder)
+        return [] if _holds_weights(folder, DIFFUSERS_WEIGHTS) else [DIFFUSERS_WEIGHTS[0]]
+
+
+LDM = Sought("ldm_ckpt", "text-to-image model", "CompVis/ldm-text2im-large-256", file="model.ckpt")
+
+
+def check_folder(source: str, offline: bool, sought: Sought = LDM) -> None:
     """See that a folder is whole, or that a hub id is in the cache or may be fetched; nothing is read or fetched.
 
     Raises:
         WeightsError: if not; it names what is missing and where it belongs.
     """
     if Path(source).is_dir():
-        _require_whole(Path(source))
+        _require_whole(Path(source), sought)
     elif "/" not in source or not HUB_ID.fullmatch(source):
+        another = f"another {sought.file}, a folder" if sought.file else "another folder"
         raise WeightsError(
-            f"ldm_ckpt={source!r}: there is no such file or folder. Put the weights there, or name another model.ckpt, "
-            "a folder with model_index.json, or a hub id such as CompVis/ldm-text2im-large-256"
+            f"{sought.key}={source!r}: there is no such file or folder. Put the weights there, or name {another} "
+            f"with {sought.index}, or a hub id such as {sought.example}"
         )
-    elif absent := _cached_folder(source)[1]:
+    elif absent := _cached_folder(source, sought)[1]:
         if offline:
-            raise _absent(source, absent, "nothing is fetched offline")
+            raise _absent(source, absent, "nothing is fetched offline", sought)
         if not hub_answers():
-            raise _absent(source, absent, "the hub does not answer")
+            raise _absent(source, absent, "the hub does not answer", sought)
 
 
-def find_folder(source: str, offline: bool) -> Path:
+def find_folder(source: str, offline: bool, sought: Sought = LDM) -> Path:
     """The model's folder; a hub id is fetched into the usual cache unless it is there.
 
     Raises:
         WeightsError: if the model is absent, incomplete or of a kind that we do not know.
     """
-    check_folder(source, offline)
-    return Path(source) if Path(source).is_dir() else _fetch(source)
+    check_folder(source, offline, sought)
+    return Path(source) if Path(source).is_dir() else _fetch(source, sought)
+
+
+def whole_folder(source: str, sought: Sought) -> Path | None:
+    """A folder, or the place of a hub id in the cache, if it lacks nothing; None: it has to be fetched."""
+    if Path(source).is_dir():
+        return None if sought.missing(Path(source)) else Path(source)
+    folder, absent = _cached_folder(source, sought)
+    return None if absent else folder
+
+
+def check_tokenizer(source: str, file: str, model: str, offline: bool) -> None:
+    """See that a tokenizer is a folder with words, or is in the cache under its hub id, or may be fetched.
+
+    Args:
+        source: folder or hub id.
+        file: that holds the words of the tokenizer which is wanted, for the message.
+        model: that this file comes from, for the message.
+        offline: nothing may be fetched.
+
+    Raises:
+        WeightsError: if not.
+    """
+    may_be_fetched = HUB_ID.fullmatch(source) and not Path(source).exists() and not offline
+    if not may_be_fetched and not has_vocabulary(source):
+        raise WeightsError(
+            f"tokenizer={source!r} is no folder with a {file}"
+            + ", nor is it in the hub's cache, and nothing is fetched offline" * offline
+            + f": put the {file} of {model} into a folder and name that"
+        )
 
 
 def layout_of(folder: Path) -> Layout:
@@ -121,21 +186,18 @@ def first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------- what is there
 
 
-def _require_whole(folder: Path) -> None:
-    absent = _missing(folder)
+def _require_whole(folder: Path, sought: Sought) -> None:
+    absent = sought.missing(folder)
     if absent:
-        checkpoints = [path.name for path in folder.glob("*.ckpt")]
-        hint = f"; or name the file itself, ldm_ckpt={folder / checkpoints[0]}" if checkpoints else ""
+        checkpoints = [path.name for path in folder.glob(f"*{Path(sought.file).suffix}")] if sought.file else []
+        hint = f"; or name the file itself, {sought.key}={folder / checkpoints[0]}" if checkpoints else ""
         raise WeightsError(
-            f"{folder} is not a whole text-to-image model of diffusers, it lacks {some(absent)}: "
+            f"{folder} is not a whole {sought.kind} of diffusers, it lacks {some(absent)}: "
             f"copy the files from the published model{hint}"
         )
 
 
 def _missing(folder: Path) -> list[str]:
-    """Files that are absent, weights by the better one of their names."""
-    if not (folder / "model_index.json").is_file():
-        return ["model_index.json"]
     layout = layout_of(folder)
     weights = {part: DIFFUSERS_WEIGHTS for part in layout.classes}
     weights[layout.text_encoder] = TRANSFORMERS_WEIGHTS
@@ -159,28 +221,28 @@ def _cached_file(hub_id: str, filename: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _cached_folder(hub_id: str) -> tuple[Path | None, list[str]]:
+def _cached_folder(hub_id: str, sought: Sought) -> tuple[Path | None, list[str]]:
     """Where the cache holds the model, and what of it is missing there."""
-    index = _cached_file(hub_id, "model_index.json")
-    return (None, ["model_index.json"]) if index is None else (index.parent, _missing(index.parent))
+    index = _cached_file(hub_id, sought.index)
+    return (None, [sought.index]) if index is None else (index.parent, sought.missing(index.parent))
 
 
-def _absent(hub_id: str, absent: list[str], why: str) -> WeightsError:
+def _absent(hub_id: str, absent: list[str], why: str, sought: Sought) -> WeightsError:
     from huggingface_hub import constants
 
     return WeightsError(
-        f"ldm_ckpt={hub_id!r}: the cache {constants.HF_HUB_CACHE} lacks {some(absent)} of this model, and {why}. "
+        f"{sought.key}={hub_id!r}: the cache {constants.HF_HUB_CACHE} lacks {some(absent)} of this model, and {why}. "
         f"Run once with a network, or copy the folder models--{hub_id.replace('/', '--')} into the cache from a "
         "machine that has it, or put the model's files into a folder of yours and name that folder"
     )
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, sought: Sought) -> Path:
     """The folder in the cache, filled if it is not whole."""
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder, absent = _cached_folder(hub_id)
+    folder, absent = _cached_folder(hub_id, sought)
     if not absent:
         return folder
     try:
@@ -188,6 +250,6 @@ def _fetch(hub_id: str) -> Path:
         folder = DiffusionPipeline.download(hub_id, safety_checker=None, feature_extractor=None)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = error.__cause__ or error
-        raise _absent(hub_id, absent, f"they could not be fetched ({first_line(reason)})") from error
-    _require_whole(Path(folder))
+        raise _absent(hub_id, absent, f"they could not be fetched ({first_line(reason)})", sought) from error
+    _require_whole(Path(folder), sought)
     return Path(folder)

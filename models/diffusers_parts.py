@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from models.diffusers_folder import LDM_SCHEDULE, find_folder, first_line, has_vocabulary, layout_of, read_json
+from models.diffusers_folder import (
+    LDM,
+    LDM_SCHEDULE,
+    Sought,
+    check_folder,
+    find_folder,
+    first_line,
+    has_vocabulary,
+    layout_of,
+    read_json,
+    whole_folder,
+)
 from models.weights import hub_answers, some
 from utils.errors import WeightsError
 
@@ -56,17 +67,17 @@ class Parts:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
 
-def read_folder(source: str, offline: bool) -> Parts:
+def read_folder(source: str, offline: bool, sought: Sought = LDM) -> Parts:
     """Read all parts of a folder or a hub id, which is fetched into the usual cache unless it is there.
 
     Raises:
         WeightsError: if the model is absent, incomplete, damaged or of a kind that we do not know.
     """
-    folder = find_folder(source, offline)
+    folder = find_folder(source, offline, sought)
     layout = layout_of(folder)
-    text_encoder = _read_network(folder, layout.text_encoder, layout.text_encoder_class)
-    unet = _read_network(folder, "unet", "UNet2DConditionModel")
-    vae = _read_network(folder, layout.vae, "AutoencoderKL")
+    text_encoder = _read_network(str(folder / layout.text_encoder), layout.text_encoder_class)
+    unet = _read_network(str(folder / "unet"), "UNet2DConditionModel")
+    vae = _read_network(str(folder / layout.vae), "AutoencoderKL")
     return Parts(
         vae, getattr(text_encoder, "model", text_encoder),  # LDMBertModel adds a vocabulary head that nobody uses
         read_tokenizer(str(folder / "tokenizer"), layout.tokenizer_class, offline=True), unet,
@@ -93,15 +104,26 @@ def read_tokenizer(source: str, kind: str, offline: bool) -> Any:
         ) from error
 
 
-def _read_network(folder: Path, part: str, kind: str) -> nn.Module:
+def read_network(source: str, kind: str, offline: bool, sought: Sought) -> nn.Module:
+    """Read one network from a folder or a hub id, which is fetched into the usual cache unless it is there.
+
+    Raises:
+        WeightsError: if it is absent, incomplete, damaged or of another architecture than its config.json says.
+    """
+    check_folder(source, offline, sought)
+    here = whole_folder(source, sought)
+    return _read_network(source if here is None else str(here), kind, local=here is not None)
+
+
+def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
     """A network of which every weight is there; weights that are left over are told by the library and do no harm."""
     try:
         # The library would give weights that are absent or misshapen random values, with a warning; here they count.
         network, report = _class(kind).from_pretrained(
-            str(folder / part), local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            source, local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{folder / part} cannot be read as {kind}: {first_line(error)}") from error
+        raise WeightsError(f"{source} cannot be read as {kind}: {first_line(error)}") from error
     problems = {
         "missing": sorted(report["missing_keys"]),
         "misshapen": [f"{key} {tuple(there)} instead of {tuple(wanted)}" for key, there, wanted in
@@ -111,7 +133,7 @@ def _read_network(folder: Path, part: str, kind: str) -> nn.Module:
     if problems["missing"] or problems["misshapen"]:
         text = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
         raise WeightsError(
-            f"the weights in {folder / part} are not those that its config.json asks for. {text}. Copy both from one "
+            f"the weights in {source} are not those that its config.json asks for. {text}. Copy both from one "
             "and the same model"
         )
     return network

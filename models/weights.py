@@ -16,16 +16,16 @@ WRAPPERS = ("state_dict", "model")  # keys under which training scripts put the 
 NAMED_AT_MOST = 5  # keys in an error
 
 
-def check_weights_file(path: str | Path) -> None:
-    """See that a local weight file is there and of a kind that we read.
+def check_weights_file(path: str | Path, key: str = "backbone_weights") -> None:
+    """See that a local weight file is there and of a kind that we read; ``key`` of the config names it.
 
     Raises:
         WeightsError: if it is not.
     """
     if Path(path).suffix not in SUFFIXES:
-        raise WeightsError(f"backbone_weights={str(path)!r}: use a file that ends in {', '.join(SUFFIXES)}")
+        raise WeightsError(f"{key}={str(path)!r}: use a file that ends in {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
-        raise WeightsError(f"backbone_weights={str(path)!r}: there is no such file")
+        raise WeightsError(f"{key}={str(path)!r}: there is no such file")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
