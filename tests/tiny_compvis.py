@@ -50,18 +50,18 @@ def compvis_weights(pipeline) -> dict[str, Tensor]:
     return named | {"betas": betas, "logvar": torch.zeros(1000), "first_stage_model.loss.logvar": torch.zeros(1)}
 
 
-def unet_name(key: str) -> str:
+def unet_name(key: str, layers: int = LAYERS) -> str:
     """Blocks are counted through all levels: the input convolution first, then residual blocks and resamplers."""
     for old, new in UNET_ENDS.items():
         if key.startswith(old):
             rest = key.removeprefix(old)
             return new + (renamed(rest, RESNET) if "resnets" in old else rest)
     side, level, kind, index, rest = re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", key).groups()
-    block = int(level) * (LAYERS + 1) + int(index)
+    block = int(level) * (layers + 1) + int(index)
     if kind == "downsamplers":
-        return f"input_blocks.{(int(level) + 1) * (LAYERS + 1)}.0.op.{rest.removeprefix('conv.')}"
-    if kind == "upsamplers":  # behind the last residual block of its level, which has no attention here
-        return f"output_blocks.{int(level) * (LAYERS + 1) + LAYERS}.1.{rest}"
+        return f"input_blocks.{(int(level) + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":  # behind the last residual block of its level, and the attention where it has one
+        return f"output_blocks.{int(level) * (layers + 1) + layers}.{1 + (int(level) > 0)}.{rest}"
     place = f"input_blocks.{block + 1}" if side == "down" else f"output_blocks.{block}"
     return f"{place}.{int(kind == 'attentions')}.{renamed(rest, RESNET) if kind == 'resnets' else rest}"
 
