@@ -97,7 +97,7 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     for experiment in experiments:
         if overwrite or experiment.finished() is None:
             experiment.check()
-            if config.synth is None or config.synth.source_dir is None:
+            if config.init_from is None and (config.synth is None or config.synth.source_dir is None):
                 break  # the others differ in their seed alone, and what another run kept is looked up by seed
     with runtime.accelerator.main_process_first():
         folder = claim_folder(config, name, overwrite and runtime.is_main)

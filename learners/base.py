@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learners.backbones import backbone_options
 from learners.exemplars import ExemplarKeeper
+from learners.initial import train_or_take
 from models.heads import HEADS
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone
@@ -52,6 +53,7 @@ class Learner(ExemplarKeeper, ABC):
     needs_source = False
     upper_bound = False  # trains on real images of all seen classes
     uses_exemplars = False
+    first_loss: str | None = None  # names how the first task is trained, for `init_from`; None: in a way of its own
     guides = False  # draws replay itself, bent by its classifier: its source must be one that can be guided
     head = "linear"
     eval_logits = "seen"  # or "all": whether classes not seen yet compete in `predict`
@@ -84,7 +86,7 @@ class Learner(ExemplarKeeper, ABC):
         self.before_training(task)
         self.replay = self.make_replay(task)
         with self.run.timed("train"):
-            self.train(task)
+            train_or_take(self, task)
             self.after_training(task)
         if fits and (task.num_seen < self.data.num_classes or self.config.synth.fit_after_last_task):
             with self.run.timed("fit_source"):

@@ -18,6 +18,7 @@ import torch
 from learners import LEARNERS
 from learners.backbones import weight_options
 from learners.base import Learner
+from learners.initial import require_initial
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
@@ -109,6 +110,8 @@ class Experiment:
         learner = make_learner(self.config, self.name, self.seed, self.data, self._make_run())
         if learner.source_fitter is not None:
             learner.source_fitter.require()
+        if self.config.init_from is not None:
+            require_initial(learner)
         if self._uses_given_images and self.config.synth.replay == "keep":
             for index in range(self.data.num_tasks - 1):  # nobody needs those of the last task
                 learner.bank.require(index)

@@ -34,6 +34,8 @@ class PyCILLearner(Learner):
         momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
         clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: any")
 
+    first_loss = "cross_entropy"  # and nothing else: each may start where another's first task ended (`init_from`)
+
     def train_config(self, task: Task) -> TrainConfig:
         """The first task's schedule, or the later tasks'."""
         return self.schedule(first=task.num_old == 0)

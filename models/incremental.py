@@ -50,6 +50,16 @@ class IncrementalNet(nn.Module):
         """Take the shapes that ``layout`` tells, so that a state_dict fits; the network must be new."""
         self.grow(layout["num_seen"])
 
+    def numbered_state(self) -> dict[str, Tensor]:
+        """The state by place and kind of tensor: the same names, however a network is cut into modules."""
+        named = enumerate(self.state_dict().items())
+        return {f"{place}.{name.rpartition('.')[2]}": value for place, (name, value) in named}
+
+    def load_numbered_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what ``numbered_state`` of a network with the same layers in the same order gave."""
+        names = zip(self.numbered_state(), self.state_dict(), strict=True)
+        self.load_state_dict({name: state[numbered] for numbered, name in names})
+
     def constant_parts(self) -> list[nn.Module]:
         """Parts that no later task changes."""
         return []

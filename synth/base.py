@@ -124,6 +124,11 @@ class ReplaySource(ABC):
         """
         return config.dump_without({*SourceConfig.model_fields, *cls.drawing_keys})
 
+    @classmethod
+    def first_task_settings(cls, config) -> dict[str, Any]:
+        """The keys that shape the classifier's training of the first task, for `init_from`. Default: none does."""
+        return {}
+
     @abstractmethod
     def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
         """One sample per request, in their order; see `Requests` for what makes it reproducible.

@@ -20,6 +20,7 @@ from utils.registry import nearest
 # Two settings that differ only in these are the same experiment; of a source_dir, each may hold other weights.
 NOT_IDENTITY = (
     "seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every", "synth.keep_sources",
+    "init_from",
 )  # fmt: skip
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's legacy generator takes, which orders PyCIL's classes
@@ -157,6 +158,9 @@ class RunConfig(BaseConfig):
     backbone_weights: str | None = Field(None, description="a local weight file for the backbone")
     backbone_args: dict[str, Any] = Field(
         {}, description="arguments of a timm model from scratch or from a local file: patch_size, embed_dim, depth, ..."
+    )
+    init_from: str | None = Field(
+        None, min_length=1, description="folder of a run, or of its seed, whose first task is taken; null: train it"
     )
     replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field(
         "bicubic", description="resizing of replay images kept in memory"
