@@ -7,11 +7,12 @@ from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from synth.base import Guide, ReplaySource
 from synth.edges import EdgeMap, canny, map_bytes, pack, unpack
@@ -21,7 +22,6 @@ from utils.config import SourceConfig
 from utils.data_manager import DataManager, Task
 from utils.errors import ConfigError, NotFittedError
 from utils.images import ImageSet
-from utils.transforms import match_channels
 
 log = logging.getLogger("reprise")
 EDGE_MAPS = "edge_maps.safetensors"
@@ -78,6 +78,13 @@ class ExemplarCompression(ReplaySource):
         self.at_hand: dict[int, EdgeMap] = {}  # maps of images that are there anyway; not kept
         self.originals: dict[int, Tensor] = {}  # item -> image, of the newest task's exemplars, to be looked at
         self._said_that_a_map_is_empty = False
+
+    @classmethod
+    def first_task_settings(cls, config) -> dict[str, Any]:
+        """What copies of new images bring into the first task's training; nothing where none are shown."""
+        if not config.augmentation_prob:
+            return {}
+        return {"name": config.name, **config.dump_without({*SourceConfig.model_fields, "real_per_class", "prepare"})}
 
     # ------------------------------------------------------------------ the budget
 
@@ -220,7 +227,8 @@ class ExemplarCompression(ReplaySource):
         rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
         maps = [known[item] if item >= 0 else self._in_turn(label, copy) for label, item, copy in rows]
         drawn = self.draw(requests, maps, self._generators(requests))
-        return [match_channels(image, self.dataset.channels) for image in drawn]
+        grey = self.dataset.channels == 1
+        return [rgb_to_grayscale(image) if grey and len(image) == 3 else image for image in drawn]
 
     def _in_turn(self, label: int, number: int) -> EdgeMap:
         if not self.maps.get(label):

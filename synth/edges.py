@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 MOST_PIXELS = 786_432  # of an image that is drawn; larger ones are halved
-GRID = 64  # sides of an image that is drawn are multiples of it
 
 
 def canny(image: Tensor, low: int = 100, high: int = 200) -> Tensor:
@@ -36,18 +35,24 @@ def canny(image: Tensor, low: int = 100, high: int = 200) -> Tensor:
     return torch.from_numpy(cv2.Canny(_array(image), low, high) > 0)
 
 
-def drawing_size(height: int, width: int, resolution: Literal["high", "low"]) -> tuple[int, int]:
+def short_side(height: int, width: int, resolution: Literal["high", "low"]) -> int:
+    """The short side at which an image of this size is drawn: 512, at low resolution 256 unless it has 512."""
+    return 512 if resolution == "high" or min(height, width) >= 512 else 256
+
+
+def drawing_size(height: int, width: int, side: int, grid: int = 64) -> tuple[int, int]:
     """Height and width at which an image of this size is drawn.
 
-    The short side goes to 512, at low resolution to 256 unless it has 512; then both are halved until they are not too
-    many pixels, and rounded to the grid, half to even.
+    Args:
+        height, width: of the image.
+        side: to which its short side is brought; then both are halved until they are not too many pixels.
+        grid: sides are multiples of it, rounded half to even.
     """
-    side = 512 if resolution == "high" or min(height, width) >= 512 else 256
     scale = side / min(height, width)
     tall, wide = scale * height, scale * width
     while tall * wide > MOST_PIXELS:
         tall, wide = tall / 2, wide / 2
-    return GRID * round(tall / GRID), GRID * round(wide / GRID)
+    return grid * round(tall / grid), grid * round(wide / grid)
 
 
 def resize(image: Tensor, height: int, width: int, enlarges: bool) -> Tensor:

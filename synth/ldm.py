@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ from models.latent_diffusion import LatentDiffusion
 from models.text_to_image import check_text_to_image, load_text_to_image
 from synth import SOURCES
 from synth.inversion import ClassInversion
+from utils.command import promised_offline
 from utils.errors import WeightsError
 
 log = logging.getLogger("reprise")
@@ -44,7 +44,7 @@ class LDM(ClassInversion):
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
         if config.need_syn_imgs:
-            self.check_weights(config, _offline())
+            self.check_weights(config, promised_offline())
         for said in [] if config.yaml is None else unread(config.yaml, config):
             log.warning("%s says %s, which is not read here", config.yaml, said)
 
@@ -57,7 +57,7 @@ class LDM(ClassInversion):
         bf16 = runtime.bf16 if config.model_precision == "auto" else config.model_precision == "bf16"
         return load_text_to_image(
             config.ldm_ckpt, config.yaml, config.tokenizer, image_size=config.image_size, device=runtime.device,
-            dtype=torch.bfloat16 if bf16 else torch.float32, offline=_offline(),
+            dtype=torch.bfloat16 if bf16 else torch.float32, offline=promised_offline(),
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -87,7 +87,3 @@ def unread(path: str, config: LDM.Config) -> list[str]:
     if inversion.get("num_vectors_per_token", 1) != 1:
         said.append(f"num_vectors_per_token {inversion['num_vectors_per_token']}: a class is one vector")
     return said
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")

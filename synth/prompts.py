@@ -26,18 +26,19 @@ TRAIN_TEMPLATES = tuple(
 )
 
 
-def class_words(class_names: list[str], table: str | None) -> list[str]:
-    """Words for every class: of the table where it has the name, else the name with spaces for underscores.
+def class_words(class_names: list[str], table: str | None, blanks: bool = True) -> list[str]:
+    """Words for every class: of the table where it has the name, else the name itself.
 
     Args:
         class_names: as the data set's folders are called.
         table: path of a JSON object, folder name -> words; None: there is none.
+        blanks: for underscores in names.
 
     Raises:
         ConfigError: if the table is absent or is not such an object.
     """
     words = {} if table is None else _read_table(Path(table))
-    return [words.get(name, name.replace("_", " ")) for name in class_names]
+    return [words.get(name, name.replace("_", " ") if blanks else name) for name in class_names]
 
 
 def _read_table(path: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from learners import LEARNERS
 from learners.configure import build_config
 from learners.experiment import Experiment
 from synth import SOURCES
+from tests.tiny_controlnet import tiny_controlnet_folders
 from tests.tiny_ldm import tiny_ldm_folder
 from utils import seeding
 from utils.datasets import Dataset
@@ -20,6 +21,16 @@ from utils.runtime import Runtime
 
 # The smallest settings of every source; a new source adds its own here and is then under contract.
 TINY_SOURCES = {
+    "controlnet": {
+        "base": lambda: tiny_controlnet_folders()[0],
+        "controlnet": lambda: tiny_controlnet_folders()[1],
+        "short_side": 8,
+        "grid": 8,
+        "sample_steps": 2,
+        "guidance": 2.0,
+        "sample_batch": 4,
+        "syn_per_class": 3,
+    },
     "ddpm": {
         "block_out_channels": [8, 8],
         "layers_per_block": 1,

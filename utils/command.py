@@ -1,4 +1,4 @@
-"""What every command does with its exit code."""
+"""What every command does: its promise to fetch nothing, and its exit code."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from collections.abc import Callable
 from utils.errors import RepriseError
 
 
+def promised_offline() -> bool:
+    """Whether the environment promises that nothing is fetched, in the hub's own word."""
+    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+
+
 def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """What ``run`` returns, or 2 after one message about a mistake that the user can repair."""
-    if args.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if args.offline or promised_offline():
         os.environ["HF_HUB_OFFLINE"], args.offline = "1", True
     try:
         return run(args)

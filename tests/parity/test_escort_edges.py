@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from synth.edges import EdgeMap, canny, drawing_size, map_bytes, pack, resize_edges, unpack
+from synth.edges import EdgeMap, canny, drawing_size, map_bytes, pack, resize_edges, short_side, unpack
 from utils import seeding
 from utils.copied_batches import swap
 
@@ -21,7 +21,8 @@ from utils.copied_batches import swap
     ],
 )
 def test_images_are_drawn_at_the_published_sizes(size, high, low):
-    assert drawing_size(*size, "high") == high and drawing_size(*size, "low") == low
+    drawn = {way: drawing_size(*size, short_side(*size, way)) for way in ("high", "low")}
+    assert drawn == {"high": high, "low": low}
 
 
 def test_canny_finds_the_published_square():

@@ -88,7 +88,7 @@ def test_memory_bytes_are_the_bytes_on_disk(name, tmp_path):
     assert source.memory_bytes() == sum(path.stat().st_size for path in (tmp_path / "saved").rglob("*"))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "controlnet"])  # whose weights came as they are
 def test_same_seed_fits_the_same_source(name, tmp_path):
     prints = [fitted(name, tmp_path / str(i), tasks=2, seed=seed).fingerprint() for i, seed in enumerate((7, 7, 8))]
     assert prints[0] == prints[1] != prints[2]
