@@ -15,6 +15,7 @@ from synth.base import ReplaySource
 from synth.drawing import (
     MANIFEST,
     damaged_files,
+    delete_images,
     draw_missing,
     file_hashes,
     images_in,
@@ -56,6 +57,7 @@ class Bank:
         self.root, self.config, self.data, self.run = Path(root), config, data, run
         self._verified: set[Path] = set()  # folders whose files have the hashes that they were drawn with
         self._required: set[Path] = set()  # folders that hold what ``need_syn_imgs: false`` relies on
+        self.kept: dict[int, int] = {}  # class -> its first images that are left, where a budget took the others
         self.task_of: dict[int, int] = {}  # class -> the task that brought it
         for index, size in enumerate(data.task_sizes):
             self.task_of |= dict.fromkeys(range(len(self.task_of), len(self.task_of) + size), index)
@@ -87,6 +89,8 @@ class Bank:
         """
         images = ImageSet()
         for label in classes:
+            if self.kept.get(label) == 0:
+                continue
             folder = self._folder(self.task_of[label])
             if not self.config.need_syn_imgs:
                 self.require(self.task_of[label])
@@ -161,7 +165,30 @@ class Bank:
         if self.config.replay == "redraw":
             return 0
         files = (path for path in self.root.glob("task_*/*/*") if path.suffix in IMAGE_SUFFIXES)
-        return sum(path.stat().st_size for path in files if path.parent.name.isdigit())
+        stored = sum(path.stat().st_size for path in files if path.parent.name.isdigit())
+        return stored - sum(path.stat().st_size for label in self.kept for path in self._images_of(label, False))
+
+    def counts(self) -> dict[int, int]:
+        """Images that `drop_last` may take, by class; none of a folder that the user named, which others may share."""
+        if self.config.syn_image_path is not None or not self.config.need_syn_imgs or not self.memory_bytes():
+            return {}
+        return {label: count for label in self.task_of if (count := len(self._images_of(label)))}
+
+    def drop_last(self, label: int) -> int:
+        """Give up the last image of a class, whose file goes with the next `prune`; returns its bytes."""
+        *rest, last = self._images_of(label)
+        self.kept[label] = len(rest)
+        return last.stat().st_size
+
+    def prune(self) -> None:
+        """Delete what was given up, once a checkpoint knows it: until then, a killed run repeats its task with all."""
+        for label in self.kept:
+            delete_images(self._folder(self.task_of[label]), self._images_of(label, False))
+
+    def _images_of(self, label: int, kept: bool = True) -> list[Path]:
+        """The stored images of a class that are kept, or those that are given up."""
+        found, count = images_in(self._folder(self.task_of[label]) / str(label)), self.kept.get(label)
+        return found[:count] if kept else found[count:]
 
     def _classes(self, index: int) -> list[int]:
         return [label for label, task in self.task_of.items() if task == index]
@@ -178,7 +205,7 @@ class Bank:
         paths: list[str] = []
         labels: list[int] = []
         for label in classes:
-            found = images_in(folder / str(label))[: self._per_class(label)]
+            found = images_in(folder / str(label))[: self.kept.get(label, self._per_class(label))]
             if not found:
                 raise BankError(
                     f"no replay images of class {label} in {folder / str(label)}: delete {folder} to redraw"

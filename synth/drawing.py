@@ -12,7 +12,7 @@ from torch import Tensor
 
 from synth.base import ReplaySource
 from synth.requests import Requests
-from utils.checkpoint import atomic_write, file_hash
+from utils.checkpoint import atomic_write, file_hash, write_json
 from utils.config import SourceConfig
 from utils.errors import BankError
 from utils.images import IMAGE_SUFFIXES, ImageSet, encode_image
@@ -77,6 +77,18 @@ def damaged_files(folder: Path, hashes: dict[str, str]) -> list[str]:
     return [
         name for name, digest in hashes.items() if not (folder / name).exists() or file_hash(folder / name) != digest
     ]
+
+
+def delete_images(folder: Path, paths: list[Path]) -> None:
+    """Delete images of a finished folder, which stays as whole as it was: its manifest knows no more of them."""
+    if not paths:
+        return
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for path in paths:
+        manifest["files"].pop(path.relative_to(folder).as_posix(), None)
+    write_json(folder / MANIFEST, manifest)  # first: a file that nobody knows does less harm than one that is missed
+    for path in paths:
+        path.unlink()
 
 
 def require_same(

@@ -78,11 +78,19 @@ class ExemplarMemory:
 
     def trim(self, budget: int) -> None:
         """Keep the first ``budget`` of every class."""
-        kept = [self.images.select([label]).take(range(min(budget, count))) for label, count in self._counts()]
+        kept = [self.images.select([label]).take(range(min(budget, count))) for label, count in self.counts().items()]
         self.images = sum(kept, ImageSet())
 
-    def _counts(self) -> list[tuple[int, int]]:
-        return [(label, int((self.images.labels == label).sum())) for label in self.images.classes]
+    def counts(self) -> dict[int, int]:
+        """Exemplars of every class that has some."""
+        return {label: int((self.images.labels == label).sum()) for label in self.images.classes}
+
+    def drop_last(self, label: int) -> int:
+        """Give up the least important exemplar of a class that has some; returns its bytes, its label's among them."""
+        position = int((self.images.labels == label).nonzero()[-1])
+        freed = self.images.take([position]).nbytes + self.images.labels.element_size()
+        self.images = self.images.take((torch.arange(len(self.images)) != position).nonzero().flatten())
+        return freed
 
     def add(self, images: ImageSet) -> None:
         """Append images of new classes, best first."""

@@ -138,3 +138,39 @@ def test_a_stored_png_decodes_to_the_image_that_was_drawn(tmp_path):
     image = torch.randint(256, (3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (tmp_path / "image.png").write_bytes(encode_image(image, ".png"))
     torch.testing.assert_close(decode_image(tmp_path / "image.png"), image, rtol=0, atol=0)
+
+
+def test_what_is_dropped_leaves_ledger_and_hands_at_once_and_the_disk_when_it_is_pruned(tmp_path):
+    bank, _ = drawn(tmp_path)
+    before, path = bank.memory_bytes(), tmp_path / "bank" / "task_0" / "1" / "1-2.png"
+    freed = bank.drop_last(1)
+    assert freed == path.stat().st_size and bank.memory_bytes() == before - freed
+    assert bank.counts() == {0: 3, 1: 2, 2: 3, 3: 3} and len(bank.stored([1])) == 2
+    bank.prune()
+    assert not path.exists() and bank.memory_bytes() == before - freed
+
+
+def test_pruned_images_are_not_drawn_again_nor_missed(tmp_path):
+    bank, _ = drawn(tmp_path)
+    for _ in range(3):
+        bank.drop_last(1)
+    bank.prune()
+    bank, source = drawn(tmp_path)  # of a new process, with what a checkpoint says
+    bank.kept = {1: 0}
+    assert source.drawn == 0 and bank.stored(range(3)).labels.tolist() == [0, 0, 0, 2, 2, 2]
+
+
+def test_pruning_that_was_interrupted_is_finished(tmp_path, monkeypatch):
+    bank, _ = drawn(tmp_path)
+    bank.drop_last(1)
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+        patch.setattr("pathlib.Path.unlink", lambda path: path.with_name("nowhere").stat())
+        bank.prune()
+    bank.prune()
+    assert len(list((tmp_path / "bank" / "task_0" / "1").iterdir())) == 2 and len(bank.stored([0, 1])) == 5
+
+
+@pytest.mark.parametrize("keys", [{"replay": "redraw"}, {"need_syn_imgs": False}, {"syn_image_path": "named"}])
+def test_nothing_is_dropped_where_nothing_is_kept_or_others_may_use_it(tmp_path, keys):
+    drawn(tmp_path)
+    assert bank_of(tmp_path, **keys)[0].counts() == {}

@@ -166,3 +166,10 @@ def test_an_empty_memory_comes_back_empty(tmp_path):
     save_tensors(tmp_path / "exemplars.safetensors", tensors)
     memory.load(load_tensors(tmp_path / "exemplars.safetensors"), layout)
     assert len(memory.images) == 0
+
+
+def test_dropping_takes_the_last_of_a_class_and_tells_the_bytes_of_pixels_and_label():
+    memory = ExemplarMemory(size=9, per_class=3, fixed=False)
+    memory.add(numbered(3, label=0) + numbered(3, label=1, start=10))
+    assert memory.drop_last(0) == 1 + 8
+    assert memory.counts() == {0: 2, 1: 3} and ranks(memory.images, 0) == [0, 1]
