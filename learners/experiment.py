@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,18 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from learners import LEARNERS
 from learners.backbones import weight_options
 from learners.base import Learner
 from learners.initial import require_initial
+from learners.ledger import count_bytes, count_units, describe, saves_source
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
 from synth.copies import CopyBank
 from synth.stored import keep_source, save_source
-from utils.checkpoint import Checkpoints, folder_bytes, write_json
+from utils.checkpoint import Checkpoints, write_json
 from utils.config import RunConfig
 from utils.data_manager import DataManager, cut_tasks
 from utils.datasets import Dataset, load_dataset
@@ -168,15 +166,15 @@ class Experiment:
     def _save(self, task) -> None:
         """Everything that the next task needs, then the results so far."""
         if self.runtime.is_main:
-            learner = self.learner
+            learner, keep = self.learner, saves_source(self.learner)
             tensors, state = learner.state()
             state |= {"results": self.results.state(), "seconds": self.work.seconds}
-            keep = learner.source is not None and not self._uses_given_images
             if keep and self.config.synth.keep_sources:  # first: what a checkpoint calls learned is not learned again
                 keep_source(learner.source, self.data, task, self.folder)
             self._checkpoints.save(task.index, tensors, state, partial(save_source, learner.source) if keep else None)
             self.work.forget_fits()
-            self._write()
+            results = self._write()
+            log.info(describe(results["memory_bytes"], results["memory_units"]))
         self.runtime.accelerator.wait_for_everyone()
 
     def _restore(self) -> int:
@@ -199,7 +197,8 @@ class Experiment:
         spent = self.work.seconds
         seconds = {name: spent.get(name, 0.0) for name in ("train", "fit_source", "generate", "evaluate")}
         seconds["total"] = sum(spent.values())
-        results = self.results.to_dict(self._memory_bytes(), seconds)
+        memory = count_bytes(self.learner, self._checkpoints.path(self._checkpoints.numbers()[0]))
+        results = self.results.to_dict(memory, count_units(self.learner, memory), seconds)
         if self.runtime.is_main:
             write_json(self.folder / "results.json", results)
             config = self.config.model_dump(mode="json", exclude_none=True)
@@ -207,30 +206,6 @@ class Experiment:
             panels = self.work.panels.read()
             write_report(self.folder / "report.html", results, config, self._gallery(), environment, panels)
         return results
-
-    def _memory_bytes(self) -> dict[str, int]:
-        """Bytes on disk of what the next task needs, as the newest checkpoint holds them."""
-        numbers = self._checkpoints.numbers()
-        folder = self._checkpoints.path(numbers[0]) if numbers else Path("nowhere")
-        kept = self.learner.memory.images
-        paths = [path for part in kept.parts if not isinstance(part.images, torch.Tensor) for path in part.images]
-        stored = (folder / "exemplars.safetensors").stat().st_size if len(kept) else 0
-        exemplars = stored + sum(os.path.getsize(path) for path in paths)
-        if self.learner.upper_bound:
-            exemplars = self.data.all_real_bytes  # it goes back to all of them
-        return {
-            "exemplars": exemplars,
-            "bank": 0 if self.learner.bank is None else self.learner.bank.memory_bytes(),
-            "source": folder_bytes(folder / "source"),
-            "network": (folder / "network.safetensors").stat().st_size if numbers else 0,
-            "frozen": self._frozen_bytes(),
-            "all_real_data": self.data.all_real_bytes,
-        }
-
-    def _frozen_bytes(self) -> int:
-        """Bytes of weights that are used as they came, the same for every task."""
-        source = self.learner.source
-        return self.learner.frozen_bytes() + (0 if source is None else source.frozen_bytes())
 
     def _gallery(self) -> list[GalleryRow]:
         rows = []

@@ -58,6 +58,9 @@ class ReplaySource(ABC):
     can_be_guided = False  # whether `generate` takes a guide
     makes_copies = False  # whether its samples are copies of single images: see `synth/compression.py`
     drawing_keys: frozenset[str] = frozenset()  # its own keys in which a run that takes its weights may differ
+    ledger_parts: dict[str, str] = {}  # file that `save` writes -> its kind in the ledger; others are "generator"
+    num_compressed = 0  # compressed exemplars kept, all classes together
+    nominal_share = 0.0  # of a raw image, what one of them takes by its method's own count
 
     def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset):
         self.config, self.run, self.num_classes = config, run, num_classes
@@ -167,6 +170,14 @@ class ReplaySource(ABC):
         with tempfile.TemporaryDirectory() as directory:
             self.save(Path(directory))
             return folder_bytes(directory)
+
+    def compressed_counts(self) -> dict[int, int]:
+        """Compressed exemplars of every class that has some. Default: it keeps none."""
+        return {}
+
+    def drop_compressed(self, label: int) -> int:
+        """Give up the last compressed exemplar of a class, for a memory budget; returns the bytes freed, 0: none."""
+        return 0
 
     def frozen_bytes(self) -> int:
         """Bytes of weights that are used as they came and stay the same for every task."""

@@ -88,6 +88,7 @@ class ClassInversion(ReplaySource):
             return value
 
     drawing_keys = frozenset({"scheduler", "sample_steps", "guidance"})
+    ledger_parts = {"class_embeddings.safetensors": "class_embeddings"}
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)

@@ -30,10 +30,24 @@ REPLAY_MEMORY = ("exemplars", "bank", "source")
 MEMORY_NAMES = {
     "exemplars": "exemplars (real images kept)",
     "bank": "bank (generated images kept)",
-    "source": "replay source (its weights)",
+    "source": "replay source (all that it learned)",
+    "edge_maps": "of it: edge maps",
+    "class_embeddings": "of it: class embeddings",
+    "generator": "of it: generator",
     "network": "classifier",
+    "old_branches": "classifier's branches of earlier tasks",
+    "prototypes": "prototypes and other state of the learner",
+    "total": "total, from exemplars to prototypes",
     "frozen": "frozen weights, not counted as memory of the past",
     "all_real_data": "for comparison: all real training data",
+}
+ONLY_OF_SOME = ("edge_maps", "class_embeddings", "generator", "old_branches", "prototypes")  # left out where they are 0
+UNIT_NAMES = {
+    "real": "real exemplars",
+    "compressed": "compressed exemplars",
+    "compressed_units": "compressed exemplars, in units",
+    "nominal": "units, nominally",
+    "true": "units that the bytes of exemplars and edge maps fill",
 }
 SECONDS_NAMES = {
     "train": "train the classifier",
@@ -233,7 +247,8 @@ def _padded(values: Sequence | None, count: int) -> list:
 
 
 def _memory(results: dict) -> str:
-    memory = {key: value for key, value in (results.get("memory_bytes") or {}).items() if value is not None}
+    counted = {key: value for key, value in (results.get("memory_bytes") or {}).items() if value is not None}
+    memory = {key: value for key, value in counted.items() if value or key not in ONLY_OF_SOME}
     if not memory:
         return ""
     largest = max((count for key, count in memory.items() if key != "frozen"), default=0) or 1
@@ -244,7 +259,15 @@ def _memory(results: dict) -> str:
         count = memory[key]
         share = Figure(f"{100 * count / real:,.1f} %") if real else None
         rows.append([MEMORY_NAMES.get(key, key), Figure(human_bytes(count)), share, bar(count / largest)])
-    return table(["", "size", "of all real data", ""], rows)
+    return table(["", "size", "of all real data", ""], rows) + _units(results.get("memory_units") or {})
+
+
+def _units(units: dict[str, float]) -> str:
+    """Exemplars as papers count them; nothing of a run that keeps none."""
+    if not units.get("nominal"):
+        return ""
+    rows = [[name, Figure(f"{units[key]:,.2f}".removesuffix(".00"))] for key, name in UNIT_NAMES.items()]
+    return table([f"in raw images of {human_bytes(units['unit_bytes'])}", ""], rows)
 
 
 def _seconds(results: dict) -> str:

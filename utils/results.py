@@ -109,7 +109,9 @@ class Results:
         log.info("Accuracy Matrix (CNN): %s", [[round(value, 2) for value in row] for row in self.accuracy_matrix])
         log.info("Forgetting (CNN): %s", round(metrics.forgetting(self.accuracy_matrix), 2))
 
-    def to_dict(self, memory_bytes: dict[str, int], seconds: dict[str, float]) -> dict[str, Any]:
+    def to_dict(
+        self, memory_bytes: dict[str, int], memory_units: dict[str, float], seconds: dict[str, float]
+    ) -> dict[str, Any]:
         """The content of `results.json`."""
         matrix, counts = self.accuracy_matrix, self.data.class_counts
         seen = len(self.per_class_accuracy)
@@ -135,6 +137,7 @@ class Results:
             "fscil": self._fscil() if self.few_shot else None,
             "long_tail": metrics.many_medium_few(self.per_class_accuracy, counts[:seen]) if self.long_tailed else None,
             "memory_bytes": memory_bytes,
+            "memory_units": memory_units,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
         }
 

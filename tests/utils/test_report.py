@@ -168,6 +168,27 @@ def test_frozen_weights_stand_in_the_memory_table_but_not_in_the_memory_of_the_p
     assert 'style="width:50.00%"' in page  # the source's bar is still measured by the real data
 
 
+def test_the_memory_table_splits_the_source_and_adds_up_leaving_out_what_the_run_has_not(tmp_path):
+    memory = {"exemplars": 1536, "source": 2048, "edge_maps": 2048, "class_embeddings": 0, "old_branches": 0}
+    page, _ = page_of(tmp_path, results_of(2, memory_bytes={**memory, "total": 3584}))
+    assert "of it: edge maps" in page and "total, from exemplars to prototypes" in page and "3.5 KiB" in page
+    assert "class embeddings" not in page and "branches" not in page
+
+
+def test_exemplars_are_also_shown_in_raw_images(tmp_path):
+    units = {"unit_bytes": 3072.0, "real": 180, "compressed": 480, "compressed_units": 20.0, "nominal": 200.0}
+    page, _ = page_of(tmp_path, results_of(2, memory_units={**units, "true": 191.25}))
+    assert "in raw images of 3.0 KiB" in page
+    for name, value in (("real exemplars", "180"), ("compressed exemplars", "480"), ("units, nominally", "200")):
+        assert f'>{name}</td><td class="n">{value}</td>' in page
+    assert "191.25" in page
+
+
+def test_a_run_without_exemplars_shows_no_units(tmp_path):
+    units = dict.fromkeys(("real", "compressed", "compressed_units", "nominal", "true"), 0)
+    assert "in raw images" not in page_of(tmp_path, results_of(2, memory_units={"unit_bytes": 64.0, **units}))[0]
+
+
 def test_upper_bounds_and_unfinished_runs_say_so(tmp_path):
     page, _ = page_of(tmp_path, results_of(2, upper_bound=True, task_sizes=[2, 2, 2]))
     assert "upper bound" in page and "unfinished: 2 of 3 tasks" in page

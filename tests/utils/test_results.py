@@ -27,7 +27,7 @@ def results_of(sessions, few_shot=True, results=None):
 
 
 def final(results):
-    return results.to_dict({}, {})
+    return results.to_dict({}, {}, {})
 
 
 def test_few_shot_figures_are_those_of_the_sessions():
