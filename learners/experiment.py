@@ -16,7 +16,7 @@ from learners import LEARNERS
 from learners.backbones import weight_options
 from learners.base import Learner
 from learners.initial import require_initial
-from learners.ledger import count_bytes, count_units, describe, saves_source
+from learners.ledger import check_budget, count_bytes, count_units, describe, keep_to_budget, saves_source
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.bank import Bank
@@ -113,6 +113,7 @@ class Experiment:
         if self._uses_given_images and self.config.synth.replay == "keep":
             for index in range(self.data.num_tasks - 1):  # nobody needs those of the last task
                 learner.bank.require(index)
+        check_budget(learner)
         return learner
 
     @property
@@ -148,6 +149,7 @@ class Experiment:
             for task in self.data.tasks(self._restore()):
                 with self.work.timed("other"):
                     self._learn(task)
+                    keep_to_budget(self.learner, task.index)
                 self._save(task)
             self.results.log_end()
             return self._write()
@@ -165,17 +167,24 @@ class Experiment:
 
     def _save(self, task) -> None:
         """Everything that the next task needs, then the results so far."""
+        self.runtime.accelerator.wait_for_everyone()  # until all know what a budget takes from the bank
         if self.runtime.is_main:
             learner, keep = self.learner, saves_source(self.learner)
             tensors, state = learner.state()
             state |= {"results": self.results.state(), "seconds": self.work.seconds}
+            state |= {} if learner.bank is None else {"bank_kept": learner.bank.kept}
             if keep and self.config.synth.keep_sources:  # first: what a checkpoint calls learned is not learned again
                 keep_source(learner.source, self.data, task, self.folder)
             self._checkpoints.save(task.index, tensors, state, partial(save_source, learner.source) if keep else None)
             self.work.forget_fits()
+            self._prune_bank()
             results = self._write()
             log.info(describe(results["memory_bytes"], results["memory_units"]))
         self.runtime.accelerator.wait_for_everyone()
+
+    def _prune_bank(self) -> None:
+        if self.learner.bank is not None and self.runtime.is_main:
+            self.learner.bank.prune()
 
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; returns the number of the next task."""
@@ -187,6 +196,10 @@ class Experiment:
         learner.restore(tensors, state)
         if learner.source is not None and (self._checkpoints.path(index) / "source").exists():
             learner.source.load(self._checkpoints.path(index) / "source")
+        if learner.bank is not None:
+            learner.bank.kept = {int(label): count for label, count in state.get("bank_kept", {}).items()}
+            with self.runtime.accelerator.main_process_first():
+                self._prune_bank()
         self.results.load(state["results"])
         self.work.seconds.update(state["seconds"])
         log.info("Task %d was learned before: continuing after it", index)

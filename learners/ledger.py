@@ -1,18 +1,29 @@
-"""What a run carries to its next task, byte by byte as it lies on disk."""
+"""What a run carries to its next task, byte by byte as it lies on disk, and the budget that it has to fit into."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from learners.base import Learner
 from models.expandable import Branches
+from synth.stored import save_source
+from utils.checkpoint import Checkpoints
+from utils.errors import ConfigError
 
-TOTAL = ("exemplars", "bank", "source", "network", "old_branches", "prototypes")  # what the total adds up
+log = logging.getLogger("reprise")
+TOTAL = ("exemplars", "bank", "source", "network", "old_branches", "prototypes")  # what the budget is for
 SOURCE_PARTS = ("edge_maps", "class_embeddings", "generator")
+
+
+# ------------------------------------------------------------------ counting
 
 
 def saves_source(learner: Learner) -> bool:
@@ -125,3 +136,120 @@ def describe(memory: dict[str, int], units: dict[str, float]) -> str:
         f"Memory: {memory['total']} bytes ({parts}); {units['real']} real and {units['compressed']} compressed "
         f"exemplars, {units['nominal']:.2f} units nominally, {units['true']:.2f} in bytes"
     )
+
+
+# ------------------------------------------------------------------ the budget
+
+
+class Kind(NamedTuple):
+    """Something of which single items can be given up."""
+
+    name: str
+    counts: Callable[[], dict[int, int]]  # how many are left of every class
+    drop_last: Callable[[int], int]  # class -> bytes freed, 0 if that class has none
+
+
+def budget_bytes(learner: Learner) -> int:
+    """The budget, which must be set."""
+    return round(learner.config.memory_budget_mb * 1e6)
+
+
+def least_bytes(learner: Learner) -> dict[str, int]:
+    """What is known before training of what cannot be dropped after the first task, in bytes."""
+    network = learner.network.frozen_copy()
+    network.grow(learner.data.task(0).num_seen)
+    real = {"exemplars": learner.data.all_real_bytes} if learner.upper_bound else {}
+    return {"network": _tensor_bytes(network.state_dict().values()), **real}
+
+
+def describe_budget(learner: Learner) -> str:
+    """One line for `--plan`: the budget and what is known to take of it."""
+    parts = ", ".join(f"{name} {count / 1e6:.2f} MB" for name, count in least_bytes(learner).items())
+    return (
+        f"Memory budget: {learner.config.memory_budget_mb} MB at the end of every task, of which the first leaves at "
+        f"least {parts}; {learner.config.memory_drop} images are dropped first"
+    )
+
+
+def check_budget(learner: Learner) -> None:
+    """See, before anything is learned, that the budget has room for what cannot be dropped.
+
+    Raises:
+        ConfigError: if not; it shows the sum.
+    """
+    if learner.config.memory_budget_mb is not None:
+        _require(learner, least_bytes(learner), "the first task leaves at least")
+
+
+def keep_to_budget(learner: Learner, index: int) -> None:
+    """Drop images until what is carried to the next task fits ``memory_budget_mb``; nothing without a budget.
+
+    Of the kind that goes first, the class with most of it left (the later class of equals) loses the one that is last
+    in its order, until everything fits; then the next kind. Prototypes stay as they were computed, from all exemplars
+    that the task kept. To be called before the checkpoint is written, and followed by `Bank.prune` after it.
+
+    Args:
+        learner: has learned a task.
+        index: of that task, for messages.
+
+    Raises:
+        ConfigError: if what cannot be dropped is larger than the budget.
+    """
+    if learner.config.memory_budget_mb is None:
+        return
+    before = memory = _foresee(learner)
+    budget, dropped = budget_bytes(learner), {}
+    for kind in _kinds(learner):
+        # What an item frees is not exact where it shares a file with others, so each round is weighed anew.
+        while memory["total"] > budget and (count := _drop(kind, memory["total"] - budget)):
+            dropped[kind.name] = dropped.get(kind.name, 0) + count
+            memory = _foresee(learner)
+    if dropped:
+        words = ", ".join(f"{count} {name}" for name, count in dropped.items())
+        log.info("Memory budget: dropped %s; %d bytes before, %d after", words, before["total"], memory["total"])
+    _require(learner, {name: memory[name] for name in TOTAL}, f"after task {index} there remain")
+
+
+def _foresee(learner: Learner) -> dict[str, int]:
+    """`count_bytes` of a checkpoint that is not written yet, by writing it elsewhere."""
+    fill = partial(save_source, learner.source) if saves_source(learner) else None
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Checkpoints(folder, "trial")
+        trial.save(0, learner.state()[0], {}, fill)
+        return count_bytes(learner, trial.path(0))
+
+
+def _kinds(learner: Learner) -> list[Kind]:
+    """What can be dropped, in the order in which it goes."""
+    source, bank, memory = learner.source, learner.bank, learner.memory
+    kinds = []
+    if saves_source(learner):
+        kinds.append(Kind("compressed exemplars", source.compressed_counts, source.drop_compressed))
+    if bank is not None:
+        kinds.append(Kind("replay images", bank.counts, bank.drop_last))
+    kinds.append(Kind("real exemplars", memory.counts, memory.drop_last))
+    return kinds if learner.config.memory_drop == "generated" else kinds[::-1]
+
+
+def _drop(kind: Kind, excess: int) -> int:
+    """Drop items until so many bytes are freed or none is left; returns their number."""
+    left, freed, dropped = kind.counts(), 0, 0
+    while freed < excess and left:
+        label = max(left, key=lambda label: (left[label], label))
+        freed += kind.drop_last(label)
+        dropped += 1
+        left[label] -= 1
+        if not left[label]:
+            del left[label]
+    return dropped if freed else 0
+
+
+def _require(learner: Learner, memory: dict[str, int], when: str) -> None:
+    total, budget = sum(memory.values()), budget_bytes(learner)
+    if total > budget:
+        parts = " + ".join(f"{name} {count}" for name, count in memory.items() if count)
+        raise ConfigError(
+            f"memory_budget_mb={learner.config.memory_budget_mb} allows {budget} bytes, but {when} {parts} = {total} "
+            f"bytes that cannot be dropped: set it to at least {-(-total // 1000) / 1000}, or take a smaller network "
+            "or source"
+        )

@@ -6,6 +6,7 @@ from learners import LEARNERS
 from learners.backbones import backbone_options
 from learners.base import Learner
 from learners.experiment import Experiment, missing_weights
+from learners.ledger import describe_budget
 from synth import SOURCES
 from utils.config import RunConfig
 from utils.datasets import DATASETS, find_dataset, load_dataset
@@ -51,6 +52,8 @@ def describe_run(config: RunConfig, name: str) -> str:
         return "\n".join([*lines, "The schedule follows once the weights are here."])
     learner = experiment.check()
     lines += _schedule(learner)
+    if config.memory_budget_mb is not None:
+        lines.append(describe_budget(learner))
     options = backbone_options(config, dataset)
     weights = f", weights {options.weights}" if options.weights else ""
     lines.append(f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}")

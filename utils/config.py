@@ -152,6 +152,13 @@ class RunConfig(BaseConfig):
     memory_per_class: int = Field(20, ge=0, description="exemplars per class, used when fixed_memory is true")
     fixed_memory: bool = Field(False, description="true: a fixed number per class; false: a fixed total")
 
+    memory_budget_mb: float | None = Field(
+        None, gt=0, description="megabytes (10^6 bytes) that may be carried to the next task, all told; null: no limit"
+    )
+    memory_drop: Literal["generated", "real"] = Field(
+        "generated", description="which kind of images goes first where memory_budget_mb is too small for all"
+    )
+
     convnet_type: str = Field("resnet32", description="a backbone of ours or any timm model with its weight tag")
     stem: Literal["auto", "cifar", "imagenet", "imagenet_small"] = Field("auto", description="first layers of a ResNet")
     pretrained: bool = Field(True, description="load the weights that a timm name stands for")
