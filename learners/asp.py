@@ -135,6 +135,7 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
     def train(self, task: Task) -> None:
         if self.train_config(task).epochs:
             super().train(task)
+        self.anchors = None  # they served the base session's loss; no checkpoint need carry them on
 
     def after_training(self, task: Task) -> None:
         images = self.data.train_images(task)

@@ -68,6 +68,7 @@ class ExemplarCompression(ReplaySource):
             return self
 
     makes_copies = True
+    ledger_parts = {EDGE_MAPS: "edge_maps"}
     drawing_keys = frozenset({
         "real_per_class", "augmentation_prob", "augmentations_per_image", "prepare", "copy_noise"
     })  # fmt: skip
@@ -136,8 +137,10 @@ class ExemplarCompression(ReplaySource):
         """What one map costs of an image, in ESCORT's count: a bit against the 24 of a coloured pixel."""
         return 1 / 24
 
+    def compressed_counts(self) -> dict[int, int]:
+        return {label: len(maps) for label, maps in self.maps.items() if maps}
+
     def drop_compressed(self, label: int) -> int:
-        """Forget the last exemplar of a class; returns its bytes, 0 if there is none."""
         return len(self.maps[label].pop().bits) if self.maps.get(label) else 0
 
     # ------------------------------------------------------------------ compressing

@@ -163,13 +163,15 @@ def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) 
     raw |= TINY_LEARNERS.get(learner, {})
     if source is not None:
         raw["synth"] = tiny_source(source)
+        if SOURCES[source].makes_copies:  # which take their share of a fixed number per class
+            raw |= {"fixed_memory": True, "memory_per_class": 3}
     return {**raw, **keys}
 
 
 def toy_experiment(learner: str, folder: Path, source: str | None = None, **keys: Any) -> Experiment:
     """An experiment on the toy data, its folder claimed, ready to run; `ddpm` stands in where a source is needed."""
     if source is None and LEARNERS[learner].needs_source:
-        source = next(name for name in SOURCES.names() if goes_with(LEARNERS[learner], SOURCES[name]))
+        source = "ddpm"
     config, _ = build_config(toy_raw(learner, folder, source, **keys))
     runtime = Runtime(config.device, config.precision)
     claim_machine(claim_folder(config, "toy", overwrite=False), runtime)

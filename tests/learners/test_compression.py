@@ -1,15 +1,18 @@
 """ESCORT in the life of a task: what is compressed, what is shown, what it costs."""
 
+import itertools
 import json
+import re
 
 import pytest
 import torch
 
 from learners.configure import build_config
 from learners.experiment import Experiment
+from synth import drawing
 from tests.toy import tiny_source, toy_dataset, toy_experiment, toy_raw
-from utils.checkpoint import load_tensors
-from utils.errors import ConfigError
+from utils.checkpoint import file_hash, load_tensors
+from utils.errors import BankError, ConfigError
 from utils.runtime import Runtime
 
 
@@ -119,6 +122,78 @@ def test_prepared_and_needed_copies_train_the_same_network(tmp_path):
         )
         results.append(experiment.run()["accuracy_matrix"])
     assert results[0] == results[1]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", [20, 50, 80])
+def test_a_run_killed_while_it_draws_copies_ends_with_the_same_bits(moment, tmp_path, monkeypatch):
+    keys = {"real_per_class": 1, "syn_per_class": 2, "augmentation_prob": 0.5, "augmentations_per_image": 3}
+    whole, killed = escort(tmp_path / "whole", **keys), escort(tmp_path / "killed", **keys)
+    expected = whole.run()
+    save, numbers = drawing.save_image, itertools.count(1)
+
+    def interrupt(path, image, config):
+        if next(numbers) == moment:
+            raise Interrupted
+        save(path, image, config)
+
+    with pytest.raises(Interrupted), monkeypatch.context() as patch:
+        patch.setattr(drawing, "save_image", interrupt)
+        killed.run()
+    resumed = escort(tmp_path / "killed", **keys)
+    assert resumed.run()["accuracy_matrix"] == expected["accuracy_matrix"]
+    for name in ("network", "exemplars", "source/edge_maps", "source/model"):
+        path = f"checkpoints/task_2/{name}.safetensors"
+        first, second = load_tensors(whole.folder / path), load_tensors(resumed.folder / path)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert files_of(whole) == files_of(resumed)
+
+
+def files_of(experiment):
+    """The copies on disk by name, with their hashes."""
+    root = experiment.learner.bank.root
+    return {path.relative_to(root): file_hash(path) for path in root.glob("task_*/*/*.png")}
+
+
+def test_a_damaged_copy_is_drawn_again(tmp_path):
+    experiment = escort(tmp_path, real_per_class=1, syn_per_class=2)
+    experiment.run()
+    before = files_of(experiment)
+    name = next(iter(before))
+    (experiment.learner.bank.root / name).write_bytes(b"damaged")
+    experiment.learner.bank._verified.clear()
+    experiment.learner.bank.stored(range(6))
+    label, item, copy = re.fullmatch(r"(\d+)-([0-9a-f]{12})_seed(\d\d)", name.stem).groups()
+    one = experiment.learner.source.ask(*map(torch.tensor, ([int(label)], [int(item, 16)], [int(copy)])))
+    redrawn = experiment.learner.bank.copies(one).image(0)
+    assert redrawn.shape == (1, 8, 8)
+
+
+def test_copies_of_another_generator_are_refused(tmp_path):
+    experiment = escort(tmp_path, real_per_class=1, syn_per_class=2)
+    experiment.run()
+    path = experiment.learner.bank.root / "task_0" / "manifest.json"
+    path.write_text(path.read_text().replace(experiment.learner.source.fingerprint(), "0" * 64))
+    experiment.learner.bank._verified.clear()
+    with pytest.raises(BankError, match="weights is"):
+        experiment.learner.bank.stored([0])
+
+
+def test_finetune_with_compressed_exemplars_is_generative_replay(tmp_path):
+    experiment = escort(tmp_path, "finetune", syn_per_class=3)
+    assert experiment.run()["memory_units"]["compressed"] == 18
+    assert len(experiment.learner.memory.images) == 0
+
+
+def test_class_order_seeds_do_not_share_a_folder(tmp_path):
+    """Trap 1 of the card."""
+    first = escort(tmp_path, syn_per_class=2)
+    config, _ = build_config({**first.config.model_dump(exclude_none=True), "seed": [7, 8], "model_seed": 1})
+    folders = {Experiment(config, "toy", seed, toy_dataset(), Runtime(["cpu"], "fp32")).folder for seed in (7, 8)}
+    assert len(folders) == 2
 
 
 def test_an_image_without_edges_is_said_once_and_drawn(tmp_path, caplog):

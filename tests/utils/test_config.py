@@ -371,10 +371,19 @@ def test_an_escort_file_without_generated_images_is_the_plain_learner_with_its_r
     assert (config.dataset, config.convnet_type) == ("Food101", "resnet18")
 
 
-@pytest.mark.parametrize("key", ["augmentation_prob", "syn_per_class"])
-def test_escorts_generated_images_are_not_left_out_in_silence(key):
-    with pytest.raises(ConfigError, match="unknown key 'augmentation_prob'"):
-        build_config({**ESCORT, key: 1})
+@pytest.mark.parametrize("name", ["controlnet", "small_controlnet"])
+def test_escorts_keys_of_generated_images_are_those_of_its_source(name):
+    given = {"augmentation_prob": 0.4, "augmentations_per_image": 5, "syn_per_class": 48}
+    synth = None if name == "controlnet" else {"name": name}  # implied, or one that takes the same keys
+    config, unused = build_config({**ESCORT, **given, "synth": synth})
+    assert unused == [] and (config.synth.name, config.memory_per_class) == (name, 20)
+    assert (config.synth.real_per_class, config.synth.syn_per_class) == (18, 48)
+    assert (config.synth.augmentation_prob, config.synth.augmentations_per_image) == (0.4, 5)
+
+
+def test_escorts_keys_do_not_go_to_a_source_that_has_none_of_them():
+    with pytest.raises(ConfigError, match=r"augmentation_prob=0\.4 is of the source 'controlnet'"):
+        build_config({**ESCORT, "augmentation_prob": 0.4, "synth": {"name": "ddpm"}})
 
 
 def test_an_asp_file_with_the_flat_keys_of_generated_replay_runs_unchanged():
