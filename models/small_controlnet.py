@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from models.own_model import OwnModel
 from models.small_ldm import NOISE, require_multiples
-from models.weights import load_exactly, read_weights
-from utils import seeding
-from utils.checkpoint import save_tensors, write_json
-from utils.errors import ConfigError, WeightsError
-
-CONFIG, WEIGHTS = "model.json", "model.safetensors"
+from utils.errors import ConfigError
 
 
-class SmallControlNet(nn.Module):
+class SmallControlNet(OwnModel):
     """A UNet that draws small images, and a copy of its encoder that bends it along given edges.
 
     Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", ICCV 2023, arXiv:2302.05543, at the
@@ -35,6 +29,8 @@ class SmallControlNet(nn.Module):
     Raises:
         ConfigError: if the shapes do not fit each other.
     """
+
+    source = "small_controlnet"
 
     def __init__(
         self,
@@ -68,10 +64,6 @@ class SmallControlNet(nn.Module):
         widths = tuple(16 * 2**level for level in range(self.halvings + 1))
         return ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=widths, conditioning_channels=1)
 
-    def freeze(self) -> SmallControlNet:
-        """Eval mode, no gradients."""
-        return self.eval().requires_grad_(False)
-
     def predict(self, xt: Tensor, t: Tensor, edges: Tensor | None, strength: float = 1.0) -> Tensor:
         """The noise, or the velocity (``schedule``), in noisy images.
 
@@ -90,38 +82,6 @@ class SmallControlNet(nn.Module):
         return self.unet(
             xt, t, None, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
         )[0].float()
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all weights."""
-        return seeding.hash_tensors(self.state_dict())
-
-    def frozen_bytes(self) -> int:
-        """Bytes of all weights as they lie in memory."""
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
-
-    def save(self, directory: Path) -> None:
-        """Write shapes and weights."""
-        save_tensors(Path(directory) / WEIGHTS, self.state_dict())
-        write_json(Path(directory) / CONFIG, self.arguments)
-
-    @classmethod
-    def load(cls, directory: str | Path) -> SmallControlNet:
-        """A frozen model from what ``save`` wrote.
-
-        Raises:
-            WeightsError: if the folder holds none, or its files do not fit each other.
-        """
-        try:
-            arguments = json.loads((Path(directory) / CONFIG).read_text())
-            model = cls(arguments.pop("image_shape"), arguments.pop("map_side"), **arguments)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(
-                f"{str(directory)!r} holds no small ControlNet ({CONFIG}: {error!r}): name a folder that "
-                "`python -m synth.train` wrote with the source 'small_controlnet'"
-            ) from error
-        weights = Path(directory) / WEIGHTS
-        load_exactly(model, read_weights(weights), weights)
-        return model.freeze()
 
 
 def _unet(shape: Sequence[int], widths: Sequence[int], layers: int, groups: int) -> nn.Module:

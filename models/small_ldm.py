@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.latent_diffusion import LatentDiffusion
-from models.weights import load_exactly, read_weights
-from utils import seeding
-from utils.checkpoint import save_tensors, write_json
-from utils.errors import ConfigError, WeightsError
+from models.own_model import OwnModel
+from utils.errors import ConfigError
 
 # The noise of latent diffusion (Rombach et al., CVPR 2022, arXiv:2112.10752).
 NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-CONFIG, WEIGHTS = "model.json", "model.safetensors"
 
 
 class Denoiser(nn.Module):
@@ -35,7 +30,7 @@ class Denoiser(nn.Module):
         self.table = nn.Parameter(torch.randn(num_classes, vector_size))
 
 
-class SmallLDM(LatentDiffusion, nn.Module):
+class SmallLDM(OwnModel, LatentDiffusion):
     """An autoencoder, and a UNet whose cross-attention reads the vector of a class, or zeros for no class.
 
     The vector is cut into a few tokens of the context. A single token would only add a constant to every place of the
@@ -62,6 +57,7 @@ class SmallLDM(LatentDiffusion, nn.Module):
     """
 
     reads_text = False
+    source = "small_ldm"
 
     def __init__(
         self,
@@ -99,10 +95,6 @@ class SmallLDM(LatentDiffusion, nn.Module):
         self.denoiser = Denoiser(unet, len(class_names), vector_size)
         self.register_buffer("scale", torch.ones(()))  # latents times this have unit spread
 
-    def freeze(self) -> SmallLDM:
-        """Eval mode, no gradients."""
-        return self.eval().requires_grad_(False)
-
     # ------------------------------------------------------------------ LatentDiffusion
 
     def initial_vector(self, word: str) -> Tensor:
@@ -130,38 +122,6 @@ class SmallLDM(LatentDiffusion, nn.Module):
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
         device = self.scale.device
         return self.denoiser.unet(zt.to(device), t.to(device), context.to(device), return_dict=False)[0].float()
-
-    def fingerprint(self) -> str:
-        return seeding.hash_tensors(self.state_dict())
-
-    def frozen_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
-
-    # ------------------------------------------------------------------ on disk
-
-    def save(self, directory: Path) -> None:
-        """Weights and arguments."""
-        save_tensors(Path(directory) / WEIGHTS, self.state_dict())
-        write_json(Path(directory) / CONFIG, self.arguments)
-
-    @classmethod
-    def load(cls, directory: str | Path) -> SmallLDM:
-        """A frozen model from what ``save`` wrote.
-
-        Raises:
-            WeightsError: if the folder holds none, or its files do not fit each other.
-        """
-        try:
-            arguments = json.loads((Path(directory) / CONFIG).read_text())
-            model = cls(arguments.pop("image_shape"), arguments.pop("class_names"), **arguments)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(
-                f"{str(directory)!r} holds no small latent diffusion model ({CONFIG}: {error!r}): name a folder that "
-                "`python -m synth.train` wrote with the source 'small_ldm'"
-            ) from error
-        weights = Path(directory) / WEIGHTS
-        load_exactly(model, read_weights(weights), weights)
-        return model.freeze()
 
 
 def _autoencoder(channels: int, widths: Sequence[int], latent_channels: int, groups: int) -> nn.Module:

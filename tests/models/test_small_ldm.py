@@ -92,7 +92,7 @@ def test_frozen_bytes_are_those_of_all_weights():
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(WeightsError, match=r"nowhere' holds no small latent diffusion model.*synth.train"):
+    with pytest.raises(WeightsError, match=r"nowhere' holds no model of the source 'small_ldm'.*synth.train"):
         SmallLDM.load(tmp_path / "nowhere")
 
 

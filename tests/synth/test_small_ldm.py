@@ -155,7 +155,7 @@ def test_a_watcher_sees_the_model_while_it_learns(tmp_path):
     ("keys", "error", "said"),
     [
         ({"inversion": False}, ConfigError, "inversion=false draws by class names"),
-        ({"weights": "nowhere"}, WeightsError, "'nowhere' holds no small latent diffusion model"),
+        ({"weights": "nowhere"}, WeightsError, "'nowhere' holds no model of the source 'small_ldm'"),
         ({"image_size": 9}, ConfigError, "must be a multiple of 2, not 9"),
         ({"attention_levels": [3]}, ConfigError, r"attention_levels=\[3\] do not exist"),
     ],

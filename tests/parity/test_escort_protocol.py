@@ -1,0 +1,98 @@
+"""ESCORT's budget, its memory and its experiment files: the numbers of its card."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from learners.configure import build_config
+from learners.experiment import Experiment
+from synth.controlnet import SCRIPTS
+from tests.toy import TINY_TRAINING, tiny_source, toy_dataset
+from utils import seeding
+from utils.errors import ConfigError
+from utils.experiment_file import read_experiment
+from utils.images import ImageSet
+from utils.memory import herding
+from utils.run_folder import claim_folder, claim_machine
+from utils.runtime import Runtime
+
+EXPERIMENTS = Path(__file__).parents[2] / "exps"
+
+
+def coloured(num_classes, per_class, side=8):
+    """Noise: coloured images in memory."""
+    labels = torch.arange(num_classes).repeat_interleave(per_class)
+    pixels = torch.randint(0, 256, (len(labels), 3, side, side), generator=seeding.generator("coloured"))
+    images = ImageSet.of(pixels.to(torch.uint8), labels)
+    names = [f"kind {label}" for label in range(num_classes)]
+    return dataclasses.replace(toy_dataset(), train=images, test=images, class_names=names, channels=3)
+
+
+def experiment(folder, dataset, real, compressed, budget, init_cls, increment):
+    synth = {**tiny_source("controlnet"), "real_per_class": real, "syn_per_class": compressed}
+    raw = {
+        "model_name": "der", "dataset": "toy", "init_cls": init_cls, "increment": increment, "fixed_memory": True,
+        "memory_per_class": budget, "convnet_type": "resnet20", "device": "cpu", "precision": "fp32", "seed": 7,
+        "output_dir": str(folder), **TINY_TRAINING, "synth": synth,
+    }  # fmt: skip
+    config, _ = build_config(raw)
+    runtime = Runtime(config.device, config.precision)
+    claim_machine(claim_folder(config, "escort", overwrite=False), runtime)
+    return Experiment(config, "escort", 7, dataset, runtime)
+
+
+@pytest.mark.parametrize(("real", "compressed", "fits"), [(18, 48, True), (18, 49, False), (20, 0, True)])
+def test_twenty_images_worth_hold_eighteen_and_forty_eight_maps(real, compressed, fits, tmp_path):
+    run = experiment(tmp_path, coloured(4, 70), real, compressed, 20, 2, 2)
+    if fits:
+        assert run.check().memory.per_class == real
+        return
+    with pytest.raises(ConfigError, match=r"18 \+ 49 / 24 = 20\.042.*at most syn_per_class=48 fit"):
+        run.check()
+
+
+@pytest.mark.parametrize(("real", "compressed"), [(20, 0), (19, 24), (18, 48), (17, 72), (16, 96)])
+def test_every_image_that_is_given_up_makes_room_for_twenty_four_maps(real, compressed, tmp_path):
+    learner = experiment(tmp_path, coloured(2, 112), None, compressed, 20, 1, 1).check()
+    assert (learner.memory.per_class, learner.num_compressed) == (real, compressed)
+
+
+def test_memory_has_30_then_45_then_60_entries(tmp_path):
+    """12 classes of 8 images in phases of 6, 3 and 3, R = 2 and S = 3."""
+    run, entries = experiment(tmp_path, coloured(12, 8), 2, 3, 20, 6, 3), []
+    save = run._save
+
+    def count(task):
+        entries.append((len(run.learner.memory.images), run.learner.source.num_compressed))
+        save(task)
+
+    run._save = count
+    run.run()
+    assert entries == [(12, 18), (18, 27), (24, 36)]
+
+
+def test_one_herding_is_cut_into_real_and_compressed_exemplars():
+    import numpy as np
+
+    picks = herding(torch.from_numpy(np.random.RandomState(0).randn(30, 4)), 4 + 6)
+    assert (picks[:4], picks[4:]) == ([2, 15, 3, 12], [7, 18, 22, 4, 10, 24])
+
+
+@pytest.mark.parametrize("name", ["food101", "caltech256", "places100", "imagenet100"])
+def test_escorts_files_keep_eighteen_images_and_forty_eight_maps_of_every_class(name):
+    config, unused = build_config(read_experiment(EXPERIMENTS / f"escort_{name}.json"))
+    synth = config.synth
+    assert unused == [] and (synth.name, synth.resolution) == ("controlnet", "low" if name == "caltech256" else "high")
+    assert (config.memory_per_class, synth.real_per_class, synth.syn_per_class) == (20, 18, 48)
+    assert (synth.augmentations_per_image, synth.guidance, synth.control_strength) == (5, 9.0, 1.0)
+    assert (synth.canny_low, synth.canny_high, synth.copy_noise, synth.verbatim_names) == (100, 200, "reference", True)
+    assert (config.model_name, config.convnet_type, config.model_seed) == ("der", "resnet18", 1)
+    assert (config.init_epoch, config.epochs, config.milestones) == (200, 170, [80, 120, 150])
+
+
+def test_the_scripts_have_the_published_words_and_steps():
+    high, low = SCRIPTS["high"], SCRIPTS["low"]
+    assert high[0] == "{class}, best quality, extremely detailed" and high[2] == 20
+    assert low == ("{class}, clean, clear, bright, neat", "blurry, dark, messy, dotted", 50)
