@@ -63,7 +63,7 @@ def describe_run(config: RunConfig, name: str) -> str:
 
 
 def _schedule(learner: Learner) -> list[str]:
-    config, data = learner.config, learner.data
+    data = learner.data
     counts = data.class_counts
     lines = [f"Tasks: {data.num_tasks}, real training data {data.all_real_bytes / 1e6:.1f} MB"]
     for index in range(data.num_tasks):
@@ -73,8 +73,9 @@ def _schedule(learner: Learner) -> list[str]:
         length = f"{training.epochs} epochs" if training.epochs is not None else f"{training.steps} steps"
         line = f"  task {index}: classes {task.num_old}-{task.num_seen - 1}, {images} images, {length}"
         if learner.uses_exemplars and index:
-            per_class = config.memory_per_class if config.fixed_memory else config.memory_size // task.num_old
-            line += f", up to {per_class} exemplars of each old class"
+            line += f", up to {learner.memory.budget(task.num_old)} exemplars of each old class"
+        if learner.num_compressed and index:
+            line += f", {learner.num_compressed} more as edge maps"
         lines.append(line)
     return lines
 

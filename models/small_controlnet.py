@@ -20,7 +20,7 @@ class SmallControlNet(OwnModel):
 
     Args:
         image_shape: (C, S, S) of the images.
-        map_side: side of the edge maps, S times a power of two.
+        map_size: side of the edge maps, S times a power of two.
         block_out_channels: width of each level of the UNet; every level after the first halves the side.
         layers_per_block: residual blocks per level on the way down; the way up has one more.
         norm_num_groups: groups of every GroupNorm.
@@ -35,7 +35,7 @@ class SmallControlNet(OwnModel):
     def __init__(
         self,
         image_shape: Sequence[int],
-        map_side: int,
+        map_size: int,
         *,
         block_out_channels: Sequence[int] = (32, 64),
         layers_per_block: int = 1,
@@ -44,12 +44,12 @@ class SmallControlNet(OwnModel):
     ):
         super().__init__()
         self.arguments: dict[str, Any] = {
-            "image_shape": list(image_shape), "map_side": map_side, "block_out_channels": list(block_out_channels),
+            "image_shape": list(image_shape), "map_size": map_size, "block_out_channels": list(block_out_channels),
             "layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups,
             "prediction_type": prediction_type,
         }  # fmt: skip
         self.halvings = _check_shapes(self.arguments)
-        self.image_shape, self.map_side = tuple(image_shape), map_side
+        self.image_shape, self.map_size = tuple(image_shape), map_size
         self.schedule = {**NOISE, "prediction_type": prediction_type}
         self.unet = _unet(self.image_shape, block_out_channels, layers_per_block, norm_num_groups)
         self.control = self.fresh_control()
@@ -70,7 +70,7 @@ class SmallControlNet(OwnModel):
         Args:
             xt: (B, C, S, S).
             t: int64 (B,), time steps.
-            edges: float (B, 1, M, M) in {0, 1}, M = ``map_side``; None: the UNet alone.
+            edges: float (B, 1, M, M) in {0, 1}, M = ``map_size``; None: the UNet alone.
             strength: factor of what the ControlNet adds.
 
         Returns:
@@ -96,14 +96,14 @@ def _unet(shape: Sequence[int], widths: Sequence[int], layers: int, groups: int)
 
 def _check_shapes(given: dict[str, Any]) -> int:
     """How often a map is halved to an image's side."""
-    side, map_side, widths = given["image_shape"][1], given["map_side"], given["block_out_channels"]
+    side, map_size, widths = given["image_shape"][1], given["map_size"], given["block_out_channels"]
     if side % 2 ** (len(widths) - 1):
         raise ConfigError(
             f"{len(widths)} block_out_channels halve an image {len(widths) - 1} times, so its side must be a multiple "
             f"of {2 ** (len(widths) - 1)}, not {side}: give fewer of them"
         )
     require_multiples(given, "block_out_channels", "norm_num_groups")
-    times, rest = divmod(map_side, side)
+    times, rest = divmod(map_size, side)
     if rest or not times or times & (times - 1):
-        raise ConfigError(f"map_side={map_side}: it must be the side of the images, {side}, or 2, 4, 8, ... times that")
+        raise ConfigError(f"map_size={map_size}: it must be the side of the images, {side}, or 2, 4, 8, ... times that")
     return times.bit_length() - 1
