@@ -48,7 +48,7 @@ class Replay(PyCILLearner):
         for label in task.classes:
             own = images.select([label])
             order = torch.randperm(len(own), generator=seeding.generator(self.run.seed, label, "reservoir"))
-            self.memory.add(own.take(order[: self.config.memory_per_class]))
+            self.memory.add(own.take(order[: self.memory.per_class]))
 
     def _offer_to_reservoir(self, task: Task) -> None:
         images = self.data.train_images(task)

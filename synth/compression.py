@@ -63,6 +63,11 @@ class ExemplarCompression(ReplaySource):
         def _draws_itself(self) -> ExemplarCompression.Config:
             if not self.need_syn_imgs or self.adopt_syn_images:
                 raise ValueError("copies are drawn here: need_syn_imgs must be true and adopt_syn_images false")
+            if self.source_dir is not None:
+                raise ValueError(
+                    f"synth.source_dir={self.source_dir!r}: maps are a run's own; leave it out, and let synth.weights "
+                    "name the folder of a small_controlnet that was trained before"
+                )
             if self.canny_low > self.canny_high:
                 raise ValueError(f"synth.canny_low={self.canny_low} is above canny_high={self.canny_high}")
             return self
@@ -79,6 +84,10 @@ class ExemplarCompression(ReplaySource):
         self.at_hand: dict[int, EdgeMap] = {}  # maps of images that are there anyway; not kept
         self.originals: dict[int, Tensor] = {}  # item -> image, of the newest task's exemplars, to be looked at
         self._said_that_a_map_is_empty = False
+
+    @classmethod
+    def wants_replay(cls, config) -> bool:
+        return False
 
     @classmethod
     def first_task_settings(cls, config) -> dict[str, Any]:

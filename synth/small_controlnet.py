@@ -91,6 +91,7 @@ class SmallControlNetSource(ExemplarCompression):
             model = self._model = self.new_model().to(self.run.device)
             self._train(model, model.unet, task, images, "unet", self.config.unet_steps)
             model.unet.requires_grad_(False)
+            seeding.seed_everything(self.run.seed, "small_controlnet", "control")
             model.control.load_state_dict(model.fresh_control().state_dict())
             self._train(model, model.control, task, images, "control", self.config.control_steps)
             model.freeze()

@@ -70,7 +70,8 @@ class Fitting:
         self.source.fit_before(task, images)
         if self.rehearses:
             self.source.fit_after(task, images, self._replay(task), ImageSet(), None)
-            if self.config.synth.replay == "keep" and task is not self.tasks[-1]:
+            wanted = self.config.synth.replay == "keep" and self.source.wants_replay(self.config.synth)
+            if wanted and task is not self.tasks[-1]:
                 self.bank.draw(self.source, task, task.classes)
         self._preview(task)
 
@@ -87,10 +88,11 @@ class Fitting:
             self._preview(task)
 
     def _preview(self, task: Task) -> None:
-        """One image of each of the task's classes, the one that would be drawn first."""
-        key = (self.run.seed, self.config.synth.name, task.index)
-        images = self.source.generate(Requests.of_classes(list(task.classes), 1, key))
-        for position, label in enumerate(task.classes if self.run.runtime.is_main else ()):
+        """One image of each class that it knows of the task's, the one that would be drawn first."""
+        key, known = (self.run.seed, self.config.synth.name, task.index), self.source.fitted_classes
+        classes = [label for label in task.classes if label in known]
+        images = self.source.generate(Requests.of_classes(classes, 1, key)) if classes else ImageSet()
+        for position, label in enumerate(classes if self.run.runtime.is_main else ()):
             path = self.run.folder / "previews" / f"sample_epoch{self.epoch:02d}_class{label:02d}.png"
             atomic_write(path, encode_image(images.image(position), ".png"), sync=False)
 

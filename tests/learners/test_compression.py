@@ -34,6 +34,12 @@ def test_the_budget_is_images_and_what_maps_cost_of_them(tmp_path, real, compres
     assert (learner.memory.per_class, learner.num_compressed) == (real, compressed)
 
 
+def test_a_reservoir_keeps_no_more_real_exemplars_than_the_maps_leave(tmp_path):
+    experiment = toy_experiment("replay", tmp_path, "small_controlnet", memory_per_class=4, selection="reservoir")
+    experiment.run()
+    assert experiment.learner.memory.images.counts(6).tolist() == [2] * 6  # 2 + 3 / 2 <= 4
+
+
 def test_real_exemplars_take_what_the_maps_leave(tmp_path):
     assert escort(tmp_path, syn_per_class=3).check().memory.per_class == 2  # 2 + 3 / 2 <= 4
 

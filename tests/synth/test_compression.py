@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from synth import SOURCES
+from synth.small_controlnet import SmallControlNetSource
 from tests.synth.test_contract import fitted, make_source
 from tests.toy import tiny_source, toy_dataset
 from utils import seeding
@@ -98,6 +99,20 @@ def test_a_map_decides_what_a_small_controlnet_draws(tmp_path):
     assert not torch.equal(drawn[0], drawn[1])
 
 
+def test_a_control_begun_after_a_kill_is_the_one_of_an_unbroken_training(tmp_path, monkeypatch):
+    whole, train = fitted("small_controlnet", tmp_path / "whole"), SmallControlNetSource._train
+
+    def stop(self, model, part, *rest):
+        if part is model.control:
+            raise KeyboardInterrupt
+        train(self, model, part, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SmallControlNetSource, "_train", stop)
+        fitted("small_controlnet", tmp_path / "killed")
+    assert fitted("small_controlnet", tmp_path / "killed").fingerprint() == whole.fingerprint()
+
+
 def test_a_small_controlnet_that_was_trained_before_is_taken_as_it_is(tmp_path):
     first = fitted("small_controlnet", tmp_path / "a")
     (tmp_path / "saved").mkdir()
@@ -114,6 +129,7 @@ def test_a_small_controlnet_that_was_trained_before_is_taken_as_it_is(tmp_path):
         ("small_controlnet", {"block_out_channels": [8] * 5}, ConfigError, "a multiple of 16, not 8"),
         ("small_controlnet", {"weights": "nowhere"}, WeightsError, "holds no model of the source 'small_controlnet'"),
         ("small_controlnet", {"need_syn_imgs": False}, ConfigError, "need_syn_imgs must be true"),
+        ("small_controlnet", {"source_dir": "run"}, ConfigError, "let synth.weights name the folder"),
         ("small_controlnet", {"canny_low": 300}, ConfigError, "canny_low=300 is above canny_high=200"),
         ("controlnet", {"prompt": "a photo"}, ConfigError, "names the class exactly once, as {class}"),
         ("controlnet", {"base": "nowhere/at all"}, WeightsError, "base='nowhere/at all'"),
