@@ -205,7 +205,9 @@ class Learner(ExemplarKeeper, ABC):
         return 0
 
     def count_draws(self) -> int:
-        """Images that the whole run draws to replay them, for `--plan`."""
+        """Images that the whole run draws to replay them, for `--plan`; of copies, the most that it may come to."""
+        if self.source.makes_copies:
+            return self.source.most_copies(self.data)
         wanted = self.config.synth.syn_per_class
         counts = [count if wanted is None else wanted for count in self.data.class_counts]
         old = [self.data.task(index).num_old for index in range(self.data.num_tasks)]

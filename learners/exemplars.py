@@ -32,14 +32,14 @@ class ExemplarKeeper:
         if self.source is not None:
             kept = config.memory_per_class if self.uses_exemplars else None
             real, self.num_compressed = self.source.split_memory(kept, self.data)
-        if self.num_compressed:
+        if self.num_compressed or real != config.memory_per_class:
             self._check_split(real)
         return ExemplarMemory(config.memory_size, real, config.fixed_memory)
 
     def _check_split(self, real: int) -> None:
         if self.uses_exemplars and not self.config.fixed_memory:
             raise ConfigError(
-                f"synth.syn_per_class={self.num_compressed} is a number per class, but fixed_memory=false shares "
+                "synth.real_per_class and syn_per_class are numbers per class, but fixed_memory=false shares "
                 "memory_size over all classes: set fixed_memory=true, and memory_per_class"
             )
         counts = self.data.class_counts

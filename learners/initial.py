@@ -89,7 +89,7 @@ def recipe_of(learner: Learner) -> dict[str, Any]:
             **asdict(transform.recipe), "size": transform.size, "resize": transform.resize,
             "mean": transform.mean.tolist(), "std": transform.std.tolist(),
         },
-        "synth": {} if learner.source is None else learner.source.first_task_settings(config.synth),
+        "synth": {} if learner.source is None else learner.source.first_task_settings(),
     }  # fmt: skip
     return json.loads(json.dumps(recipe))
 

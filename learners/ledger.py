@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
 from torch import Tensor
 
 from learners.base import Learner
@@ -97,7 +96,7 @@ def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
         memory: of `count_bytes`.
 
     Returns:
-        "unit_bytes", a raw image of the data set's own size (of files: the mean over the exemplars); "real" and
+        "unit_bytes", a raw image of the data set's own size (their mean); "real" and
         "compressed" exemplars; "compressed_units", what the latter count by their method; "nominal", the units of
         both; "true", the units that their files would fill.
     """
@@ -116,17 +115,9 @@ def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
 
 
 def _unit_bytes(learner: Learner) -> float:
-    data, kept = learner.data, learner.memory.images
-    if data.dataset.in_memory:
-        return data.all_real_bytes / sum(data.class_counts)
-    paths = [path for part in kept.parts if not isinstance(part.images, Tensor) for path in part.images]
-    pixels = [_pixels(path) for path in paths] or [data.dataset.image_size**2]
-    return data.dataset.channels * sum(pixels) / len(pixels)
-
-
-def _pixels(path: str) -> int:
-    with Image.open(path) as image:  # reads the header alone
-        return image.width * image.height
+    data = learner.data
+    pixels = sum(count * height * width for (height, width), count in data.image_sizes.items())
+    return data.dataset.channels * pixels / sum(data.class_counts)
 
 
 def describe(memory: dict[str, int], units: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ from learners import LEARNERS
 from learners.pycil import PyCILLearner
 from utils import seeding
 from utils.data_manager import Task
+from utils.images import ImageSet
 from utils.memory import reservoir_slots
 
 
@@ -47,8 +48,14 @@ class Replay(PyCILLearner):
         images = self.data.train_images(task)
         for label in task.classes:
             own = images.select([label])
-            order = torch.randperm(len(own), generator=seeding.generator(self.run.seed, label, "reservoir"))
-            self.memory.add(own.take(order[: self.memory.per_class]))
+            self.memory.add(own.take(self.picks(task, label, own)[: self.memory.per_class]))
+
+    def picks(self, task: Task, label: int, own: ImageSet) -> list[int]:
+        """Herded, or with a reservoir in random order."""
+        if self.config.selection == "herding":
+            return super().picks(task, label, own)
+        order = torch.randperm(len(own), generator=seeding.generator(self.run.seed, label, "reservoir")).tolist()
+        return order[: self.memory.per_class + self.num_compressed]
 
     def _offer_to_reservoir(self, task: Task) -> None:
         images = self.data.train_images(task)

@@ -127,8 +127,7 @@ class ReplaySource(ABC):
         """
         return config.dump_without({*SourceConfig.model_fields, *cls.drawing_keys})
 
-    @classmethod
-    def first_task_settings(cls, config) -> dict[str, Any]:
+    def first_task_settings(self) -> dict[str, Any]:
         """The keys that shape the classifier's training of the first task, for `init_from`. Default: none does."""
         return {}
 

@@ -73,10 +73,8 @@ class ExemplarCompression(ReplaySource):
             return self
 
     makes_copies = True
+    places: frozenset[str] = frozenset()  # keys that say where weights lie, and not what they are
     ledger_parts = {EDGE_MAPS: "edge_maps"}
-    drawing_keys = frozenset({
-        "real_per_class", "augmentation_prob", "augmentations_per_image", "prepare", "copy_noise"
-    })  # fmt: skip
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -87,14 +85,19 @@ class ExemplarCompression(ReplaySource):
 
     @classmethod
     def wants_replay(cls, config) -> bool:
+        """No: it learns from new images alone."""
         return False
 
-    @classmethod
-    def first_task_settings(cls, config) -> dict[str, Any]:
+    def first_task_settings(self) -> dict[str, Any]:
         """What copies of new images bring into the first task's training; nothing where none are shown."""
-        if not config.augmentation_prob:
+        if not self.config.augmentation_prob:
             return {}
-        return {"name": config.name, **config.dump_without({*SourceConfig.model_fields, "real_per_class", "prepare"})}
+        later = {"syn_image_path", "syn_per_class", "real_per_class", "fit_after_last_task", "keep_sources", "prepare"}
+        return {**self.config.dump_without(later | self.places), "weights": self.published_weights()}
+
+    def published_weights(self) -> str:
+        """The fingerprint of weights that came from elsewhere; "" where all is learned here."""
+        return ""
 
     # ------------------------------------------------------------------ the budget
 
@@ -107,7 +110,7 @@ class ExemplarCompression(ReplaySource):
 
         24 for coloured images and maps of their size; of a data set with images of many sizes it is the mean's.
         """
-        sizes = data.image_sizes()
+        sizes = data.image_sizes
         raw = sum(count * height * width for (height, width), count in sizes.items()) * self.dataset.channels
         packed = sum(count * map_bytes(*self.map_shape(*size)) for size, count in sizes.items())
         return raw / packed
@@ -121,9 +124,9 @@ class ExemplarCompression(ReplaySource):
                     f"synth.real_per_class={real}, but this learner keeps no real exemplars: set it to 0 or null"
                 )
             return 0, compressed
-        if compressed == 0:
-            return min(memory_per_class, real if real is not None else memory_per_class), 0
-        ratio = self.maps_per_image(data)
+        if compressed == 0 and real is None:
+            return memory_per_class, 0
+        ratio = self.maps_per_image(data) if compressed else 8.0 * self.dataset.channels
         if real is None:
             real = max(0, int(memory_per_class - compressed / ratio + 1e-9))
         units = real + compressed / ratio
@@ -143,8 +146,8 @@ class ExemplarCompression(ReplaySource):
 
     @property
     def nominal_share(self) -> float:
-        """What one map costs of an image, in ESCORT's count: a bit against the 24 of a coloured pixel."""
-        return 1 / 24
+        """What a map of an image's own size costs of it: a bit against the 24 of a coloured pixel, 8 of a grey one."""
+        return 1 / (8 * self.dataset.channels)
 
     def compressed_counts(self) -> dict[int, int]:
         return {label: len(maps) for label, maps in self.maps.items() if maps}
@@ -195,6 +198,11 @@ class ExemplarCompression(ReplaySource):
         self.at_hand |= {one.item: one for one in made}
         return torch.tensor([one.item for one in made], dtype=torch.int64)
 
+    def most_copies(self, data: DataManager) -> int:
+        """Copies that a run may come to show, if it is long enough."""
+        exemplars, images = self.config.syn_per_class * data.num_classes, sum(data.class_counts)
+        return self.config.augmentations_per_image * (images if self.config.augmentation_prob else exemplars)
+
     def requests(self, classes: list[int], num_copies: int = 1) -> Requests:
         """All compressed exemplars of these classes, best first, and so many copies of each, copy by copy."""
         rows = [(label, one.item) for label in classes for one in self.maps.get(label, [])]
@@ -227,8 +235,11 @@ class ExemplarCompression(ReplaySource):
             raise ConfigError(f"the source {self.config.name!r} draws along edges and cannot be guided")
         known = {one.item: one for maps in self.maps.values() for one in maps}
         known |= self.at_hand
-        unknown = torch.tensor([item not in known for item in requests.item.tolist()], dtype=torch.bool)
-        self.require_fitted(requests.labels[unknown])
+        items = requests.item.tolist()
+        self.require_fitted(requests.labels[torch.tensor([item not in known for item in items], dtype=torch.bool)])
+        strange = next((item for item in items if item >= 0 and item not in known), None)
+        if strange is not None:
+            raise NotFittedError(f"no edge map of item {strange}: images at hand are forgotten with the next task")
         images = self.in_chunks(requests, partial(self._draw, known=known))
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) == 1:
@@ -244,7 +255,7 @@ class ExemplarCompression(ReplaySource):
 
     def _in_turn(self, label: int, number: int) -> EdgeMap:
         if not self.maps.get(label):
-            raise NotFittedError(f"class {label} has no compressed exemplar to draw: syn_per_class was 0")
+            raise NotFittedError(f"class {label} has no compressed exemplar: none was kept, or a budget took it")
         return self.maps[label][number % len(self.maps[label])]
 
     def _generators(self, requests: Requests) -> list[torch.Generator]:
@@ -255,8 +266,12 @@ class ExemplarCompression(ReplaySource):
     def in_drawing_order(self, requests: Requests) -> Requests:
         """The same requests with those of one size side by side, so that they are drawn together."""
         known = {one.item: one for maps in self.maps.values() for one in maps} | self.at_hand
-        shapes = [known[item].shape for item in requests.item.tolist()]
-        return requests.take(torch.tensor(sorted(range(len(shapes)), key=shapes.__getitem__), dtype=torch.int64))
+        sizes = [self.drawing_size(known[item]) for item in requests.item.tolist()]
+        return requests.take(torch.tensor(sorted(range(len(sizes)), key=sizes.__getitem__), dtype=torch.int64))
+
+    def drawing_size(self, one: EdgeMap) -> tuple[int, int]:
+        """(H, W) at which its image is drawn, of which those that are drawn together share one."""
+        return one.shape
 
     # ------------------------------------------------------------------ keeping
 
@@ -268,9 +283,11 @@ class ExemplarCompression(ReplaySource):
 
     def save(self, directory: Path) -> None:
         """The edge maps; a subclass adds its generator if that was learned here."""
-        save_tensors(Path(directory) / EDGE_MAPS, pack(self.maps))
+        if self.num_compressed:
+            save_tensors(Path(directory) / EDGE_MAPS, pack(self.maps))
 
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
-        self.maps = unpack(load_tensors(Path(directory) / EDGE_MAPS))
+        path = Path(directory) / EDGE_MAPS
+        self.maps = unpack(load_tensors(path)) if path.exists() else {}
         self.fitted_classes = set(self.maps)

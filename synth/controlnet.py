@@ -6,13 +6,13 @@ from itertools import groupby
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from models.controlnet import CLIP_TOKENIZER, ControlNetPipeline, check_controlnet, load_controlnet
 from synth import SOURCES
 from synth.compression import ExemplarCompression
-from synth.edges import EdgeMap, drawing_size, resize, resize_edges, short_side
+from synth.edges import EdgeMap, drawing_size, resize, resize_edges, restore, short_side
 from synth.prompts import class_words
 from synth.requests import Requests
 from utils.command import promised_offline
@@ -55,7 +55,7 @@ class ControlNetSource(ExemplarCompression):
         short_side: int | None = Field(
             None, ge=8, description="of what is drawn, in pixels; null: the script's 512 or 256"
         )
-        grid: int = Field(64, ge=1, description="sides of what is drawn are multiples of it")
+        grid: int = Field(64, ge=8, multiple_of=8, description="sides of what is drawn are multiples of it")
         prompt: str | None = Field(None, description=f"what is drawn, {CLASS} is the class; null: the script's")
         negative_prompt: str | None = Field(None, description="what is avoided; null: the script's")
         class_prompts: str | None = Field(None, description="JSON file, folder name -> words of the class")
@@ -71,9 +71,13 @@ class ControlNetSource(ExemplarCompression):
                 raise ValueError(f"a prompt names the class exactly once, as {CLASS}")
             return value
 
-    drawing_keys = ExemplarCompression.drawing_keys | {
-        "prompt", "negative_prompt", "class_prompts", "verbatim_names", "sample_steps", "guidance", "control_strength",
-    }  # fmt: skip
+        @model_validator(mode="after")
+        def _at_least_one_cell(self) -> ControlNetSource.Config:
+            if self.short_side is not None and self.short_side < self.grid:
+                raise ValueError(f"synth.short_side={self.short_side} is below synth.grid={self.grid}: lower the grid")
+            return self
+
+    places = frozenset({"base", "controlnet", "tokenizer"})
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -102,6 +106,9 @@ class ControlNetSource(ExemplarCompression):
             )  # fmt: skip
         return self._model
 
+    def published_weights(self) -> str:
+        return self.model.fingerprint()
+
     # ------------------------------------------------------------------ maps and images
 
     def map_shape(self, height: int, width: int) -> tuple[int, int]:
@@ -115,7 +122,7 @@ class ControlNetSource(ExemplarCompression):
         return resize(image, height, width, enlarges=height * width >= image.shape[-2] * image.shape[-1])
 
     def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
-        sizes = [self._drawing_size(*one.size) for one in maps]
+        sizes = list(map(self.drawing_size, maps))
         drawn: dict[int, Tensor] = {}
         for size, group in groupby(sorted(range(len(maps)), key=sizes.__getitem__), key=sizes.__getitem__):
             places = list(group)
@@ -127,7 +134,10 @@ class ControlNetSource(ExemplarCompression):
                 strength=self.config.control_strength,
             )  # fmt: skip
             drawn |= zip(places, images)
-        return [_restore(drawn[place], one.size) for place, one in enumerate(maps)]
+        return [restore(drawn[place], one.size) for place, one in enumerate(maps)]
+
+    def drawing_size(self, one: EdgeMap) -> tuple[int, int]:
+        return self._drawing_size(*one.size)
 
     def _embed(self, text: str) -> Tensor:
         """(1, 77, W), computed once; one text at a time, so that it does not depend on its neighbours."""
@@ -138,8 +148,8 @@ class ControlNetSource(ExemplarCompression):
     # ------------------------------------------------------------------ keeping
 
     def frozen_bytes(self) -> int:
-        """Bytes of Stable Diffusion and ControlNet; 0 before they were needed."""
-        return 0 if self._model is None else self._model.frozen_bytes()
+        """Bytes of Stable Diffusion and ControlNet, if they are needed at all."""
+        return self.model.frozen_bytes() if self.config.syn_per_class or self.config.augmentation_prob else 0
 
     def fingerprint(self) -> str:
         """SHA-256 over the frozen weights; prompts stand in the settings, and maps name themselves in every copy."""
@@ -154,8 +164,3 @@ class ControlNetSource(ExemplarCompression):
             place = "not yet on this machine"
         sampling = f"DDIM of {self.steps} steps, guidance {self.config.guidance:g}"
         return f"{self.config.base} with ControlNet, {place}; {super().describe()}; {sampling}"
-
-
-def _restore(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A drawn image, uint8 (3, H, W), at the size of the one that its map was made of."""
-    return resize(image, *size, enlarges=min(image.shape[-2:]) <= min(size))

@@ -31,8 +31,9 @@ NOTE = (
 class CopyBank(Bank):
     """`task_<t>/<class>/<class>-<item>_seed<copy>.png`: copies of the images of a task's classes.
 
-    A copy's name and bits depend on its edge map, its number and the run's seed alone, so one that was drawn for a new
-    image serves again when this image has become an exemplar. The manifest's ``files`` grow with every drawing.
+    What a copy is called and shows depends on its edge map, its number and the run's seed alone, so one that was drawn
+    for a new image serves again when this image has become an exemplar; in another chunk a pixel may move by a grey
+    level. The manifest's ``files`` grow with every drawing.
 
     Args:
         source: draws what is missing.
@@ -95,21 +96,24 @@ class CopyBank(Bank):
 
     def _open(self, folder: Path) -> dict[str, Any]:
         """The folder's manifest, new where there is none; without images that were damaged since they were drawn."""
-        classes = self._classes(int(folder.name.rpartition("_")[2]))
-        manifest = self._manifest(self.source, classes, ())
-        with self.run.runtime.accelerator.main_process_first():
-            if not (folder / MANIFEST).exists():
-                if self.run.runtime.is_main:
-                    write_json(folder / MANIFEST, manifest)
-                return manifest
-        stored = json.loads((folder / MANIFEST).read_text())
         if folder not in self._verified:
             self._verified.add(folder)
-            require_same(folder, stored, manifest, [field for field in manifest if field != "files"], REMEDY)
-            for name in damaged_files(folder, stored["files"]):
-                log.warning("%s is missing or damaged: it is drawn again", folder / name)
-                (folder / name).unlink(missing_ok=True)
-                del stored["files"][name]
+            with self.run.runtime.accelerator.main_process_first():
+                if self.run.runtime.is_main:
+                    write_json(folder / MANIFEST, self._verified_manifest(folder))
+        return json.loads((folder / MANIFEST).read_text())
+
+    def _verified_manifest(self, folder: Path) -> dict[str, Any]:
+        classes = self._classes(int(folder.name.rpartition("_")[2]))
+        manifest = self._manifest(self.source, classes, ())
+        if not (folder / MANIFEST).exists():
+            return manifest
+        stored = json.loads((folder / MANIFEST).read_text())
+        require_same(folder, stored, manifest, [field for field in manifest if field != "files"], REMEDY)
+        for name in damaged_files(folder, stored["files"]):
+            log.warning("%s is missing or damaged: it is drawn again when it is wanted", folder / name)
+            (folder / name).unlink(missing_ok=True)
+            del stored["files"][name]
         return stored
 
     def _manifest(self, source, classes: list[int], key: tuple[int | str, ...]) -> dict[str, Any]:

@@ -66,6 +66,11 @@ def resize(image: Tensor, height: int, width: int, enlarges: bool) -> Tensor:
     return resized.unsqueeze(0) if resized.ndim == 2 else resized.permute(2, 0, 1)
 
 
+def restore(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A drawn image, uint8 (C, H, W), at the (height, width) of the one that its map was made of."""
+    return resize(image, *size, enlarges=min(image.shape[-2:]) <= min(size))
+
+
 def resize_edges(edges: Tensor, height: int, width: int) -> Tensor:
     """A map, bool (H, W), at another size by the nearest pixel, as OpenCV counts them; Pillow takes others."""
     import cv2

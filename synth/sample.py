@@ -65,7 +65,10 @@ class Opened:
     class_order: list[int]
 
     def requests(self, classes: list[int], per_class: int) -> list[Requests]:
-        """Those of a run with these tasks and this seed, so that its images are drawn again."""
+        """Those of a run with these tasks and this seed, so that its images are drawn again.
+
+        A source that makes copies takes its exemplars in turn instead, under other seeds than a run's.
+        """
         sizes = subsets.task_sizes(len(self.class_order), self.config.init_cls, self.config.increment)
         tasks = [index for index, size in enumerate(sizes) for _ in range(size)]  # of every class
         # With `redraw`, a run draws all old classes in the name of the task that comes next.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.small_controlnet import SmallControlNet
 from synth import SOURCES
 from synth.compression import ExemplarCompression
-from synth.edges import EdgeMap, resize
+from synth.edges import EdgeMap, resize, restore
 from synth.latents import denoising_loss, noise_scheduler, sample_scheduled, sample_scheduler
 from synth.requests import Requests, draw_noise
 from synth.small_ldm import TurningTransform
@@ -22,7 +22,7 @@ from utils.data_manager import Task
 from utils.errors import ConfigError
 from utils.images import ImageSet
 from utils.training import TrainConfig, fit
-from utils.transforms import DiffusionTransform, square, to_uint8
+from utils.transforms import DiffusionTransform, to_uint8
 
 
 @SOURCES.register("small_controlnet")
@@ -52,13 +52,18 @@ class SmallControlNetSource(ExemplarCompression):
         scheduler: Literal["ddim", "dpmpp", "unipc", "euler"] = Field("ddim", description="how copies are drawn")
         sample_steps: int = Field(20, ge=1, lt=1000, description="steps of it")
 
-    drawing_keys = ExemplarCompression.drawing_keys | {"control_strength", "scheduler", "sample_steps"}
+    places = frozenset({"weights"})
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
         self._model: SmallControlNet | None = None
         if config.weights is None:
             self.new_model()  # what does not fit is said now, not after a classifier has trained
+        elif config.map_size not in (None, self.model.map_size):
+            raise ConfigError(
+                f"synth.map_size={config.map_size}, but the model in synth.weights={config.weights!r} reads maps of "
+                f"{self.model.map_size} pixels: leave map_size out"
+            )
         elif self.model.image_shape[0] != dataset.channels:
             raise ConfigError(
                 f"synth.weights={config.weights!r} draws images of {self.model.image_shape[0]} channels, but "
@@ -80,6 +85,9 @@ class SmallControlNetSource(ExemplarCompression):
         if self._model is None:
             self._model = SmallControlNet.load(self.config.weights).to(self.run.device)
         return self._model
+
+    def published_weights(self) -> str:
+        return "" if self.config.weights is None else self.model.fingerprint()
 
     # ------------------------------------------------------------------ learning
 
@@ -127,7 +135,7 @@ class SmallControlNetSource(ExemplarCompression):
 
     def map_shape(self, height: int, width: int) -> tuple[int, int]:
         side = self.config.map_size or self.dataset.image_size
-        return side, side
+        return (side if self.config.weights is None else self.model.map_size,) * 2
 
     def enlarge(self, image: Tensor, height: int, width: int) -> Tensor:
         return resize(image, height, width, enlarges=height * width >= image.shape[-2] * image.shape[-1])
@@ -143,7 +151,7 @@ class SmallControlNetSource(ExemplarCompression):
         noise = draw_noise(generators, model.image_shape).to(self.run.device)
         scheduler = sample_scheduler(config.scheduler, model.schedule, config.sample_steps)
         images = to_uint8(sample_scheduled(predict, noise, scheduler)).cpu()
-        return [square(image, one.size[0], "bicubic") for image, one in zip(images, maps)]
+        return [restore(image, one.size) for image, one in zip(images, maps)]
 
     # ------------------------------------------------------------------ keeping
 

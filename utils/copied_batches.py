@@ -59,7 +59,7 @@ class CopiedBatches(ImageBatches):
         super().__init__(images, replay, **options)
         self.copies = copies
         self.row_of = torch.full((len(self.labels), copies.num_copies), -1)  # where a copy lies; -1: nowhere yet
-        lone = (copies.chances >= 1).nonzero().flatten()
+        lone = torch.arange(len(images), len(self.labels))  # what is there of them is their copy 0
         self.row_of[lone, 0] = lone
         self.num_rows = len(self.labels)
         self.copied: Tensor | None = None  # of copies in memory: all in one store, so that its growth moves no bit

@@ -133,6 +133,7 @@ class DataManager:
         """What keeping all training images would take: raw pixels in memory, file sizes on disk."""
         return self._train.nbytes
 
+    @cached_property
     def image_sizes(self) -> Counter[tuple[int, int]]:
         """(height, width) of all training images as they are stored, and how many have it."""
         return image_sizes(self._train)

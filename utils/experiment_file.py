@@ -104,7 +104,10 @@ def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
 def _plain_escort(raw: dict[str, Any]) -> dict[str, Any]:
     """ESCORT's file with its method off: ``real_per_class``, not ``memory_per_class``, is how many images it keeps."""
     given = {key: raw[key] for key in ESCORT_KEYS if key in raw}
-    if not given or raw.get("synth") or given.get("augmentation_prob") or given.get("syn_per_class"):
+    synth = raw.get("synth")
+    if isinstance(synth, dict) and synth.get("name") in RELATIVES["controlnet"]:
+        return raw
+    if not given or given.get("augmentation_prob") or given.get("syn_per_class"):
         return raw
     result = {key: value for key, value in raw.items() if key not in ESCORT_KEYS}
     kept = given.get("real_per_class")

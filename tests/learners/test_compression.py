@@ -13,6 +13,7 @@ from synth import drawing
 from tests.toy import tiny_source, toy_dataset, toy_experiment, toy_raw
 from utils.checkpoint import file_hash, load_tensors
 from utils.errors import BankError, ConfigError
+from utils.images import ImageSet
 from utils.runtime import Runtime
 
 
@@ -32,6 +33,30 @@ def error_of(folder, learner="icarl", **keys):
 def test_the_budget_is_images_and_what_maps_cost_of_them(tmp_path, real, compressed):
     learner = escort(tmp_path, real_per_class=real, syn_per_class=compressed).check()
     assert (learner.memory.per_class, learner.num_compressed) == (real, compressed)
+
+
+def test_with_probability_one_no_real_image_is_shown(tmp_path):
+    learner = escort(tmp_path, syn_per_class=2, augmentation_prob=1.0, augmentations_per_image=1).check()
+    task = learner.data.task(0)
+    learner.data.advance(task)
+    learner.source.fit_before(task, learner.data.train_images(task))
+    batches = learner.make_batches(task, learner.data.train_images(task), ImageSet())
+    assert (batches.rows(0) >= len(batches.labels)).all()
+
+
+def test_more_real_exemplars_than_the_budget_are_refused_without_maps_too(tmp_path):
+    assert "5 + 0 / 8 = 5.000" in error_of(tmp_path, real_per_class=5, syn_per_class=0)
+
+
+def test_a_reservoir_compresses_other_images_than_it_keeps(tmp_path):
+    experiment = toy_experiment("replay", tmp_path, "small_controlnet", memory_per_class=4, selection="reservoir")
+    experiment.run()
+    learner, task = experiment.learner, experiment.data.task(2)
+    own = experiment.data.train_images(task).select([5])
+    real, maps = learner.memory.images.select([5]), learner.source.maps[5]
+    kept = {learner.source.compress(real.image(position)).item for position in range(len(real))}
+    assert len(maps) == 3 and len(learner.picks(task, 5, own)) == 5
+    assert not kept & {one.item for one in maps}
 
 
 def test_a_reservoir_keeps_no_more_real_exemplars_than_the_maps_leave(tmp_path):
@@ -168,7 +193,7 @@ def test_a_damaged_copy_is_drawn_again(tmp_path):
     experiment = escort(tmp_path, real_per_class=1, syn_per_class=2)
     experiment.run()
     before = files_of(experiment)
-    name = next(iter(before))
+    name = max(before, key=lambda name: name.stem[-2:])  # not a first copy, for which everybody asks
     (experiment.learner.bank.root / name).write_bytes(b"damaged")
     experiment.learner.bank._verified.clear()
     experiment.learner.bank.stored(range(6))

@@ -170,8 +170,7 @@ def test_a_source_learns_as_ever_beside_weights_that_were_taken(trained, tmp_pat
 
 
 def test_a_source_that_takes_part_in_the_first_task_is_part_of_the_recipe(trained, tmp_path, monkeypatch):
-    steps = classmethod(lambda cls, config: {"num_steps": config.num_steps})
-    monkeypatch.setattr(SOURCES["ddpm"], "first_task_settings", steps)
+    monkeypatch.setattr(SOURCES["ddpm"], "first_task_settings", lambda source: {"num_steps": source.config.num_steps})
     assert "synth.num_steps is null there, 3 here" in refusal(tmp_path, trained, source="ddpm")
 
 

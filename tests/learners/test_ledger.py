@@ -137,7 +137,7 @@ def test_a_unit_of_image_files_is_the_mean_of_their_pixels(tmp_path):
     for path, side in zip(paths, (10, 20)):
         Image.new("RGB", (side, side)).save(path)
     learner = toy_experiment("icarl", tmp_path).check()
-    learner.memory.images = ImageSet.of(paths, torch.zeros(2).long())
+    learner.data._train = ImageSet.of(paths, torch.zeros(2).long())
     learner.data.dataset = replace(learner.data.dataset, in_memory=False, channels=3)
     assert count_units(learner, {"exemplars": 1500, "edge_maps": 0})["unit_bytes"] == 3 * (100 + 400) / 2
 

@@ -9,7 +9,7 @@ from synth.small_controlnet import SmallControlNetSource
 from tests.synth.test_contract import fitted, make_source
 from tests.toy import tiny_source, toy_dataset
 from utils import seeding
-from utils.errors import ConfigError, WeightsError
+from utils.errors import ConfigError, NotFittedError, WeightsError
 from utils.images import ImageSet, decode_image
 from utils.run import Run
 from utils.runtime import Runtime
@@ -88,6 +88,25 @@ def test_copies_may_share_their_noise_as_in_the_reference(tmp_path):
     assert first[0] != first[1] and second[0] == second[1] == torch.rand((), generator=torch.Generator().manual_seed(3))
 
 
+def test_an_oblong_image_comes_back_oblong(tmp_path):
+    source = fitted("small_controlnet", tmp_path)
+    images = ImageSet.of(torch.randint(0, 256, (1, 1, 8, 14)).to(torch.uint8), torch.tensor([0]))
+    drawn = source.generate(source.ask(images.labels, source.read(images), torch.tensor([0])))
+    assert drawn.image(0).shape == (1, 8, 14)
+
+
+def test_an_item_that_is_forgotten_is_named(tmp_path):
+    source = fitted("small_controlnet", tmp_path)
+    with pytest.raises(NotFittedError, match="no edge map of item 123"):
+        source.generate(source.ask(torch.tensor([0]), torch.tensor([123]), torch.tensor([0])))
+
+
+def test_shared_first_tasks_depend_on_copies_only_where_some_are_shown(tmp_path):
+    settings = make_source("small_controlnet", tmp_path, augmentation_prob=0.4).first_task_settings()
+    assert settings["augmentation_prob"] == 0.4 and "image_format" in settings and "syn_per_class" not in settings
+    assert make_source("small_controlnet", tmp_path, augmentation_prob=0.0).first_task_settings() == {}
+
+
 def test_a_map_decides_what_a_small_controlnet_draws(tmp_path):
     source = fitted("small_controlnet", tmp_path, control_steps=30)
     images = ImageSet.of(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0]))
@@ -117,8 +136,10 @@ def test_a_small_controlnet_that_was_trained_before_is_taken_as_it_is(tmp_path):
     first = fitted("small_controlnet", tmp_path / "a")
     (tmp_path / "saved").mkdir()
     first.save(tmp_path / "saved")
-    second = fitted("small_controlnet", tmp_path / "b", weights=str(tmp_path / "saved"))
-    assert second.fingerprint() == first.fingerprint()
+    second = fitted("small_controlnet", tmp_path / "b", weights=str(tmp_path / "saved"), map_size=None)
+    with pytest.raises(ConfigError, match="reads maps of 16 pixels"):
+        make_source("small_controlnet", tmp_path, weights=str(tmp_path / "saved"), map_size=8)
+    assert second.fingerprint() == first.fingerprint() and second.map_shape(8, 8) == (16, 16)
     assert second.frozen_bytes() > 0 == first.frozen_bytes() and second.saved_bytes() < first.saved_bytes()
 
 
@@ -131,6 +152,7 @@ def test_a_small_controlnet_that_was_trained_before_is_taken_as_it_is(tmp_path):
         ("small_controlnet", {"need_syn_imgs": False}, ConfigError, "need_syn_imgs must be true"),
         ("small_controlnet", {"source_dir": "run"}, ConfigError, "let synth.weights name the folder"),
         ("small_controlnet", {"canny_low": 300}, ConfigError, "canny_low=300 is above canny_high=200"),
+        ("controlnet", {"short_side": 32, "grid": 64}, ConfigError, "short_side=32 is below synth.grid=64"),
         ("controlnet", {"prompt": "a photo"}, ConfigError, "names the class exactly once, as {class}"),
         ("controlnet", {"base": "nowhere/at all"}, WeightsError, "base='nowhere/at all'"),
         ("controlnet", {"augmentation_prob": 1.5}, ConfigError, "augmentation_prob=1.5"),

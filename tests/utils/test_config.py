@@ -381,6 +381,11 @@ def test_escorts_keys_of_generated_images_are_those_of_its_source(name):
     assert (config.synth.augmentation_prob, config.synth.augmentations_per_image) == (0.4, 5)
 
 
+def test_escorts_file_with_its_method_off_takes_any_other_source():
+    config, unused = build_config({**ESCORT, "synth": {"name": "ddpm"}})
+    assert unused == [] and config.synth.name == "ddpm" and config.memory_per_class == 18
+
+
 def test_escorts_keys_do_not_go_to_a_source_that_has_none_of_them():
     with pytest.raises(ConfigError, match=r"augmentation_prob=0\.4 is of the source 'controlnet'"):
         build_config({**ESCORT, "augmentation_prob": 0.4, "synth": {"name": "ddpm"}})
