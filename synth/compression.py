@@ -241,6 +241,8 @@ class ExemplarCompression(ReplaySource):
         if strange is not None:
             raise NotFittedError(f"no edge map of item {strange}: images at hand are forgotten with the next task")
         images = self.in_chunks(requests, partial(self._draw, known=known))
+        if black := sum(not image.any() for image in images):
+            log.warning("%d of %d copies are black all over, as a safety checker leaves them", black, len(images))
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) == 1:
             return ImageSet.of(torch.stack(images), requests.labels)

@@ -20,6 +20,11 @@ SHORT = [
     "--set", "init_epoch=3", "--set", "epochs=3", "--set", "synth.first_task_num_steps=40", "--set",
     "synth.num_steps=40", "--set", "synth.timestep_respacing=ddim10", "--set", "checkpoint_every=10",
 ]  # fmt: skip
+ESCORT = [
+    "--config", "exps/escort_digits.json", "--set", "init_epoch=3", "--set", "epochs=3", "--set",
+    "synth.unet_steps=40", "--set", "synth.control_steps=40", "--set", "synth.sample_steps=4", "--set",
+    "synth.augmentation_prob=0.3", "--set", "checkpoint_every=10",
+]  # fmt: skip
 
 
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
@@ -50,27 +55,27 @@ def run_killed(folder: Path, arguments: list[str], moments: list[float]) -> int:
     return kills
 
 
-def outcome(folder: Path) -> tuple[dict, dict, dict]:
-    """Results without times, weights of the classifier, weights of the generator."""
+def outcome(folder: Path) -> tuple[dict, dict]:
+    """Results without times, and every tensor of the last checkpoint: classifier, exemplars, generator, edge maps."""
     seed = folder / "killed" / "seed_1993"
     results = json.loads((seed / "results.json").read_text())
-    newest = seed / "checkpoints" / "task_4"
-    generator = load_tensors(newest / "source" / "generator.safetensors")
+    newest = seed / "checkpoints" / f"task_{len(results['task_sizes']) - 1}"
+    files = {path.relative_to(newest).as_posix(): load_tensors(path) for path in newest.rglob("*.safetensors")}
     kept = {key: value for key, value in results.items() if key not in ("seconds", "command")}
-    return kept, load_tensors(newest / "network.safetensors"), generator
+    return kept, {f"{file}: {key}": value for file, tensors in files.items() for key, value in tensors.items()}
 
 
 def assert_equal(one: tuple, other: tuple) -> None:
-    assert one[0] == other[0]
-    for left, right in zip(one[1:], other[1:]):
-        assert left.keys() == right.keys()
-        assert all(left[name].equal(right[name]) for name in left)
+    (results, left), (other_results, right) = one, other
+    assert results == other_results
+    assert left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_ten_kills_of_a_short_run_change_no_bit(precision, tmp_path):
-    arguments = [*SHORT, "--set", f"precision={precision}"]
+@pytest.mark.parametrize("short", [SHORT, ESCORT], ids=["digits", "escort"])
+def test_ten_kills_of_a_short_run_change_no_bit(short, precision, tmp_path):
+    arguments = [*short, "--set", f"precision={precision}"]
     seconds = finish(tmp_path / "whole", arguments)
     expected, kills, attempt = outcome(tmp_path / "whole"), 0, 0
     rng = random.Random(precision)

@@ -1,5 +1,7 @@
 """ESCORT's sources one by one: maps, sizes, prompts, and images as they come."""
 
+import logging
+
 import pytest
 import torch
 from PIL import Image
@@ -93,6 +95,14 @@ def test_an_oblong_image_comes_back_oblong(tmp_path):
     images = ImageSet.of(torch.randint(0, 256, (1, 1, 8, 14)).to(torch.uint8), torch.tensor([0]))
     drawn = source.generate(source.ask(images.labels, source.read(images), torch.tensor([0])))
     assert drawn.image(0).shape == (1, 8, 14)
+
+
+def test_black_copies_are_counted(tmp_path, monkeypatch, caplog):
+    source, black = fitted("small_controlnet", tmp_path), torch.zeros(1, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(source, "draw", lambda requests, maps, generators: [black, black + 1])
+    monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
+    source.generate(source.requests([0]).take(torch.tensor([0, 1])))
+    assert "1 of 2 copies are black" in caplog.text
 
 
 def test_an_item_that_is_forgotten_is_named(tmp_path):
