@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,14 @@ class Part:
         return Part(torch.stack(images), self.labels)
 
 
+def _joined(parts: list[Part]) -> Part:
+    """Parts of one kind as one."""
+    labels = torch.cat([part.labels for part in parts])
+    if isinstance(parts[0].images, Tensor):
+        return Part(torch.cat([part.images for part in parts]), labels)
+    return Part(tuple(path for part in parts for path in part.images), labels)
+
+
 class ImageSet:
     """Labelled images as a list of parts, each of one image size. Immutable; ``+`` concatenates."""
 
@@ -155,6 +164,13 @@ class ImageSet:
     def counts(self, num_classes: int) -> Tensor:
         """Images per class, int64 (num_classes,)."""
         return torch.bincount(self.labels, minlength=num_classes)
+
+    def merged(self) -> ImageSet:
+        """The same images in as few parts as their order allows: neighbours of one shape, and of files, are one."""
+        stretches = groupby(
+            self.parts, key=lambda part: part.images.shape[1:] if isinstance(part.images, Tensor) else None
+        )
+        return ImageSet(_joined(list(parts)) for _, parts in stretches)
 
     def decoded(self) -> ImageSet:
         """The same images with every part in memory."""

@@ -97,9 +97,9 @@ class ExemplarMemory:
         self.images = self.images + images
 
     def state(self) -> tuple[dict[str, Tensor], list]:
-        """Pixels and labels as tensors, and file paths as JSON, part by part."""
+        """Pixels and labels as tensors, and file paths as JSON, in few parts, for each has a header on disk."""
         tensors, layout = {}, []
-        for index, part in enumerate(self.images.parts):
+        for index, part in enumerate(self.images.merged().parts):
             tensors[f"labels_{index}"] = part.labels
             if isinstance(part.images, Tensor):
                 tensors[f"images_{index}"] = part.images

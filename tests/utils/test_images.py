@@ -125,3 +125,13 @@ def test_bytes_are_pixels_of_tensors_and_sizes_of_files(tmp_path):
 def test_a_position_behind_the_last_image_is_an_error():
     with pytest.raises(IndexError):
         numbered(2).image(2)
+
+
+def test_neighbours_of_one_kind_are_merged_and_nothing_changes_its_place():
+    small, large = torch.arange(3 * 4).to(torch.uint8).view(3, 1, 2, 2), torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    label = torch.tensor([0])
+    parts = [ImageSet.of(small[:1], label), ImageSet.of(small[1:], torch.tensor([1, 2])), ImageSet.of(large, label + 3)]
+    images = sum([*parts, ImageSet.of(["a.png"], label + 4), ImageSet.of(["b.png"], label + 5)], ImageSet())
+    merged = images.merged()
+    assert [len(part.labels) for part in merged.parts] == [3, 1, 2] and merged.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(merged.parts[0].images, small) and merged.parts[2].images == ("a.png", "b.png")
