@@ -17,7 +17,7 @@ from synth.requests import Requests
 from utils.checkpoint import folder_bytes
 from utils.config import SourceConfig
 from utils.data_manager import DataManager, Task
-from utils.errors import ConfigError, NotFittedError
+from utils.errors import ConfigError, NotFittedError, WeightsError
 from utils.images import ImageSet
 from utils.run import Run
 
@@ -76,6 +76,14 @@ class ReplaySource(ABC):
         Raises:
             WeightsError: if not; it names them and where they go.
         """
+
+    def weights_place(self) -> str:
+        """Whether the weights that it starts from are on this machine, in words."""
+        try:
+            self.check_weights(self.config, offline=True)
+        except WeightsError:
+            return "not yet on this machine"
+        return "on this machine"
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Learn from the task's real images before the classifier trains. Default: nothing."""

@@ -16,7 +16,6 @@ from synth.edges import EdgeMap, drawing_size, resize, resize_edges, restore, sh
 from synth.prompts import class_words
 from synth.requests import Requests
 from utils.command import promised_offline
-from utils.errors import WeightsError
 
 CLASS = "{class}"  # stands in a prompt for the words of the class
 # The two published scripts, `compress.py` and `compress_lowres.py`: prompt, what it is guided away from, DDIM steps.
@@ -157,10 +156,5 @@ class ControlNetSource(ExemplarCompression):
 
     def describe(self) -> str:
         """Whose networks and whether they are here, length of the sampling."""
-        try:
-            self.check_weights(self.config, offline=True)
-            place = "on this machine"
-        except WeightsError:
-            place = "not yet on this machine"
         sampling = f"DDIM of {self.steps} steps, guidance {self.config.guidance:g}"
-        return f"{self.config.base} with ControlNet, {place}; {super().describe()}; {sampling}"
+        return f"{self.config.base} with ControlNet, {self.weights_place()}; {super().describe()}; {sampling}"

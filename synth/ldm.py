@@ -15,7 +15,6 @@ from models.text_to_image import check_text_to_image, load_text_to_image
 from synth import SOURCES
 from synth.inversion import ClassInversion
 from utils.command import promised_offline
-from utils.errors import WeightsError
 
 log = logging.getLogger("reprise")
 
@@ -62,12 +61,7 @@ class LDM(ClassInversion):
 
     def describe(self) -> str:
         """Whose model and whether it is here, length of the search and of the sampling."""
-        try:
-            self.check_weights(self.config, offline=True)
-            place = "on this machine"
-        except WeightsError:
-            place = "not yet on this machine"
-        return f"{self.config.ldm_ckpt}, {place}; {super().describe()}"
+        return f"{self.config.ldm_ckpt}, {self.weights_place()}; {super().describe()}"
 
 
 def unread(path: str, config: LDM.Config) -> list[str]:

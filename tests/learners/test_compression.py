@@ -103,21 +103,6 @@ def test_first_picks_stay_images_and_the_next_ones_become_maps(tmp_path):
     assert [learner.source.compress(own.image(pick)) for pick in picks[2:]] == learner.source.maps[5]
 
 
-def test_memory_grows_as_published(tmp_path):
-    """Card 8.13 with the toy's classes: R = 2 and S = 3 of each of 2, 4, 6 classes."""
-    experiment = escort(tmp_path, real_per_class=2, syn_per_class=3, augmentation_prob=0.5)
-    entries = []
-    save = experiment._save
-
-    def count(task):
-        entries.append((len(experiment.learner.memory.images), experiment.learner.source.num_compressed))
-        save(task)
-
-    experiment._save = count
-    experiment.run()
-    assert entries == [(4, 6), (8, 12), (12, 18)]
-
-
 def test_with_the_method_off_the_run_is_the_plain_learners(tmp_path):
     plain = toy_experiment("icarl", tmp_path / "plain", fixed_memory=True, memory_per_class=4)
     off = escort(tmp_path / "off", real_per_class=4, syn_per_class=0)

@@ -116,7 +116,8 @@ def test_weights_that_something_else_made_are_refused_with_the_first_difference(
 
 @pytest.mark.parametrize("keys", [{"increment": 1}, {"epochs": 9}, {"memory_size": 3}, {"limit_tasks": 1}, {"T": 3.0}])
 def test_what_comes_after_the_first_task_does_not_matter(keys, trained, tmp_path):
-    toy_experiment("icarl", tmp_path, **{"init_cls": 4, "init_from": str(trained.folder.parent), **keys}).check()
+    experiment = toy_experiment("icarl", tmp_path, **{"init_cls": 4, "init_from": str(trained.folder.parent), **keys})
+    assert recipe_of(experiment.check()) == recipe_of(trained.learner)
 
 
 def test_another_seed_of_a_run_is_looked_for_in_its_own_folder(trained, tmp_path):
