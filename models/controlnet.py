@@ -160,11 +160,18 @@ def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer
     """See that a model is here or may be fetched, without reading its weights; arguments as below.
 
     Raises:
-        WeightsError: for weights, a folder or a tokenizer that are absent or incomplete; it says where they go.
+        WeightsError: for weights, a folder or a tokenizer that are absent or incomplete; it names all of them, and
+            where they go.
     """
     if not _is_file(base):
-        check_folder(base, offline, BASE)
-        check_folder(controlnet or CONTROLNET.example, offline, CONTROLNET)
+        missing = []
+        for place, sought in ((base, BASE), (controlnet or CONTROLNET.example, CONTROLNET)):
+            try:
+                check_folder(place, offline, sought)
+            except WeightsError as error:
+                missing.append(str(error))
+        if missing:
+            raise WeightsError("\nerror: ".join(missing))
         return
     check_weights_file(base, "base")
     check_tokenizer(tokenizer, "tokenizer.json", CLIP_TOKENIZER, offline)

@@ -274,3 +274,10 @@ def test_a_file_needs_clips_words(file, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"tokenizer='openai/clip-vit-large-patch14' is no folder with a tokenizer"):
         check_controlnet(file["base"], None, offline=True)
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError) as error:
+        check_controlnet("some/base", "some/control", offline=True)
+    assert "base='some/base'" in str(error.value) and "controlnet='some/control'" in str(error.value)
