@@ -89,6 +89,9 @@ class ExemplarKeeper:
             log.info("Class %d has %d images, fewer than its share of %d: such classes keep all", label, count, budget)
 
     def update_class_means(self) -> None:
-        """Nearest-mean prototypes of all classes from their exemplars, by the present network."""
-        for label in self.memory.images.classes:
-            self.class_means[label] = class_mean(self.extract_features(self.memory.images.select([label])))
+        """Nearest-mean prototypes of all classes from their exemplars, by the present network.
+
+        A class whose exemplars a budget took has none: its old mean is of another network.
+        """
+        own = {label: self.memory.images.select([label]) for label in self.memory.images.classes}
+        self.class_means = {label: class_mean(self.extract_features(images)) for label, images in own.items()}

@@ -100,7 +100,7 @@ def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
         "compressed" exemplars; "compressed_units", what the latter count by their method; "nominal", the units of
         both; "true", the units that their files would fill.
     """
-    source, unit = learner.source, _unit_bytes(learner)
+    source, unit = learner.source, unit_bytes(learner)
     real = sum(learner.data.class_counts) if learner.upper_bound else len(learner.memory.images)
     compressed = 0 if source is None else source.num_compressed
     compressed_units = compressed * (0.0 if source is None else source.nominal_share)
@@ -114,7 +114,8 @@ def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
     }
 
 
-def _unit_bytes(learner: Learner) -> float:
+def unit_bytes(learner: Learner) -> float:
+    """Bytes of a raw image of the data set, on average."""
     data = learner.data
     pixels = sum(count * height * width for (height, width), count in data.image_sizes.items())
     return data.dataset.channels * pixels / sum(data.class_counts)

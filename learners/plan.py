@@ -6,7 +6,7 @@ from learners import LEARNERS
 from learners.backbones import backbone_options
 from learners.base import Learner
 from learners.experiment import Experiment, missing_weights
-from learners.ledger import describe_budget
+from learners.ledger import describe_budget, unit_bytes
 from synth import SOURCES
 from utils.config import RunConfig
 from utils.datasets import DATASETS, find_dataset, load_dataset
@@ -58,7 +58,7 @@ def describe_run(config: RunConfig, name: str) -> str:
     weights = f", weights {options.weights}" if options.weights else ""
     lines.append(f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}")
     if config.synth is not None:
-        lines += [*_replay(learner, name), f"  {learner.source_fitter.describe()}"]
+        lines += [*describe_replay(learner, name), f"  {learner.source_fitter.describe()}"]
     return "\n".join(lines)
 
 
@@ -80,9 +80,12 @@ def _schedule(learner: Learner) -> list[str]:
     return lines
 
 
-def _replay(learner: Learner, name: str) -> list[str]:
+def describe_replay(learner: Learner, name: str) -> list[str]:
+    """How many images a run draws, what they take on disk, and where they lie."""
     config, data = learner.config, learner.data
     drawn, size = learner.count_draws(), data.dataset.image_size**2 * data.dataset.channels
+    if learner.source.makes_copies:  # each of the size of the image that it is a copy of
+        size = unit_bytes(learner)
     what = "to draw per seed" if config.synth.need_syn_imgs else "that must be there"
     return [
         f"Replay: {config.synth.name}: about {drawn} images {what}, {size * drawn / 1e6:.1f} MB as pixels",

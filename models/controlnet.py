@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -160,24 +161,31 @@ def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer
     """See that a model is here or may be fetched, without reading its weights; arguments as below.
 
     Raises:
-        WeightsError: for weights, a folder or a tokenizer that are absent or incomplete; it names all of them, and
-            where they go.
+        WeightsError: for weights, a folder or a tokenizer that are absent or incomplete, and for a ControlNet beside a
+            file; it names all of them, and where they go.
     """
-    if not _is_file(base):
-        missing = []
-        for place, sought in ((base, BASE), (controlnet or CONTROLNET.example, CONTROLNET)):
-            try:
-                check_folder(place, offline, sought)
-            except WeightsError as error:
-                missing.append(str(error))
-        if missing:
-            raise WeightsError("\nerror: ".join(missing))
-        return
-    check_weights_file(base, "base")
-    check_tokenizer(tokenizer, "tokenizer.json", CLIP_TOKENIZER, offline)
+    checks = [
+        partial(_require_one_controlnet, base, controlnet),
+        partial(check_weights_file, base, "base"),
+        partial(check_tokenizer, tokenizer, "tokenizer.json", CLIP_TOKENIZER, offline),
+    ] if _is_file(base) else [
+        partial(check_folder, base, offline, BASE),
+        partial(check_folder, controlnet or CONTROLNET.example, offline, CONTROLNET),
+    ]  # fmt: skip
+    missing = []
+    for check in checks:
+        try:
+            check()
+        except WeightsError as error:
+            missing.append(str(error))
+    if missing:
+        raise WeightsError("\nerror: ".join(missing))
+
+
+def _require_one_controlnet(file: str, controlnet: str | None) -> None:
     if controlnet is not None:
         raise WeightsError(
-            f"controlnet={controlnet!r}, but the file base={base!r} holds a ControlNet of its own: leave controlnet "
+            f"controlnet={controlnet!r}, but the file base={file!r} holds a ControlNet of its own: leave controlnet "
             f"out, or name as base a folder or a hub id such as {BASE.example}"
         )
 

@@ -51,13 +51,14 @@ class OwnModel(nn.Module):
         Raises:
             WeightsError: if the folder holds none, or its files do not fit each other.
         """
+        path = Path(directory) / WEIGHTS
         try:
+            path.stat()
             model = cls(**json.loads((Path(directory) / CONFIG).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise WeightsError(
-                f"{str(directory)!r} holds no model of the source {cls.source!r} ({CONFIG}: {error!r}): name a folder "
-                "that `python -m synth.train` wrote with this source"
+                f"{str(directory)!r} holds no model of the source {cls.source!r} ({error}): name a folder that "
+                "`python -m synth.train` wrote with this source"
             ) from error
-        weights = Path(directory) / WEIGHTS
-        load_exactly(model, read_weights(weights), weights)
+        load_exactly(model, read_weights(path), path, f"the {CONFIG} beside it", "Train it again, or fetch both files")
         return model.freeze()

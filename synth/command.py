@@ -18,7 +18,7 @@ from utils.checkpoint import Checkpoints
 from utils.config import NOT_IDENTITY, RunConfig, SourceConfig
 from utils.datasets import Dataset
 from utils.errors import CheckpointError, ConfigError
-from utils.experiment_file import ALIASES, SOURCE_KEYS, apply_overrides, read_experiment
+from utils.experiment_file import ALIASES, SOURCE_KEYS, apply_overrides, gather_keys, read_experiment
 from utils.images import ImageSet
 from utils.registry import nearest
 from utils.run_folder import DESCRIPTION
@@ -74,7 +74,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is absent, broken, or holds no object.
     """
     if Path(path).suffix not in (".yaml", ".yml"):
-        return _checked(path, apply_overrides(read_experiment(path), []))
+        return _checked(path, gather_keys(read_experiment(path)))
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

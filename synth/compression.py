@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from synth.base import Guide, ReplaySource
-from synth.edges import EdgeMap, canny, map_bytes, pack, unpack
+from synth.edges import EdgeMap, canny, pack, unpack
 from synth.requests import Requests
 from utils.checkpoint import load_tensors, save_tensors
 from utils.config import SourceConfig
@@ -41,10 +42,7 @@ class ExemplarCompression(ReplaySource):
         replay: Literal["keep"] = Field("keep", description="copies are drawn when they are wanted, and stay on disk")
         fit_after_last_task: bool = Field(True, description="also compress the exemplars of the last task")
         sample_batch: int = Field(16, ge=1, description="images drawn at once, of one size each")
-        real_per_class: int | None = Field(
-            None, ge=0, description="R, exemplars per class that stay images; null: what syn_per_class leaves of the "
-            "budget"
-        )  # fmt: skip
+        real_per_class: int | None = Field(None, ge=0, description="R, of a class, stay images; null: what S leaves")
         syn_per_class: int = Field(0, ge=0, description="S, exemplars per class that become edge maps")
         augmentation_prob: float = Field(
             0.0, ge=0, le=1, description="p, of a new image or a real exemplar to be shown as a copy of itself"
@@ -106,14 +104,14 @@ class ExemplarCompression(ReplaySource):
         """(H, W) of the map of an image (height, width)."""
 
     def maps_per_image(self, data: DataManager) -> float:
-        """How many maps cost what an image costs, in bytes: raw pixels, C of them, against packed bits.
+        """How many maps cost what an image costs: eight bits of C channels at every pixel, against one of a map.
 
-        24 for coloured images and maps of their size; of a data set with images of many sizes it is the mean's.
+        24 for coloured images and maps of their size; of a data set with images of many sizes it is the mean's. The
+        bits that fill a map's last byte count in the ledger, and not here, where they would leave 23.9995 of 24.
         """
         sizes = data.image_sizes
-        raw = sum(count * height * width for (height, width), count in sizes.items()) * self.dataset.channels
-        packed = sum(count * map_bytes(*self.map_shape(*size)) for size, count in sizes.items())
-        return raw / packed
+        raw = sum(count * math.prod(size) for size, count in sizes.items()) * 8 * self.dataset.channels
+        return raw / sum(count * math.prod(self.map_shape(*size)) for size, count in sizes.items())
 
     def split_memory(self, memory_per_class: int | None, data: DataManager) -> tuple[int, int]:
         """R and S of ``memory_per_class`` images' worth per class: R + S / `maps_per_image` must not be more."""
@@ -124,14 +122,18 @@ class ExemplarCompression(ReplaySource):
                     f"synth.real_per_class={real}, but this learner keeps no real exemplars: set it to 0 or null"
                 )
             return 0, compressed
-        if compressed == 0 and real is None:
-            return memory_per_class, 0
-        ratio = self.maps_per_image(data) if compressed else 8.0 * self.dataset.channels
+        if real is not None and real > memory_per_class:
+            raise ConfigError(
+                f"synth.real_per_class={real} is more than all of memory_per_class={memory_per_class}: lower it"
+            )
+        if not compressed:
+            return memory_per_class if real is None else real, 0
+        ratio = self.maps_per_image(data)
         if real is None:
             real = max(0, int(memory_per_class - compressed / ratio + 1e-9))
         units = real + compressed / ratio
         if units > memory_per_class + 1e-9:
-            fits = max(0, int((memory_per_class - real) * ratio + 1e-9))
+            fits = int((memory_per_class - real) * ratio + 1e-9)
             raise ConfigError(
                 f"real_per_class + syn_per_class / {ratio:g} = {real} + {compressed} / {ratio:g} = {units:.3f} images' "
                 f"worth per class is more than memory_per_class={memory_per_class}: with {real} real ones at most "
@@ -168,19 +170,22 @@ class ExemplarCompression(ReplaySource):
         for label in task.classes:
             own = exemplars.select([label])
             own = own if len(own) else images.select([label]).take(range(self.config.syn_per_class))
-            pictures = [own.image(position) for position in range(len(own))]
-            self.maps[label] = [self.compress(picture) for picture in pictures]
-            self.originals |= {one.item: picture for one, picture in zip(self.maps[label], pictures)}
+            self.maps[label] = self._compress_all(own)
+            self.originals |= {one.item: own.image(position) for position, one in enumerate(self.maps[label])}
         self.fitted_classes |= set(task.classes)
 
     def compress(self, image: Tensor) -> EdgeMap:
         """The edge map of one image, uint8 (C, h, w)."""
         config, size = self.config, tuple(image.shape[-2:])
         shape = self.map_shape(*size)
-        made = EdgeMap.of(canny(self.enlarge(image, *shape), config.canny_low, config.canny_high), size)
-        if made.is_empty and not self._said_that_a_map_is_empty:
+        return EdgeMap.of(canny(self.enlarge(image, *shape), config.canny_low, config.canny_high), size)
+
+    def _compress_all(self, images: ImageSet) -> list[EdgeMap]:
+        with ThreadPoolExecutor() as pool:
+            made = list(pool.map(lambda position: self.compress(images.image(position)), range(len(images))))
+        if any(one.is_empty for one in made) and not self._said_that_a_map_is_empty:
             self._said_that_a_map_is_empty = True
-            log.warning("An image has no edges at all: it, and others like it, are drawn from nothing but their class")
+            log.warning("An image has no edges at all: copies of it, and of others like it, have none to follow")
         return made
 
     @abstractmethod
@@ -193,8 +198,7 @@ class ExemplarCompression(ReplaySource):
         Returns:
             int64 (N,), what `Requests.item` calls them, until the next task.
         """
-        with ThreadPoolExecutor() as pool:
-            made = list(pool.map(lambda position: self.compress(images.image(position)), range(len(images))))
+        made = self._compress_all(images)
         self.at_hand |= {one.item: one for one in made}
         return torch.tensor([one.item for one in made], dtype=torch.int64)
 
@@ -242,7 +246,7 @@ class ExemplarCompression(ReplaySource):
             raise NotFittedError(f"no edge map of item {strange}: images at hand are forgotten with the next task")
         images = self.in_chunks(requests, partial(self._draw, known=known))
         if black := sum(not image.any() for image in images):
-            log.warning("%d of %d copies are black all over, as a safety checker leaves them", black, len(images))
+            log.warning("%d of %d copies are black all over: see whether the weights are whole", black, len(images))
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) == 1:
             return ImageSet.of(torch.stack(images), requests.labels)

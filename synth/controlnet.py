@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from itertools import groupby
 from typing import Literal
 
@@ -16,6 +18,8 @@ from synth.edges import EdgeMap, drawing_size, resize, resize_edges, restore, sh
 from synth.prompts import class_words
 from synth.requests import Requests
 from utils.command import promised_offline
+from utils.data_manager import Task
+from utils.images import ImageSet
 
 CLASS = "{class}"  # stands in a prompt for the words of the class
 # The two published scripts, `compress.py` and `compress_lowres.py`: prompt, what it is guided away from, DDIM steps.
@@ -58,7 +62,7 @@ class ControlNetSource(ExemplarCompression):
         prompt: str | None = Field(None, description=f"what is drawn, {CLASS} is the class; null: the script's")
         negative_prompt: str | None = Field(None, description="what is avoided; null: the script's")
         class_prompts: str | None = Field(None, description="JSON file, folder name -> words of the class")
-        verbatim_names: bool = Field(False, description="true: underscores stay in names, as ESCORT has it")
+        verbatim_names: bool = Field(False, description="true: names of folders as they are, as ESCORT has it")
         sample_steps: int | None = Field(None, ge=1, lt=1000, description="DDIM steps; null: the script's, 20 or 50")
         guidance: float = Field(9.0, ge=1, description="classifier-free, away from the negative prompt; 1 is none")
         control_strength: float = Field(1.0, ge=0, description="factor of what the ControlNet adds")
@@ -76,12 +80,12 @@ class ControlNetSource(ExemplarCompression):
                 raise ValueError(f"synth.short_side={self.short_side} is below synth.grid={self.grid}: lower the grid")
             return self
 
-    places = frozenset({"base", "controlnet", "tokenizer"})
+    places = frozenset({"base", "controlnet", "tokenizer", "class_prompts"})
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
         self.check_weights(config, promised_offline())
-        words = class_words(class_names, config.class_prompts, blanks=not config.verbatim_names)
+        words = class_words(class_names, config.class_prompts, config.verbatim_names)
         prompt, negative, steps = SCRIPTS[config.resolution]
         self.prompts = [(config.prompt or prompt).replace(CLASS, word) for word in words]
         self.negative = negative if config.negative_prompt is None else config.negative_prompt
@@ -106,7 +110,12 @@ class ControlNetSource(ExemplarCompression):
         return self._model
 
     def published_weights(self) -> str:
-        return self.model.fingerprint()
+        return self.fingerprint()
+
+    def fit_before(self, task: Task, images: ImageSet) -> None:
+        """See that the networks fit each other now, not after a classifier has trained."""
+        super().fit_before(task, images)
+        assert self.model is not None
 
     # ------------------------------------------------------------------ maps and images
 
@@ -151,8 +160,8 @@ class ControlNetSource(ExemplarCompression):
         return self.model.frozen_bytes() if self.config.syn_per_class or self.config.augmentation_prob else 0
 
     def fingerprint(self) -> str:
-        """SHA-256 over the frozen weights; prompts stand in the settings, and maps name themselves in every copy."""
-        return self.model.fingerprint()
+        """SHA-256 over the frozen weights and the words for every class; maps name themselves in every copy."""
+        return hashlib.sha256(json.dumps([self.model.fingerprint(), self.prompts, self.negative]).encode()).hexdigest()
 
     def describe(self) -> str:
         """Whose networks and whether they are here, length of the sampling."""

@@ -16,9 +16,11 @@ from synth.compression import ExemplarCompression
 from synth.drawing import MANIFEST, damaged_files, draw_missing, find_image, image_paths, preview, require_same
 from synth.requests import Requests
 from utils.checkpoint import atomic_write, file_hash, write_json
-from utils.data_manager import Task
+from utils.config import SourceConfig
+from utils.data_manager import DataManager, Task
 from utils.images import ImageSet, encode_image
 from utils.panels import Cell, Panel, PanelRow
+from utils.run import Run
 
 log = logging.getLogger("reprise")
 PICTURED = 6  # exemplars of a task that the report shows
@@ -31,17 +33,17 @@ NOTE = (
 class CopyBank(Bank):
     """`task_<t>/<class>/<class>-<item>_seed<copy>.png`: copies of the images of a task's classes.
 
-    What a copy is called and shows depends on its edge map, its number and the run's seed alone, so one that was drawn
-    for a new image serves again when this image has become an exemplar; in another chunk a pixel may move by a grey
-    level. The manifest's ``files`` grow with every drawing.
+    What a copy is called and shows depends on its class, its edge map, its number and the run's seed alone, so one that
+    was drawn for a new image serves again when this image has become an exemplar; in another chunk a pixel may move by
+    a grey level. The manifest's ``files`` grow with every drawing.
 
     Args:
+        root, config, data, run: see `Bank`.
         source: draws what is missing.
-        others: of `Bank`.
     """
 
-    def __init__(self, *others, source: ExemplarCompression):
-        super().__init__(*others)
+    def __init__(self, root: Path, config: SourceConfig, data: DataManager, run: Run, source: ExemplarCompression):
+        super().__init__(root, config, data, run)
         self.source = source
 
     def draw(self, source: ExemplarCompression, task: Task, classes: Iterable[int]) -> None:
@@ -105,7 +107,8 @@ class CopyBank(Bank):
 
     def _verified_manifest(self, folder: Path) -> dict[str, Any]:
         classes = self._classes(int(folder.name.rpartition("_")[2]))
-        manifest = self._manifest(self.source, classes, ())
+        manifest = self._manifest(self.source, classes, (self.run.seed, self.config.name))
+        del manifest["per_class"]
         if not (folder / MANIFEST).exists():
             return manifest
         stored = json.loads((folder / MANIFEST).read_text())
@@ -115,11 +118,6 @@ class CopyBank(Bank):
             (folder / name).unlink(missing_ok=True)
             del stored["files"][name]
         return stored
-
-    def _manifest(self, source, classes: list[int], key: tuple[int | str, ...]) -> dict[str, Any]:
-        manifest = super()._manifest(source, classes, (self.run.seed, self.config.name))
-        del manifest["per_class"]
-        return manifest
 
     def newest(self, label: int) -> list[str]:
         """Paths of one copy of each image of a class, the first that was drawn."""

@@ -21,6 +21,7 @@ from utils.transforms import stack
 MANIFEST = "manifest.json"
 LARGEST_PNG = 64  # pixels; larger images are stored as JPEG
 PREVIEW_COLUMNS = 10
+LARGEST_PREVIEW = 128  # pixels of an image in it
 
 
 def draw_missing(source: ReplaySource, folder: Path, requests: list[Requests]) -> None:
@@ -118,8 +119,8 @@ def short(value: Any) -> str:
 
 
 def preview(rows: list[ImageSet]) -> Tensor:
-    """The first images of every class, one class a row, uint8 (C, H, W); small images are enlarged."""
-    lines, side = [], rows[0].image(0).shape[-1]
+    """The first images of every class, one a row, uint8 (C, H, W); small images are enlarged, large ones shrunk."""
+    lines, side = [], min(rows[0].image(0).shape[-1], LARGEST_PREVIEW)
     for images in rows:
         picked = stack(images.take(range(min(PREVIEW_COLUMNS, len(images)))), side)
         blank = torch.zeros(PREVIEW_COLUMNS - len(picked), *picked.shape[1:], dtype=torch.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,13 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # the default's time steps are no integers
 }
+
+
+class Predictor(Protocol):
+    """A denoiser."""
+
+    def predict(self, zt: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        """The noise or velocity in zt, (B, c, h, w), at the times t, int64 (B,)."""
 
 
 def noise_scheduler(schedule: dict[str, Any]):
@@ -61,10 +68,16 @@ def sample_scheduled(model: Model, zt: Tensor, scheduler) -> Tensor:
     return zt
 
 
-def denoising_loss(model: LatentDiffusion, z0: Tensor, context: Tensor, scheduler) -> Tensor:
+def denoising_loss(model: Predictor, z0: Tensor, context: Tensor | None, scheduler) -> Tensor:
     """Mean squared error of the predicted noise or velocity at uniform times (LDM, arXiv:2112.10752, Eq. 2).
 
     Draws from the global random generators.
+
+    Args:
+        model: predicts what the scheduler's prediction type says.
+        z0: clean latents, or images in [-1, 1], (B, c, h, w).
+        context: what the model reads beside them: vectors of words, edge maps, or nothing.
+        scheduler: of `noise_scheduler`.
     """
     t = torch.randint(scheduler.config.num_train_timesteps, (len(z0),)).to(z0.device)
     eps = torch.randn_like(z0)

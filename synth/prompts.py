@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import cache
 from pathlib import Path
 
 from models.latent_diffusion import PLACEHOLDER
@@ -26,26 +28,45 @@ TRAIN_TEMPLATES = tuple(
 )
 
 
-def class_words(class_names: list[str], table: str | None, blanks: bool = True) -> list[str]:
-    """Words for every class: of the table where it has the name, else the name itself.
+def class_words(class_names: list[str], table: str | None, verbatim: bool = False) -> list[str]:
+    """Words for every class: of the table where it has the name, else those that the name stands for.
 
     Args:
         class_names: as the data set's folders are called.
         table: path of a JSON object, folder name -> words; None: there is none.
-        blanks: for underscores in names.
+        verbatim: take other names as they are, without blanks for underscores and words for ImageNet's WordNet ids.
 
     Raises:
-        ConfigError: if the table is absent or is not such an object.
+        ConfigError: if the table is absent, is not such an object, or has none of the names.
     """
-    words = {} if table is None else _read_table(Path(table))
-    return [words.get(name, name.replace("_", " ") if blanks else name) for name in class_names]
+    words = {} if table is None else _read_table(Path(table), class_names)
+    return [words.get(name, name if verbatim else _say(name)) for name in class_names]
 
 
-def _read_table(path: Path) -> dict[str, str]:
+def _say(name: str) -> str:
+    if not re.fullmatch(r"n\d{8}", name):
+        return name.replace("_", " ")
+    try:
+        return _wordnet().label_name_to_description(name)
+    except KeyError:
+        return name
+
+
+@cache
+def _wordnet():
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo("imagenet-1k")  # its table has all of ImageNet's ids, not those of the 1,000 classes alone
+
+
+def _read_table(path: Path, class_names: list[str]) -> dict[str, str]:
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"synth.class_prompts={str(path)!r}: cannot be read ({error})") from error
     if not isinstance(words, dict) or not all(isinstance(text, str) for text in words.values()):
         raise ConfigError(f"synth.class_prompts={str(path)!r}: must be one JSON object, folder name -> words")
+    if not words.keys() & set(class_names):
+        names = ", ".join(class_names[:3])
+        raise ConfigError(f"synth.class_prompts={str(path)!r}: has none of the classes' names, such as {names}")
     return words

@@ -212,6 +212,8 @@ def run(args: argparse.Namespace) -> int:
     """Everything is checked before anything is written."""
     log_to_console(is_main=os.environ.get("RANK", "0") == "0")
     opened, folder = open_source(args), Path(args.output_dir)
+    if not opened.source.fitted_classes:
+        raise ConfigError(f"--ckpt {args.ckpt}: this source keeps no class yet, so there is nothing that it could draw")
     names = opened.source.class_names
     wanted = args.cond_class.split(",") if args.cond_class else []
     classes = pick_classes(wanted, names, opened.source.fitted_classes, "--cond_class")

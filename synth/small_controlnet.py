@@ -19,7 +19,7 @@ from synth.small_ldm import TurningTransform
 from utils import seeding
 from utils.batches import Batch, ImageBatches
 from utils.data_manager import Task
-from utils.errors import ConfigError
+from utils.errors import ConfigError, NotFittedError
 from utils.images import ImageSet
 from utils.training import TrainConfig, fit
 from utils.transforms import DiffusionTransform, to_uint8
@@ -81,8 +81,17 @@ class SmallControlNetSource(ExemplarCompression):
 
     @property
     def model(self) -> SmallControlNet:
-        """The generator; with ``weights`` it is read when it is first asked for."""
+        """The generator; with ``weights`` it is read when it is first asked for.
+
+        Raises:
+            NotFittedError: if it was to be learned and the first task did not pass.
+        """
         if self._model is None:
+            if self.config.weights is None:
+                raise NotFittedError(
+                    "small_controlnet learns its generator on task 0, which has not passed: fit task 0 too, or name "
+                    "the folder of a trained one with synth.weights"
+                )
             self._model = SmallControlNet.load(self.config.weights).to(self.run.device)
         return self._model
 

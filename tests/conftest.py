@@ -12,6 +12,11 @@ import torch
 ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar100_mini.tar.xz"
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A process for every core, but one for all long tests: some of them want the machine to themselves."""
+    return 0 if config.option.markexpr == "slow" else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny tensors gain nothing from a second thread, and lose tenfold where other programs share the cores."""

@@ -64,7 +64,7 @@ def read_experiment(path: str | Path) -> dict[str, Any]:
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The object with every `key=value` put in; dots reach into `synth`, values are JSON where they parse as such."""
-    result = merge_aliases(json.loads(json.dumps(raw)))
+    result = gather_keys(json.loads(json.dumps(raw)))
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
@@ -89,6 +89,16 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
 
 def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
     """Replace other spellings of a key by ours; two spellings with different values are an error."""
+    return _move_source_keys(_plain_escort(_rename(raw)))
+
+
+def gather_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """`merge_aliases` of keys to which others may still be added: ESCORT's stay as long as its method is off."""
+    result = _rename(raw)
+    return result if _plain_escort(result) is not result else _move_source_keys(result)
+
+
+def _rename(raw: dict[str, Any]) -> dict[str, Any]:
     result = dict(raw)
     for alias, key in ALIASES.items():
         if alias in result:
@@ -98,7 +108,7 @@ def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
             if result.get(key) not in (None, value):
                 raise ConfigError(f"{alias}={value!r} and {key}={result[key]!r} are one key: keep one of them")
             result[key] = value
-    return _move_source_keys(_plain_escort(result))
+    return result
 
 
 def _plain_escort(raw: dict[str, Any]) -> dict[str, Any]:

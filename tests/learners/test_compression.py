@@ -4,12 +4,14 @@ import itertools
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from learners.configure import build_config
 from learners.experiment import Experiment
+from learners.plan import describe_replay
 from synth import drawing
 from tests.toy import tiny_source, toy_dataset, toy_experiment, toy_raw
 from utils.checkpoint import file_hash, load_tensors
@@ -46,7 +48,8 @@ def test_with_probability_one_no_real_image_is_shown(tmp_path):
 
 
 def test_more_real_exemplars_than_the_budget_are_refused_without_maps_too(tmp_path):
-    assert "5 + 0 / 8 = 5.000" in error_of(tmp_path, real_per_class=5, syn_per_class=0)
+    assert "real_per_class=5 is more than all" in error_of(tmp_path, real_per_class=5, syn_per_class=0)
+    assert "real_per_class=5 is more than all" in error_of(tmp_path / "maps", real_per_class=5, syn_per_class=8)
 
 
 def test_a_reservoir_compresses_other_images_than_it_keeps(tmp_path):
@@ -217,11 +220,17 @@ def test_an_image_without_edges_is_said_once_and_drawn(tmp_path, caplog, monkeyp
     monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
     source = escort(tmp_path, syn_per_class=2).check().source
     flat = torch.full((1, 8, 8), 90, dtype=torch.uint8)
-    assert source.compress(flat).is_empty
+    assert source.compress(flat).is_empty and not caplog.text  # as in the generator's training
     items = source.read(ImageSet.of(flat[None] // 2, torch.tensor([0])))
     source._model = source.new_model()
     assert source.generate(source.ask(torch.tensor([0]), items, torch.tensor([0]))).image(0).shape == (1, 8, 8)
     assert caplog.text.count("no edges at all") == 1
+
+
+def test_the_plan_counts_copies_at_the_size_of_the_images(tmp_path):
+    learner = escort(tmp_path, syn_per_class=2).check()
+    learner.data.dataset = replace(learner.data.dataset, image_size=224)
+    assert "0.0 MB as pixels" in describe_replay(learner, "toy")[0]
 
 
 def test_report_shows_originals_maps_and_copies(tmp_path):

@@ -123,3 +123,18 @@ def test_a_cosine_schedule_of_memo_ends_where_t_max_says(tmp_path):
     rates = [learner.schedule(first=False).learning_rate(epoch, 1) for epoch in range(8)]
     assert (rates[0], rates[2], rates[4]) == pytest.approx((0.05, 0.025, 0))
     assert rates[5:] == pytest.approx(rates[3:0:-1])  # and rises again
+
+
+@pytest.mark.parametrize("name", [*BOTH, "icarl"])
+def test_a_class_that_lost_its_exemplars_keeps_no_mean_of_an_older_network(name, tmp_path):
+    experiment = toy_experiment(name, tmp_path, epochs=1)
+    save = experiment._save
+
+    def lose_class_zero(task):
+        while experiment.learner.memory.counts().get(0):
+            experiment.learner.memory.drop_last(0)
+        save(task)
+
+    experiment._save = lose_class_zero
+    experiment.run()
+    assert experiment.learner.predict(experiment.data.test_images(range(6))).keys() == {"cnn"}

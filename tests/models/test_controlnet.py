@@ -276,8 +276,12 @@ def test_a_file_needs_clips_words(file, monkeypatch, tmp_path):
         check_controlnet(file["base"], None, offline=True)
 
 
-def test_all_that_is_missing_is_named_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("base", "control", "second"),
+    [("some/base", "some/control", "controlnet='some/control'"), ("gone.pth", None, "tokenizer='openai/clip")],
+)
+def test_all_that_is_missing_is_named_at_once(tmp_path, monkeypatch, base, control, second):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError) as error:
-        check_controlnet("some/base", "some/control", offline=True)
-    assert "base='some/base'" in str(error.value) and "controlnet='some/control'" in str(error.value)
+        check_controlnet(base, control, offline=True)
+    assert f"base='{base}'" in str(error.value) and second in str(error.value)

@@ -31,6 +31,11 @@ def test_backbones_have_the_published_number_of_parameters(name, stem, parameter
         assert count(build_backbone(name, BackboneOptions(stem=stem))) == parameters
 
 
+def test_pycils_log_counts_an_unused_layer_and_the_head():
+    backbone = count(build_backbone("resnet32", BackboneOptions(stem="cifar")))
+    assert backbone + (64 + 1) * 10 + (64 + 1) * 80 == 469_354  # its line for 80 classes
+
+
 @pytest.mark.parametrize("name", BACKBONES.names())
 @pytest.mark.parametrize("side", [8, 32])
 def test_every_backbone_maps_images_to_its_number_of_features(name, side):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,13 @@ def test_twenty_images_worth_hold_eighteen_and_forty_eight_maps(real, compressed
         run.check()
 
 
+@pytest.mark.parametrize("size", [(375, 500), (333, 500)])  # pixels that fill no whole number of bytes
+def test_a_photographs_map_counts_a_twenty_fourth_whatever_its_size(size, tmp_path):
+    run = experiment(tmp_path, coloured(2, 70), 18, 48, 20, 1, 1)
+    source = run.check().source
+    assert source.maps_per_image(SimpleNamespace(image_sizes={size: 3, (300, 301): 2})) == 24
+
+
 @pytest.mark.parametrize(("real", "compressed"), [(20, 0), (19, 24), (18, 48), (17, 72), (16, 96)])
 def test_every_image_that_is_given_up_makes_room_for_twenty_four_maps(real, compressed, tmp_path):
     learner = experiment(tmp_path, coloured(2, 112), None, compressed, 20, 1, 1).check()
@@ -87,7 +95,8 @@ def test_escorts_files_keep_eighteen_images_and_forty_eight_maps_of_every_class(
     assert unused == [] and (synth.name, synth.resolution) == ("controlnet", "low" if name == "caltech256" else "high")
     assert (config.memory_per_class, synth.real_per_class, synth.syn_per_class) == (20, 18, 48)
     assert (synth.augmentations_per_image, synth.guidance, synth.control_strength) == (5, 9.0, 1.0)
-    assert (synth.canny_low, synth.canny_high, synth.copy_noise, synth.verbatim_names) == (100, 200, "reference", True)
+    assert (synth.canny_low, synth.canny_high, synth.copy_noise) == (100, 200, "reference")
+    assert synth.verbatim_names == (name != "imagenet100")  # whose folders are ids, not words
     assert (config.model_name, config.convnet_type, config.model_seed) == ("der", "resnet18", 1)
     assert (config.init_epoch, config.epochs, config.milestones) == (200, 170, [80, 120, 150])
 

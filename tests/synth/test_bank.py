@@ -7,6 +7,7 @@ import torch
 
 from synth.bank import Bank
 from synth.base import ReplaySource
+from synth.drawing import preview
 from tests.toy import toy_dataset
 from utils.config import SourceConfig
 from utils.data_manager import DataManager
@@ -174,3 +175,8 @@ def test_pruning_that_was_interrupted_is_finished(tmp_path, monkeypatch):
 def test_nothing_is_dropped_where_nothing_is_kept_or_others_may_use_it(tmp_path, keys):
     drawn(tmp_path)
     assert bank_of(tmp_path, **keys)[0].counts() == {}
+
+
+def test_a_preview_of_large_images_stays_small():
+    large = ImageSet.of(torch.zeros(2, 3, 300, 400, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    assert preview([large, large]).shape == (3, 2 * (128 + 4), 10 * (128 + 4))

@@ -281,6 +281,14 @@ def test_a_damaged_source_is_named(place, capsys):
     assert draw() == 2 and "network.safetensors is missing or damaged" in message(capsys)
 
 
+def test_a_source_without_any_class_is_named(place, capsys):
+    write("exp.json", **{**tiny_source("small_controlnet"), "syn_per_class": 0})
+    assert fit() == 0
+    capsys.readouterr()
+    assert draw() == 2 and "this source keeps no class" in message(capsys)
+    assert not Path("drawn").exists()
+
+
 # ---------------------------------------------------------------------- published models
 
 

@@ -1,5 +1,6 @@
 """ESCORT's sources one by one: maps, sizes, prompts, and images as they come."""
 
+import json
 import logging
 
 import pytest
@@ -11,6 +12,7 @@ from synth.small_controlnet import SmallControlNetSource
 from tests.synth.test_contract import fitted, make_source
 from tests.toy import tiny_source, toy_dataset
 from utils import seeding
+from utils.data_manager import Task
 from utils.errors import ConfigError, NotFittedError, WeightsError
 from utils.images import ImageSet, decode_image
 from utils.run import Run
@@ -75,6 +77,23 @@ def test_prompts_are_the_published_ones_with_the_classs_name(tmp_path, keys, fir
     assert coloured(tmp_path, **keys).prompts == [first, second]
 
 
+def test_other_words_in_the_same_table_are_another_source(tmp_path):
+    table, fingerprints, settings = tmp_path / "words.json", [], []
+    for words in ("pie", "cake"):
+        table.write_text(json.dumps({"apple_pie": words}))
+        source = coloured(tmp_path, class_prompts=str(table), augmentation_prob=0.4)
+        fingerprints.append(source.fingerprint())
+        settings.append(source.first_task_settings())
+    assert fingerprints[0] != fingerprints[1] and settings[0] != settings[1]
+    assert "class_prompts" not in settings[0]  # where the table lies says nothing
+
+
+def test_networks_are_read_before_a_classifier_trains(tmp_path):
+    source = coloured(tmp_path)
+    source.fit_before(Task(0, range(1), ("apple_pie",)), ImageSet())
+    assert source._model is not None
+
+
 @pytest.mark.parametrize(("resolution", "steps", "start"), [("high", 20, "longbody"), ("low", 50, "blurry, dark")])
 def test_each_script_has_its_steps_and_its_negative_prompt(tmp_path, resolution, steps, start):
     source = coloured(tmp_path, resolution=resolution, sample_steps=None)
@@ -115,6 +134,22 @@ def test_shared_first_tasks_depend_on_copies_only_where_some_are_shown(tmp_path)
     settings = make_source("small_controlnet", tmp_path, augmentation_prob=0.4).first_task_settings()
     assert settings["augmentation_prob"] == 0.4 and "image_format" in settings and "syn_per_class" not in settings
     assert make_source("small_controlnet", tmp_path, augmentation_prob=0.0).first_task_settings() == {}
+
+
+def test_a_damaged_model_is_named_as_what_it_is(tmp_path):
+    fitted("small_controlnet", tmp_path / "run").save(tmp_path)
+    arguments = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**arguments, "layers_per_block": 2}))
+    with pytest.raises(WeightsError, match=r"does not fit the model.json beside it.*Train it again"):
+        make_source("small_controlnet", tmp_path, weights=str(tmp_path), map_size=None)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"holds no model of the source 'small_controlnet'.*model.safetensors"):
+        make_source("small_controlnet", tmp_path, weights=str(tmp_path), map_size=None)
+
+
+def test_without_the_first_task_there_is_no_generator(tmp_path):
+    with pytest.raises(NotFittedError, match="learns its generator on task 0"):
+        _ = make_source("small_controlnet", tmp_path).model
 
 
 def test_a_map_decides_what_a_small_controlnet_draws(tmp_path):

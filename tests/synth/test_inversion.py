@@ -69,13 +69,25 @@ def test_a_prompt_needs_one_placeholder(prompt, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("{", "cannot be read"), ('["a"]', "must be one JSON object"), ('{"a": 1}', "must be")],
+    [
+        ('{"b": "c"}', "has none of the classes' names, such as a"),
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ('["a"]', "must be one JSON object"),
+        ('{"a": 1}', "must be"),
+    ],
 )
 def test_a_broken_table_of_words_is_named(content, said, tmp_path):
     if content is not None:
         (tmp_path / "words.json").write_text(content)
     with pytest.raises(ConfigError, match=f"class_prompts=.*words.json.*{said}"):
         class_words(["a"], str(tmp_path / "words.json"))
+
+
+def test_names_are_words_and_ids_of_imagenet_what_they_stand_for():
+    names = ["guinea_pig", "n01443537", "n99999999"]
+    assert class_words(names, None) == ["guinea pig", "goldfish, Carassius auratus", "n99999999"]
+    assert class_words(names, None, verbatim=True) == names
 
 
 # ---------------------------------------------------------------------- latents

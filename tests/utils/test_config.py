@@ -8,7 +8,7 @@ from pydantic import Field
 from learners.configure import build_config
 from utils.config import BaseConfig, RunConfig
 from utils.errors import ConfigError
-from utils.experiment_file import apply_overrides, merge_aliases, read_experiment
+from utils.experiment_file import apply_overrides, gather_keys, merge_aliases, read_experiment
 
 
 class Example(BaseConfig):
@@ -245,6 +245,23 @@ def test_a_flat_key_that_contradicts_the_source_is_named_with_what_it_contradict
 )
 def test_an_override_of_a_flat_key_wins_over_the_file_in_either_spelling(raw, overrides, synth):
     assert apply_overrides(raw, overrides).get("synth") == synth
+
+
+ESCORT_OFF = {"memory_per_class": 20, "real_per_class": 18, "syn_per_class": 0, "augmentation_prob": 0,
+              "augmentations_per_image": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"memory_per_class": 18}),
+        (["seed=[1]"], {"memory_per_class": 18, "seed": [1]}),
+        (["syn_per_class=48"], {"memory_per_class": 20, "synth": {"name": "controlnet", **{
+            key: value for key, value in ESCORT_OFF.items() if key != "memory_per_class"}, "syn_per_class": 48}}),
+    ],
+)  # fmt: skip
+def test_escorts_method_can_be_switched_on_over_its_own_file(overrides, expected):
+    assert apply_overrides(gather_keys(ESCORT_OFF), overrides) == expected
 
 
 def test_need_syn_imgs_written_as_text_is_a_boolean_of_the_source():
