@@ -283,9 +283,9 @@ class ExemplarCompression(ReplaySource):
 
     def describe(self) -> str:
         """What becomes of an exemplar and of a new image."""
-        config = self.config
-        shown = f"{config.augmentations_per_image} copies of each, shown with probability {config.augmentation_prob:g}"
-        return f"{config.syn_per_class} exemplars per class as edge maps, {shown} for new images and real exemplars"
+        config, probability = self.config, self.config.augmentation_prob
+        also = f"; with probability {probability:g} other images as copies of themselves" if probability else ""
+        return f"{config.syn_per_class} edge maps per class, {config.augmentations_per_image} copies of each{also}"
 
     def save(self, directory: Path) -> None:
         """The edge maps; a subclass adds its generator if that was learned here."""
