@@ -18,6 +18,7 @@ from learners.base import Learner
 from learners.initial import require_initial
 from learners.ledger import check_budget, count_bytes, count_units, describe, keep_to_budget, saves_source
 from models.timm_backbone import check_backbone_name
+from models.weights import what_is_missing
 from synth import SOURCES
 from synth.bank import Bank
 from synth.copies import CopyBank
@@ -65,13 +66,7 @@ def missing_weights(config: RunConfig, offline: bool) -> list[str]:
     checks = [partial(check_backbone_name, config.convnet_type, options, fetch=True)]
     if config.synth is not None and config.synth.need_syn_imgs:
         checks.append(partial(SOURCES[config.synth.name].check_weights, config.synth, offline))
-    missing = []
-    for check in checks:
-        try:
-            check()
-        except WeightsError as error:
-            missing.append(str(error))
-    return missing
+    return what_is_missing(checks)
 
 
 def make_learner(config: RunConfig, name: str, seed: int, data: DataManager, run: Run) -> Learner:

@@ -13,7 +13,7 @@ from models.controlnet_file import read_controlnet_file
 from models.diffusers_folder import Sought, check_folder, check_tokenizer
 from models.diffusers_parts import Parts, read_folder, read_network
 from models.text_to_image import TextToImage
-from models.weights import SUFFIXES, check_weights_file
+from models.weights import SUFFIXES, check_weights_file, what_is_missing
 from utils import seeding
 from utils.errors import WeightsError
 from utils.transforms import to_uint8
@@ -172,13 +172,7 @@ def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer
         partial(check_folder, base, offline, BASE),
         partial(check_folder, controlnet or CONTROLNET.example, offline, CONTROLNET),
     ]  # fmt: skip
-    missing = []
-    for check in checks:
-        try:
-            check()
-        except WeightsError as error:
-            missing.append(str(error))
-    if missing:
+    if missing := what_is_missing(checks):
         raise WeightsError("\nerror: ".join(missing))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -26,6 +27,17 @@ def check_weights_file(path: str | Path, key: str = "backbone_weights") -> None:
         raise WeightsError(f"{key}={str(path)!r}: use a file that ends in {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
         raise WeightsError(f"{key}={str(path)!r}: there is no such file")
+
+
+def what_is_missing(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """The messages of those checks that raise WeightsError, so that all that is missing can be said at once."""
+    missing = []
+    for check in checks:
+        try:
+            check()
+        except WeightsError as error:
+            missing.append(str(error))
+    return missing
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -136,6 +148,7 @@ def published_weights(cfg, offline: bool) -> Path:
 
 def _from_hub(repository: str, filename: str | None, offline: bool) -> Path:
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     reason: Exception | None = None
@@ -147,15 +160,16 @@ def _from_hub(repository: str, filename: str | None, offline: bool) -> Path:
                 return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=only_cached))
             except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
                 reason = None if only_cached else error
-    raise _absent(repository, huggingface_hub.constants.HF_HUB_CACHE, offline, reason) from reason
+    raise _absent(repository, constants.HF_HUB_CACHE, offline, reason) from reason
 
 
 def hub_answers(seconds: float = 5.0) -> bool:
     """Whether the hub can be reached: its own downloader repeats for most of a minute before it gives up."""
     import huggingface_hub
+    from huggingface_hub import constants
 
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=seconds)
     except Exception:  # which kind it is depends on the version of its client
         return False
     return True

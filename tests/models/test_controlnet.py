@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -168,7 +167,7 @@ def test_a_controlnet_of_another_base_is_refused(copies):
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     """A cache of the hub with the base alone."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     put_into(tmp_path, "base", tiny_controlnet_folders()[0])
     return tmp_path
 
@@ -271,7 +270,7 @@ def test_a_file_holds_its_own_controlnet(file):
 
 
 def test_a_file_needs_clips_words(file, monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"tokenizer='openai/clip-vit-large-patch14' is no folder with a tokenizer"):
         check_controlnet(file["base"], None, offline=True)
 

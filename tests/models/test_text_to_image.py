@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -292,7 +291,7 @@ def test_a_path_that_is_not_there_is_told_from_a_hub_id():
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     """An empty cache of the hub."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
 

@@ -139,7 +139,7 @@ def test_published_weights_also_serve_other_image_sizes(monkeypatch, published):
 
 @pytest.mark.parametrize("act", [check_backbone_name, build_backbone])
 def test_weights_that_are_absent_offline_are_missed_before_anything_is_built(act, monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"timm/test_vit.r160_in1k .*backbone_weights"):
         act(TAGGED, BackboneOptions(offline=True))
 

@@ -96,7 +96,7 @@ def test_a_file_older_than_the_batch_counter_still_fits():
 @pytest.mark.parametrize("source", [Source(hub="timm/none"), Source(url="https://localhost/none.pth")])
 def test_absent_weights_offline_name_the_cache_and_the_remedy(monkeypatch, tmp_path, source):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", only_cached)
     with pytest.raises(WeightsError) as caught:
         published_weights(source, offline=True)
@@ -118,7 +118,7 @@ def test_a_download_that_fails_is_told_from_offline(monkeypatch):
 def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=unreachable))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *names, **keys: asked.append(keys) or only_cached(*names, **keys)
     )
