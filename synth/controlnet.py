@@ -109,13 +109,18 @@ class ControlNetSource(ExemplarCompression):
             )  # fmt: skip
         return self._model
 
+    @property
+    def _draws(self) -> bool:
+        return bool(self.config.syn_per_class or self.config.augmentation_prob)
+
     def published_weights(self) -> str:
         return self.fingerprint()
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """See that the networks fit each other now, not after a classifier has trained."""
         super().fit_before(task, images)
-        assert self.model is not None
+        if self._draws:
+            _ = self.model
 
     # ------------------------------------------------------------------ maps and images
 
@@ -157,7 +162,7 @@ class ControlNetSource(ExemplarCompression):
 
     def frozen_bytes(self) -> int:
         """Bytes of Stable Diffusion and ControlNet, if they are needed at all."""
-        return self.model.frozen_bytes() if self.config.syn_per_class or self.config.augmentation_prob else 0
+        return self.model.frozen_bytes() if self._draws else 0
 
     def fingerprint(self) -> str:
         """SHA-256 over the frozen weights and the words for every class; maps name themselves in every copy."""

@@ -90,8 +90,10 @@ def test_other_words_in_the_same_table_are_another_source(tmp_path):
 
 def test_networks_are_read_before_a_classifier_trains(tmp_path):
     source = coloured(tmp_path)
-    source.fit_before(Task(0, range(1), ("apple_pie",)), ImageSet())
-    assert source._model is not None
+    idle = coloured(tmp_path, syn_per_class=0, augmentation_prob=0.0)
+    for each in (source, idle):
+        each.fit_before(Task(0, range(1), ("apple_pie",)), ImageSet())
+    assert source._model is not None and idle._model is None
 
 
 @pytest.mark.parametrize(("resolution", "steps", "start"), [("high", 20, "longbody"), ("low", 50, "blurry, dark")])
