@@ -237,9 +237,10 @@ def file(weights, tmp_path_factory):
 
 def test_a_file_draws_the_images_of_the_folders_that_it_was_made_from(networks, file):
     pair = [load_controlnet(**file, offline=True), load_controlnet(*save(*networks), offline=True)]
+    assert pair[0].fingerprint() == pair[1].fingerprint()  # every weight, bit for bit
     first, second = [each._images(*inputs(each, side=64), **SETTINGS) for each in pair]
-    torch.testing.assert_close(first, second)
-    assert pair[0].fingerprint() == pair[1].fingerprint()
+    # Both readers lay the weights at other addresses, and another alignment may take another kernel.
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

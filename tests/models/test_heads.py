@@ -23,13 +23,14 @@ def test_a_new_head_has_no_classes(kind):
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("increment", [0, 1, 2, 5, 50])
-def test_growing_keeps_old_rows_and_old_logits_bit_for_bit(kind, increment):
+def test_growing_keeps_old_rows_bit_for_bit_and_old_logits(kind, increment):
     head = grown(kind, 4)
     features, before = torch.randn(8, 16), {name: value.clone() for name, value in head.state_dict().items()}
     logits = head(features)
     head.grow(4 + increment)
     assert head.num_classes == 4 + increment
-    torch.testing.assert_close(head(features)[:, :4], logits, rtol=0, atol=0)
+    # Close, not equal: a matrix of more rows may take another kernel.
+    torch.testing.assert_close(head(features)[:, :4], logits)
     for name, value in before.items():
         kept = head.state_dict()[name]
         assert torch.equal(kept[:4] if kept.ndim else kept, value)
