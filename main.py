@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one message about a mistake that the user can repair."""
     args = parse_args(argv)
-    from utils.command import exit_code
+    from utils.run.command import exit_code
 
     return exit_code(run, args)
 
@@ -41,19 +41,19 @@ def run(args: argparse.Namespace) -> int:
     if args.offline:
         args.overrides = [*args.overrides, "offline=true"]
     if args.list:
-        from learners.plan import describe_all
+        from learners.run.plan import describe_all
 
         print(describe_all())
         return 0
-    from learners.configure import build_config
-    from utils.experiment_file import apply_overrides, read_experiment
+    from learners.run.configure import build_config
+    from utils.run.words import apply_overrides, read_experiment
 
     config, unused = build_config(apply_overrides(read_experiment(args.config), args.overrides))
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # said in the file, it must reach the hub's own code as well
     name = checked_name(args.name) if args.name else run_name(args.config, config, args.overrides)
     if args.plan:
-        from learners.plan import describe_run
+        from learners.run.plan import describe_run
 
         print(describe_run(config, name))
         return 0
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def checked_name(name: str) -> str:
     """A name that is one folder below output_dir, so that --overwrite can never delete anything else."""
-    from utils.errors import ConfigError
+    from utils.run.errors import ConfigError
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
         raise ConfigError(
@@ -73,7 +73,7 @@ def checked_name(name: str) -> str:
 
 def run_name(path: str, config, overrides: list[str]) -> str:
     """Prefix and file name; a short hash tells apart runs whose keys were overridden."""
-    from utils.config import NOT_IDENTITY
+    from utils.run.config import NOT_IDENTITY
 
     changed = any(override.partition("=")[0].strip() not in NOT_IDENTITY for override in overrides)
     parts = [config.prefix, Path(path).stem, config.identity_hash() if changed else ""]
@@ -82,12 +82,12 @@ def run_name(path: str, config, overrides: list[str]) -> str:
 
 def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     """One full run per seed, then mean and spread."""
-    from learners.experiment import Experiment, find_needs
-    from utils.checkpoint import write_json
-    from utils.results import summarise
-    from utils.run import log, log_to_console
-    from utils.run_folder import claim_folder, claim_machine, finished_results
-    from utils.runtime import Runtime
+    from learners.run.experiment import Experiment, find_needs
+    from utils.results.results import summarise
+    from utils.run.folder import claim_folder, claim_machine, finished_results
+    from utils.training.checkpoint import write_json
+    from utils.training.run import log, log_to_console
+    from utils.training.runtime import Runtime
 
     log_to_console(is_main=os.environ.get("RANK", "0") == "0")
     runtime = Runtime(config.device, config.precision)

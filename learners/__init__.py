@@ -1,5 +1,5 @@
 """One short file per method; `learners/base.py` holds the life of a task."""
 
-from utils.registry import Registry
+from utils.run.registry import Registry
 
 LEARNERS: Registry = Registry("learner", __name__)

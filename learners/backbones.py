@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from models.options import BackboneOptions
-from utils.config import RunConfig
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
+from utils.run.config import RunConfig
 
 
 def weight_options(config: RunConfig) -> BackboneOptions:

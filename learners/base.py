@@ -11,23 +11,23 @@ from torch import Tensor
 
 from learners.backbones import backbone_options
 from learners.exemplars import ExemplarKeeper
-from learners.initial import train_or_take
+from learners.run.initial import train_or_take
 from models.heads import HEADS
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone
 from synth.bank import Bank
 from synth.base import ReplaySource
-from synth.copies import TrainingCopies
+from synth.escort.batches import CopiedBatches
+from synth.escort.copies import TrainingCopies
 from synth.stored import StoredSources
-from utils import seeding
-from utils.batches import Batch, Batches, ImageBatches, test_batches
-from utils.config import RunConfig
-from utils.copied_batches import CopiedBatches
-from utils.data_manager import DataManager, Task
-from utils.images import ImageSet
-from utils.run import Run
-from utils.training import TrainConfig, fit
-from utils.transforms import ClassifierTransform, classifier_transform
+from utils.data.batches import Batch, Batches, ImageBatches, test_batches
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager, Task
+from utils.data.transforms import ClassifierTransform, classifier_transform
+from utils.run.config import RunConfig
+from utils.training import seeding
+from utils.training.fit import TrainConfig, fit
+from utils.training.run import Run
 
 EVAL_BATCH = 256
 
@@ -239,7 +239,7 @@ class Learner(ExemplarKeeper, ABC):
     # ------------------------------------------------------------------ parts for hooks to use
 
     def fit(self, task: Task, purpose: str, module, batches: Batches, loss_fn, config: TrainConfig):
-        """`utils.training.fit` with this learner's hooks."""
+        """`utils.training.fit.fit` with this learner's hooks."""
         return fit(
             module, batches, loss_fn, config, run=self.run, task=task.index, purpose=purpose,
             before_epoch=partial(self.before_epoch, task), after_backward=partial(self.after_backward, task),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from utils.data_manager import Task
-from utils.errors import ConfigError
-from utils.images import ImageSet
-from utils.memory import ExemplarMemory, class_mean, herding
+from learners.memory import ExemplarMemory, class_mean, herding
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.run.errors import ConfigError
 
 log = logging.getLogger("reprise")
 

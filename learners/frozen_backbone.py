@@ -17,13 +17,13 @@ from models.frozen import Frozen
 from models.heads import CosineHead, LinearHead
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone, has_weights
-from utils import seeding
-from utils.batches import Batch
-from utils.config import RunConfig
-from utils.data_manager import Task
-from utils.images import ImageSet
-from utils.training import TrainConfig, fit
-from utils.transforms import classifier_transform
+from utils.data.batches import Batch
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.data.transforms import classifier_transform
+from utils.run.config import RunConfig
+from utils.training import seeding
+from utils.training.fit import TrainConfig, fit
 
 log = logging.getLogger("reprise")
 NORMALIZE = {"none": (0.0, 1.0), "0.5": (0.5, 0.5)}

@@ -10,8 +10,8 @@ from torch import Tensor
 from learners import LEARNERS
 from learners.losses import distillation_loss
 from learners.pycil import PyCILLearner
-from utils.batches import Batch
-from utils.data_manager import Task
+from utils.data.batches import Batch
+from utils.data.manager import Task
 
 
 @LEARNERS.register("generative_replay")

@@ -6,10 +6,10 @@ from pydantic import Field
 
 from learners import LEARNERS
 from learners.pycil import PyCILLearner
-from utils import seeding
-from utils.data_manager import Task
-from utils.images import ImageSet
-from utils.training import TrainConfig
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.training import seeding
+from utils.training.fit import TrainConfig
 
 
 @LEARNERS.register("joint")

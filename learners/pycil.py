@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from learners.base import Learner
-from utils.config import RunConfig
-from utils.data_manager import Task
-from utils.training import TrainConfig
+from utils.data.manager import Task
+from utils.run.config import RunConfig
+from utils.training.fit import TrainConfig
 
 
 class PyCILLearner(Learner):

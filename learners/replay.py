@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 
 from learners import LEARNERS
+from learners.memory import reservoir_slots
 from learners.pycil import PyCILLearner
-from utils import seeding
-from utils.data_manager import Task
-from utils.images import ImageSet
-from utils.memory import reservoir_slots
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.training import seeding
 
 
 @LEARNERS.register("replay")

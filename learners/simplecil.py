@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from learners import LEARNERS
 from learners.frozen_backbone import FrozenBackboneLearner
-from utils.data_manager import Task
-from utils.training import TrainConfig
+from utils.data.manager import Task
+from utils.training.fit import TrainConfig
 
 
 @LEARNERS.register("simplecil")

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from learners import LEARNERS
 from learners.icarl import ICaRL
-from utils.batches import Batch
-from utils.data_manager import Task
+from utils.data.batches import Batch
+from utils.data.manager import Task
 
 
 @LEARNERS.register("wa")

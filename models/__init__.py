@@ -1,5 +1,5 @@
 """Networks only: no data, no config files, no training."""
 
-from utils.registry import Registry
+from utils.run.registry import Registry
 
 BACKBONES: Registry = Registry("backbone", __name__)

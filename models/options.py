@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.errors import ConfigError
+from utils.run.errors import ConfigError
 
 STEMS = ("cifar", "imagenet", "imagenet_small")
 

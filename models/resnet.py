@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models import BACKBONES
 from models.options import BackboneOptions
-from utils.errors import ConfigError
+from utils.run.errors import ConfigError
 
 
 class _Block(nn.Module):

@@ -7,10 +7,10 @@ import sys
 from torch import Tensor, nn
 
 from models import BACKBONES
+from models.files.weights import check_weights_file, load_exactly, published_weights, read_weights
 from models.options import BackboneOptions
-from models.weights import check_weights_file, load_exactly, published_weights, read_weights
-from utils.errors import ConfigError
-from utils.registry import nearest
+from utils.run.errors import ConfigError
+from utils.run.registry import nearest
 
 PILOT_ALIASES = {
     "pretrained_vit_b16_224": "vit_base_patch16_224.augreg_in21k_ft_in1k",

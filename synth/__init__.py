@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from utils.config import SourceConfig
-from utils.errors import ConfigError
-from utils.registry import Registry
+from utils.run.config import SourceConfig
+from utils.run.errors import ConfigError
+from utils.run.registry import Registry
 
 SOURCES: Registry = Registry("source", __name__)
 

@@ -25,12 +25,12 @@ from synth.drawing import (
     short,
 )  # fmt: skip
 from synth.requests import Requests
-from utils.checkpoint import atomic_write, write_json
-from utils.config import SourceConfig
-from utils.data_manager import DataManager, Task
-from utils.errors import BankError
-from utils.images import IMAGE_SUFFIXES, ImageSet, encode_image
-from utils.run import Run
+from utils.data.images import IMAGE_SUFFIXES, ImageSet, encode_image
+from utils.data.manager import DataManager, Task
+from utils.run.config import SourceConfig
+from utils.run.errors import BankError
+from utils.training.checkpoint import atomic_write, write_json
+from utils.training.run import Run
 
 log = logging.getLogger("reprise")
 LABEL_FIELDS = ("dataset", "class_order", "classes")  # what must fit of images that this run does not draw itself

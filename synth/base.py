@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from synth.requests import Requests
-from utils.checkpoint import folder_bytes
-from utils.config import SourceConfig
-from utils.data_manager import DataManager, Task
-from utils.errors import ConfigError, NotFittedError, WeightsError
-from utils.images import ImageSet
-from utils.run import Run
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager, Task
+from utils.run.config import SourceConfig
+from utils.run.errors import ConfigError, NotFittedError, WeightsError
+from utils.training.checkpoint import folder_bytes
+from utils.training.run import Run
 
 log = logging.getLogger("reprise")
 

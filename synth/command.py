@@ -14,14 +14,14 @@ from pydantic import Field, SerializeAsAny
 
 from synth import build_source_config
 from synth.drawing import damaged_files
-from utils.checkpoint import Checkpoints
-from utils.config import NOT_IDENTITY, RunConfig, SourceConfig
-from utils.datasets import Dataset
-from utils.errors import CheckpointError, ConfigError
-from utils.experiment_file import ALIASES, SOURCE_KEYS, apply_overrides, gather_keys, read_experiment
-from utils.images import ImageSet
-from utils.registry import nearest
-from utils.run_folder import DESCRIPTION
+from utils.data.datasets import Dataset
+from utils.data.images import ImageSet
+from utils.run.config import NOT_IDENTITY, RunConfig, SourceConfig
+from utils.run.errors import CheckpointError, ConfigError
+from utils.run.folder import DESCRIPTION
+from utils.run.registry import nearest
+from utils.run.words import ALIASES, SOURCE_KEYS, apply_overrides, gather_keys, read_experiment
+from utils.training.checkpoint import Checkpoints
 
 FITTED = "fitted.json"  # of a folder that synth.train has finished: the classes, and the files with their hashes
 SECTION = "reprise"  # of a CompVis YAML: what such a file does not say, the data and the source

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.errors import ConfigError
+from utils.run.errors import ConfigError
 
 Model = Callable[[Tensor, Tensor], Tensor]
 # Clean predictions (B, C, H, W) in [-1, 1] to one log-likelihood per image, (B,), already multiplied by its scale.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from synth.base import ReplaySource
 from synth.requests import Requests
-from utils.checkpoint import atomic_write, file_hash, write_json
-from utils.config import SourceConfig
-from utils.errors import BankError
-from utils.images import IMAGE_SUFFIXES, ImageSet, encode_image
-from utils.transforms import stack
+from utils.data.images import IMAGE_SUFFIXES, ImageSet, encode_image
+from utils.data.transforms import stack
+from utils.run.config import SourceConfig
+from utils.run.errors import BankError
+from utils.training.checkpoint import atomic_write, file_hash, write_json
 
 MANIFEST = "manifest.json"
 LARGEST_PNG = 64  # pixels; larger images are stored as JPEG

@@ -7,8 +7,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-from models.latent_diffusion import PLACEHOLDER
-from utils.errors import ConfigError
+from models.latent.contract import PLACEHOLDER
+from utils.run.errors import ConfigError
 
 _PICTURES = ("a photo", "an illustration", "a depiction")
 _DETERMINERS = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils import seeding
+from utils.training import seeding
 
 
 @dataclass(frozen=True)

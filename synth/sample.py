@@ -34,16 +34,16 @@ from synth.drawing import (
     require_same,
 )  # fmt: skip
 from synth.requests import Requests
-from utils import subsets
-from utils.checkpoint import atomic_write, write_json
-from utils.command import exit_code
-from utils.data_manager import Task, cut_tasks
-from utils.datasets import Dataset, load_dataset
-from utils.errors import BankError, ConfigError
-from utils.experiment_file import apply_overrides
-from utils.images import ImageSet, encode_image
-from utils.run import Run, log, log_to_console
-from utils.runtime import Runtime
+from utils.data import subsets
+from utils.data.datasets import Dataset, load_dataset
+from utils.data.images import ImageSet, encode_image
+from utils.data.manager import Task, cut_tasks
+from utils.run.command import exit_code
+from utils.run.errors import BankError, ConfigError
+from utils.run.words import apply_overrides
+from utils.training.checkpoint import atomic_write, write_json
+from utils.training.run import Run, log, log_to_console
+from utils.training.runtime import Runtime
 
 EMBEDDINGS = "class_embeddings.safetensors"  # what class inversion saves
 # What must agree between images that lie in one folder.

@@ -11,10 +11,10 @@ from torch import nn
 
 from synth.base import ReplaySource
 from synth.drawing import MANIFEST, damaged_files, first_difference
-from utils.checkpoint import folder_hashes, whole_folder, write_json
-from utils.data_manager import DataManager, Task
-from utils.errors import CheckpointError, ConfigError
-from utils.images import ImageSet
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager, Task
+from utils.run.errors import CheckpointError, ConfigError
+from utils.training.checkpoint import folder_hashes, whole_folder, write_json
 
 log = logging.getLogger("reprise")
 

@@ -15,15 +15,15 @@ from synth.bank import Bank
 from synth.command import FITTED, FitConfig, add_shared_flags, build_config, pick_classes, read_file
 from synth.requests import Requests
 from synth.stored import keep_source, save_source
-from utils.checkpoint import atomic_write, file_hash, write_json
-from utils.command import exit_code
-from utils.data_manager import DataManager, Task, cut_tasks
-from utils.datasets import load_dataset
-from utils.errors import ConfigError
-from utils.images import ImageSet, encode_image
-from utils.run import Run, log, log_to_console, log_to_file
-from utils.run_folder import claim_folder, claim_machine, describe_data
-from utils.runtime import Runtime
+from utils.data.datasets import load_dataset
+from utils.data.images import ImageSet, encode_image
+from utils.data.manager import DataManager, Task, cut_tasks
+from utils.run.command import exit_code
+from utils.run.errors import ConfigError
+from utils.run.folder import claim_folder, claim_machine, describe_data
+from utils.training.checkpoint import atomic_write, file_hash, write_json
+from utils.training.run import Run, log, log_to_console, log_to_file
+from utils.training.runtime import Runtime
 
 
 class Fitting:

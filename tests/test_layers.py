@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from learners.configure import build_config
-from utils.experiment_file import read_experiment
+from learners.run.configure import build_config
+from utils.run.words import read_experiment
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("utils", "models", "synth", "learners", "main")  # from the ground up
@@ -62,11 +62,11 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize(
     ("layer", "code", "found"),
     [
-        ("utils", "import models.unet", ["models.unet"]),
+        ("utils", "import models.heads", ["models.heads"]),
         ("models", "def late():\n    from synth.base import Requests", ["synth.base"]),
         ("synth", "from learners import LEARNERS\nimport main", ["learners", "main"]),
         ("learners", "from synth.base import Guide\nfrom utils import seeding\nimport torch", []),
-        ("utils", "from utils.errors import ConfigError\nimport synthetic", []),
+        ("utils", "from utils.run.errors import ConfigError\nimport synthetic", []),
     ],
 )
 def test_an_import_of_an_upper_layer_is_found_wherever_it_stands(layer, code, found):
@@ -75,7 +75,7 @@ def test_an_import_of_an_upper_layer_is_found_wherever_it_stands(layer, code, fo
 
 def test_the_project_has_one_training_loop():
     calls = [path.name for path in FILES for _ in re.findall(r"\.backward\(", path.read_text())]
-    assert calls == ["training.py"]
+    assert calls == ["fit.py"]
 
 
 def test_names_are_looked_up_in_registries_and_not_in_chains_of_ifs():

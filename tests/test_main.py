@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import main
-from learners.predict import main as predict
-from utils import compare
+from learners.run.predict import main as predict
+from utils.results import compare
 
 TINY = [
     "--set", "init_epoch=1", "--set", "epochs=1", "--set", "init_cls=5", "--set", "increment=5", "--set",
@@ -145,8 +145,8 @@ def test_a_finished_run_is_classified_with_and_compared(tmp_path, capsys):
 
 
 def test_overrides_get_a_folder_of_their_own_and_seeds_do_not():
-    from learners.configure import build_config
-    from utils.experiment_file import apply_overrides, read_experiment
+    from learners.run.configure import build_config
+    from utils.run.words import apply_overrides, read_experiment
 
     raw = read_experiment("exps/digits.json")
     names = []

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from learners import LEARNERS
-from learners.asp import ASP
-from learners.configure import build_config
+from learners.asp.learner import ASP
+from learners.run.configure import build_config
 from tests.benchmarks.timing import alternate, peak_memory, verdict
-from tests.tiny_asp import base_loss_as_tokens, encode_layers, prompted_as_tokens
-from utils.batches import test_batches
-from utils.data_manager import DataManager, Task
-from utils.datasets import Dataset
-from utils.images import ImageSet
-from utils.run import Run
-from utils.runtime import Runtime, fast_bf16
+from tests.support.tiny_asp import base_loss_as_tokens, encode_layers, prompted_as_tokens
+from utils.data.batches import test_batches
+from utils.data.datasets import Dataset
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager, Task
+from utils.training.run import Run
+from utils.training.runtime import Runtime, fast_bf16
 
 # 65 tokens, and as many classes, images per step and test images for each training image as with CIFAR-100.
 VIT = {"patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}

@@ -21,12 +21,12 @@ from models.incremental import IncrementalNet
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
 from tests.benchmarks.timing import alternate, verdict
-from utils.batches import ImageBatches
-from utils.images import ImageSet
-from utils.run import Run
-from utils.runtime import Runtime, fast_bf16
-from utils.training import TrainConfig, fit
-from utils.transforms import RECIPES, ClassifierTransform
+from utils.data.batches import ImageBatches
+from utils.data.images import ImageSet
+from utils.data.transforms import RECIPES, ClassifierTransform
+from utils.training.fit import TrainConfig, fit
+from utils.training.run import Run
+from utils.training.runtime import Runtime, fast_bf16
 
 NUM_IMAGES, BATCH, WORKERS = 2560, 128, 8  # twenty steps a segment
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -16,12 +16,12 @@ from synth import SOURCES
 from synth.diffusion import linear_process, respace
 from synth.requests import Requests
 from tests.benchmarks.timing import compare
-from utils.batches import ImageBatches
-from utils.datasets import Dataset
-from utils.images import ImageSet
-from utils.run import Run
-from utils.runtime import Runtime, fast_bf16
-from utils.training import TrainConfig, fit
+from utils.data.batches import ImageBatches
+from utils.data.datasets import Dataset
+from utils.data.images import ImageSet
+from utils.training.fit import TrainConfig, fit
+from utils.training.run import Run
+from utils.training.runtime import Runtime, fast_bf16
 
 UNET = {
     "block_out_channels": [64, 120, 128], "layers_per_block": 1, "attention_levels": [], "dropout": 0.0,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from learners.guidance import toward_best_new
+from learners.guide.guidance import toward_best_new
 from models.frozen import fixed
 from models.heads import PlainHead
 from models.incremental import IncrementalNet
@@ -22,7 +22,7 @@ from synth.diffusion import linear_process, respace
 from synth.requests import Requests
 from tests.benchmarks.ddpm import new_source
 from tests.benchmarks.timing import compare
-from utils.runtime import fast_bf16
+from utils.training.runtime import fast_bf16
 
 IMAGES, STEPS, OLD, SEEN, SCALE = 32, 5, 5, 10, 0.5
 LABELS = torch.arange(IMAGES) % OLD

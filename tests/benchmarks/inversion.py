@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models.text_to_image import load_text_to_image
+from models.latent.text_to_image import load_text_to_image
 from synth import SOURCES
-from synth.latents import noise_scheduler, sample_scheduler
+from synth.inversion.latents import noise_scheduler, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
 from synth.requests import Requests
 from tests.benchmarks.timing import compare
-from tests.tiny_ldm import BERT_WORDS, bert_tokenizer, folder
-from utils.data_manager import Task
-from utils.datasets import Dataset
-from utils.images import ImageSet
-from utils.run import Run
-from utils.runtime import Runtime, fast_bf16
+from tests.support.tiny_ldm import BERT_WORDS, bert_tokenizer, folder
+from utils.data.datasets import Dataset
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.training.run import Run
+from utils.training.runtime import Runtime, fast_bf16
 
 SIZE, CLASSES, SHOTS, BATCH, STEPS = 128, 5, 5, 5, 25
 DRAWN, SAMPLE_STEPS, GUIDANCE = 10, 5, 10.0

@@ -11,10 +11,10 @@ import time
 
 import torch
 
-from models.controlnet import ControlNetPipeline
-from models.diffusers_folder import LDM_SCHEDULE
-from models.diffusers_parts import Parts
-from tests.tiny_ldm import clip_tokenizer, folder
+from models.files.diffusers_folder import LDM_SCHEDULE
+from models.files.diffusers_parts import Parts
+from models.latent.control import ControlNetPipeline
+from tests.support.tiny_ldm import clip_tokenizer, folder
 
 GUIDANCE, EDGE_DENSITY = 9.0, 0.07
 UNET = {

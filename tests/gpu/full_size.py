@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from learners.guidance import toward_best_new
+from learners.guide.guidance import toward_best_new
 from models.frozen import fixed
 from models.heads import LinearHead, PlainHead
 from models.incremental import IncrementalNet
@@ -26,14 +26,14 @@ from models.timm_backbone import build_backbone
 from synth import SOURCES
 from synth.base import Guide
 from synth.requests import Requests
-from utils.batches import ImageBatches
-from utils.data_manager import Task
-from utils.datasets import Dataset
-from utils.images import ImageSet
-from utils.run import Run
-from utils.runtime import Runtime
-from utils.training import TrainConfig, fit
-from utils.transforms import RECIPES, ClassifierTransform
+from utils.data.batches import ImageBatches
+from utils.data.datasets import Dataset
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.data.transforms import RECIPES, ClassifierTransform
+from utils.training.fit import TrainConfig, fit
+from utils.training.run import Run
+from utils.training.runtime import Runtime
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 ROOT = Path(__file__).parents[2]
@@ -148,8 +148,8 @@ def _ddpm(bench: Bench, precision: str) -> None:
 
 def ldm(bench: Bench) -> None:
     """text2img-large's architecture: class inversion with 12 images per step, drawing at guidance 10."""
-    from models.text_to_image import TextToImage
-    from tests.tiny_ldm import tiny_ldm_folder
+    from models.latent.text_to_image import TextToImage
+    from tests.support.tiny_ldm import tiny_ldm_folder
 
     run = bench.run("bf16")
     dtype = torch.bfloat16 if run.runtime.bf16 else torch.float32
@@ -181,9 +181,9 @@ def big_parts(bench: Bench):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-    from models.diffusers_folder import LDM_SCHEDULE
-    from models.diffusers_parts import Parts
-    from tests.tiny_ldm import BERT_WORDS, bert_tokenizer, folder
+    from models.files.diffusers_folder import LDM_SCHEDULE
+    from models.files.diffusers_parts import Parts
+    from tests.support.tiny_ldm import BERT_WORDS, bert_tokenizer, folder
 
     narrow, factor = bench.narrow, 10 if bench.narrow else 1
     text = LDMBertConfig(vocab_size=len(BERT_WORDS), d_model=1280 // factor, encoder_layers=2 if narrow else 32,

@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learners.configure import build_config
-from learners.experiment import Experiment
-from learners.plan import describe_replay
+from learners.run.configure import build_config
+from learners.run.experiment import Experiment
+from learners.run.plan import describe_replay
 from synth import drawing
-from tests.toy import tiny_source, toy_dataset, toy_experiment, toy_raw
-from utils.checkpoint import file_hash, load_tensors
-from utils.errors import BankError, ConfigError
-from utils.images import ImageSet
-from utils.runtime import Runtime
+from tests.support.toy import tiny_source, toy_dataset, toy_experiment, toy_raw
+from utils.data.images import ImageSet
+from utils.run.errors import BankError, ConfigError
+from utils.training.checkpoint import file_hash, load_tensors
+from utils.training.runtime import Runtime
 
 
 def escort(folder, learner="icarl", memory_per_class=4, **keys):

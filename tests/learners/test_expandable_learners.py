@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from learners import LEARNERS
-from learners.configure import build_config
 from learners.losses import old_as_one_class
-from learners.predict import load_learner
-from tests.toy import toy_experiment, toy_raw
-from utils.batches import Batch
-from utils.errors import ConfigError
+from learners.run.configure import build_config
+from learners.run.predict import load_learner
+from tests.support.toy import toy_experiment, toy_raw
+from utils.data.batches import Batch
+from utils.run.errors import ConfigError
 
 BOTH = ["der", "memo"]
 LABELS = torch.tensor([0, 3, 2, 1])

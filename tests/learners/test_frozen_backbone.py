@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from learners import LEARNERS
-from learners.configure import build_config
-from tests.tiny_asp import tiny_vit_file
-from tests.toy import TINY_LEARNERS, TINY_SOURCES, toy_experiment, toy_raw
-from utils.errors import ConfigError
-from utils.run import Run
+from learners.run.configure import build_config
+from tests.support.tiny_asp import tiny_vit_file
+from tests.support.toy import TINY_LEARNERS, TINY_SOURCES, toy_experiment, toy_raw
+from utils.run.errors import ConfigError
+from utils.training.run import Run
 
 EXACT = {"rtol": 0, "atol": 0}
 
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("utils.checkpoint.os.fsync", lambda _: None)
+    monkeypatch.setattr("utils.training.checkpoint.os.fsync", lambda _: None)
 
 
 def make_learner(folder, name="simplecil", **keys):
@@ -119,9 +119,9 @@ class Interrupted(Exception):
     ("place", "steps"),
     [
         ("learners.frozen_backbone._classify", 3),  # pretraining
-        ("learners.asp.ASP.base_loss", 3),  # first epoch
-        ("learners.asp.ASP.base_loss", 9),  # second epoch, whose anchors were chosen by features that are gone
-        ("learners.asp.ASP.session_loss", 3),
+        ("learners.asp.learner.ASP.base_loss", 3),  # first epoch
+        ("learners.asp.learner.ASP.base_loss", 9),  # second epoch, whose anchors were chosen by features that are gone
+        ("learners.asp.learner.ASP.session_loss", 3),
     ],
 )
 def test_asp_goes_on_in_the_middle_of_an_epoch_with_the_same_bits(place, steps, tmp_path, monkeypatch, caplog):

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from learners import LEARNERS
-from learners.configure import build_config
-from learners.experiment import Experiment
 from learners.losses import cross_entropy_from, distillation_loss
-from tests.toy import TINY_SOURCES, toy_experiment, toy_raw
-from utils.batches import Batch
-from utils.data_manager import Task
-from utils.datasets import load_dataset
-from utils.run import Run
-from utils.run_folder import claim_folder, claim_machine
-from utils.runtime import Runtime
+from learners.run.configure import build_config
+from learners.run.experiment import Experiment
+from tests.support.toy import TINY_SOURCES, toy_experiment, toy_raw
+from utils.data.batches import Batch
+from utils.data.datasets import load_dataset
+from utils.data.manager import Task
+from utils.run.folder import claim_folder, claim_machine
+from utils.training.run import Run
+from utils.training.runtime import Runtime
 
 LOGITS = torch.tensor([[1.0, 0.0, 2.0, -1.0], [0.5, 1.5, 0.0, 1.0]])
 OLD = torch.tensor([[2.0, 0.0], [0.0, 1.0]])

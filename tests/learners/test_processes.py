@@ -14,7 +14,7 @@ def drawn(folder, processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {name: os.environ[name] for name in OWN if name in os.environ}
     environment["OMP_NUM_THREADS"] = "1"  # which torchrun would set for two, and not for one
-    command = [sys.executable, *launcher, "-m", "tests.guided_request", str(folder)]
+    command = [sys.executable, *launcher, "-m", "tests.support.guided_request", str(folder)]
     done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.unet import ClassUNet
-from utils.errors import ConfigError
+from synth.ddpm.network import ClassUNet
+from utils.run.errors import ConfigError
 
 CLASSES = 5
 

@@ -7,7 +7,7 @@ from models import BACKBONES
 from models.options import BackboneOptions
 from models.resnet import _Block, split_last_stage
 from models.timm_backbone import build_backbone
-from utils.errors import ConfigError
+from utils.run.errors import ConfigError
 
 
 def count(module):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from models.options import BackboneOptions
 from models.timm_backbone import PILOT_ALIASES, backbone_names, build_backbone, check_backbone_name
-from utils.errors import ConfigError, WeightsError
+from utils.run.errors import ConfigError, WeightsError
 
 SCRATCH = BackboneOptions(pretrained=False)
 TAGGED = "test_vit.r160_in1k"  # timm's own tiny ViT for tests, 160 px

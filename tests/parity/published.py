@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from learners.configure import build_config
-from utils.experiment_file import read_experiment
+from learners.run.configure import build_config
+from utils.run.words import read_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "exps"
 

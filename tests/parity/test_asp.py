@@ -11,14 +11,14 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
+from learners.asp.network import PromptViT
 from learners.losses import anchor_loss, standard_normal_kl
 from models.frozen import Frozen
 from models.heads import CosineHead
 from models.incremental import IncrementalNet
-from models.prompt_vit import PromptViT
 from models.timm_backbone import TimmBackbone
-from tests.tiny_asp import IMAGES, attend_as_tokens, tiny_prompt_vit
-from utils.training import TrainConfig
+from tests.support.tiny_asp import IMAGES, attend_as_tokens, tiny_prompt_vit
+from utils.training.fit import TrainConfig
 
 LABELS = torch.tensor([0, 1, 1, 2, 3])
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from models.heads import CosineHead
-from utils.data_manager import DataManager
-from utils.datasets import DATASETS, Dataset
-from utils.images import ImageSet
-from utils.transforms import classifier_transform
+from utils.data.datasets import DATASETS, Dataset
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager
+from utils.data.transforms import classifier_transform
 
 CIFAR = {"num_classes": 100, "per_class": 500, "tests": 100, "init_cls": 60, "increment": 5}
 PHOTOGRAPHS = {"num_classes": 200, "per_class": 30, "tests": 30, "init_cls": 100, "increment": 10}  # CUB, ImageNet-R

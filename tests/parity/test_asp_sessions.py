@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from learners import LEARNERS
-from tests.tiny_asp import base_loss_as_tokens, prompted_as_tokens, tiny_vit_file
-from tests.toy import TINY_LEARNERS, toy_experiment
-from utils.batches import Batch, test_batches
-from utils.images import ImageSet
-from utils.run import Run
+from tests.support.tiny_asp import base_loss_as_tokens, prompted_as_tokens, tiny_vit_file
+from tests.support.toy import TINY_LEARNERS, toy_experiment
+from utils.data.batches import Batch, test_batches
+from utils.data.images import ImageSet
+from utils.training.run import Run
 
 EXACT = {"rtol": 0, "atol": 0}
 

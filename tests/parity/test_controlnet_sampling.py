@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.controlnet import load_controlnet
-from tests.tiny_controlnet import tiny_controlnet_folders
-from utils import seeding
+from models.latent.control import load_controlnet
+from tests.support.tiny_controlnet import tiny_controlnet_folders
+from utils.training import seeding
 
 SETTINGS = {"steps": 20, "guidance": 9.0, "strength": 1.0}
 ALPHA_BAR = {1: 0.998296, 51: 0.950524, 951: 0.008155, 981: 0.005776}

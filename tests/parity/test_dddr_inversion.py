@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from synth.bank import Bank
-from synth.federated import federated_mean, split_clients
-from synth.inversion import ClassVectors
-from synth.latents import LatentBatches, encode, noise_scheduler, sample_scheduled, sample_scheduler
+from synth.inversion.federated import federated_mean, split_clients
+from synth.inversion.latents import LatentBatches, encode, noise_scheduler, sample_scheduled, sample_scheduler
+from synth.inversion.source import ClassVectors
 from synth.prompts import TRAIN_TEMPLATES
 from synth.requests import Requests
-from tests.tiny_inversion import make_inversion, tiny_model, toy_task
-from tests.toy import toy_dataset
-from utils import seeding
-from utils.batches import Batch
-from utils.data_manager import DataManager
-from utils.errors import BankError
-from utils.images import ImageSet, decode_image
+from tests.support.tiny_inversion import make_inversion, tiny_model, toy_task
+from tests.support.toy import toy_dataset
+from utils.data.batches import Batch
+from utils.data.images import ImageSet, decode_image
+from utils.data.manager import DataManager
+from utils.run.errors import BankError
+from utils.training import seeding
 
 LDM_NOISE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -174,8 +174,9 @@ def test_the_mean_of_clients_is_plain_and_of_one_client_the_client():
 
 
 def test_a_client_without_images_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("synth.inversion.split_clients", lambda *_: [torch.arange(20), torch.arange(0)])
-    monkeypatch.setattr("synth.inversion.federated_mean", lambda returned: counts.append(len(returned)) or returned[0])
+    monkeypatch.setattr("synth.inversion.source.split_clients", lambda *_: [torch.arange(20), torch.arange(0)])
+    mean = "synth.inversion.source.federated_mean"
+    monkeypatch.setattr(mean, lambda returned: counts.append(len(returned)) or returned[0])
     counts = []
     fitted(tmp_path, num_users=2)
     assert counts == [1]

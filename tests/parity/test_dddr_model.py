@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from models.diffusers_folder import LAYOUTS
-from models.text_to_image import TextToImage, load_text_to_image
+from models.files.diffusers_folder import LAYOUTS
+from models.latent.text_to_image import TextToImage, load_text_to_image
 from synth.diffusion import classifier_free
-from synth.latents import sample_scheduled, sample_scheduler
+from synth.inversion.latents import sample_scheduled, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
-from tests.tiny_ldm import tiny_ldm, tiny_ldm_folder, tiny_stable_diffusion
-from utils import seeding
+from tests.support.tiny_ldm import tiny_ldm, tiny_ldm_folder, tiny_stable_diffusion
+from utils.training import seeding
 
 PIPELINES = {
     "ldm": tiny_ldm,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from synth.edges import EdgeMap, canny, drawing_size, map_bytes, pack, resize_edges, short_side, unpack
-from utils import seeding
-from utils.copied_batches import swap
+from synth.escort.batches import swap
+from synth.escort.edges import EdgeMap, canny, drawing_size, map_bytes, pack, resize_edges, short_side, unpack
+from utils.training import seeding
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from learners.configure import build_config
-from learners.experiment import Experiment
-from synth.controlnet import SCRIPTS
-from tests.toy import TINY_TRAINING, tiny_source, toy_dataset
-from utils import seeding
-from utils.errors import ConfigError
-from utils.experiment_file import read_experiment
-from utils.images import ImageSet
-from utils.memory import herding
-from utils.run_folder import claim_folder, claim_machine
-from utils.runtime import Runtime
+from learners.memory import herding
+from learners.run.configure import build_config
+from learners.run.experiment import Experiment
+from synth.escort.controlnet import SCRIPTS
+from tests.support.toy import TINY_TRAINING, tiny_source, toy_dataset
+from utils.data.images import ImageSet
+from utils.run.errors import ConfigError
+from utils.run.folder import claim_folder, claim_machine
+from utils.run.words import read_experiment
+from utils.training import seeding
+from utils.training.runtime import Runtime
 
 EXPERIMENTS = Path(__file__).parents[2] / "exps"
 

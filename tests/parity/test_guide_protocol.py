@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from learners.configure import build_config
-from learners.guide import GUIDE
-from synth.ddpm import DDPM
+from learners.guide.learner import GUIDE
+from learners.run.configure import build_config
+from synth.ddpm.source import DDPM
 from synth.requests import draw_labels
 from tests.parity.published import PUBLISHED, published
-from tests.toy import toy_experiment
-from utils.run import Run
-from utils.runtime import Runtime
-from utils.training import TrainConfig
+from tests.support.toy import toy_experiment
+from utils.training.fit import TrainConfig
+from utils.training.run import Run
+from utils.training.runtime import Runtime
 
 
 def rates(lr, steps, hold):
@@ -64,7 +64,8 @@ def test_p9_an_epoch_is_counted_in_full_batches(name, images, hold):
 )
 def test_p8_self_rehearsal_keeps_its_surplus(name, counts, tmp_path, monkeypatch):
     config, asked = published(name), []
-    monkeypatch.setattr("synth.ddpm.draw_missing", lambda source, folder, requests: asked.append(requests[0].labels))
+    draw = "synth.ddpm.source.draw_missing"
+    monkeypatch.setattr(draw, lambda source, folder, requests: asked.append(requests[0].labels))
     source = SimpleNamespace(config=config.synth, run=Run(tmp_path, 0, Runtime(["cpu"])), network=torch.nn.Identity())
     for task in range(1, len(counts) + 1):
         source.fitted_classes = set(range(config.increment * task))

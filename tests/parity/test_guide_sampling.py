@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from learners.guidance import log_likelihood
+from learners.guide.guidance import log_likelihood
 from synth.diffusion import Process, linear_process, respace, sample_ddim
 
 ROWS = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 2, 2.0]])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils import metrics
+from utils.results import metrics
 
 # GUIDE P10, turned to our A[after task i][task j].
 GUIDE_MATRIX = [[0.9], [0.5, 0.8], [0.6, 0.4, 0.7]]

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from learners import LEARNERS
-from learners.configure import build_config
-from models.expandable import ExpandableNet
+from learners.expandable.network import ExpandableNet
+from learners.run.configure import build_config
 from models.heads import LinearHead
 from models.options import BackboneOptions
 from models.resnet import split_last_stage
 from models.timm_backbone import build_backbone
-from utils.experiment_file import read_experiment
+from utils.run.words import read_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "exps"
 

@@ -8,7 +8,7 @@ import hashlib
 import pytest
 import torch
 
-from utils.subsets import class_order, few_shot_indices, long_tail_counts, long_tail_indices, task_sizes
+from utils.data.subsets import class_order, few_shot_indices, long_tail_counts, long_tail_indices, task_sizes
 
 PYCIL_1993 = """
 68,56,78,8,23,84,90,65,74,76,40,89,3,92,55,9,26,80,43,38,58,70,77,1,85,19,17,50,28,53,13,81,45,82,6,59,83,16,15,44,

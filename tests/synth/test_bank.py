@@ -8,13 +8,13 @@ import torch
 from synth.bank import Bank
 from synth.base import ReplaySource
 from synth.drawing import preview
-from tests.toy import toy_dataset
-from utils.config import SourceConfig
-from utils.data_manager import DataManager
-from utils.errors import BankError
-from utils.images import ImageSet, decode_image, encode_image
-from utils.run import Run
-from utils.runtime import Runtime
+from tests.support.toy import toy_dataset
+from utils.data.images import ImageSet, decode_image, encode_image
+from utils.data.manager import DataManager
+from utils.run.config import SourceConfig
+from utils.run.errors import BankError
+from utils.training.run import Run
+from utils.training.runtime import Runtime
 
 
 class Painter(ReplaySource):

@@ -13,11 +13,11 @@ from learners import LEARNERS
 from synth import sample, train
 from synth.command import FitConfig, pick_classes
 from synth.train import Fitting
-from tests.tiny_ldm import tiny_ldm_folder
-from tests.toy import TINY_SOURCES, tiny_source, toy_images
-from utils.config import RunConfig
-from utils.errors import ConfigError
-from utils.images import encode_image
+from tests.support.tiny_ldm import tiny_ldm_folder
+from tests.support.toy import TINY_SOURCES, tiny_source, toy_images
+from utils.data.images import encode_image
+from utils.run.config import RunConfig
+from utils.run.errors import ConfigError
 
 NAMES = ["apple", "beaver", "cloud", "dolphin"]
 

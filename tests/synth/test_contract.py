@@ -5,13 +5,13 @@ import torch
 
 from synth import SOURCES
 from synth.requests import Requests, draw_labels
-from tests.toy import tiny_source, toy_dataset
-from utils import seeding
-from utils.data_manager import DataManager
-from utils.errors import ConfigError, NotFittedError
-from utils.images import ImageSet
-from utils.run import Run
-from utils.runtime import Runtime
+from tests.support.toy import tiny_source, toy_dataset
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager
+from utils.run.errors import ConfigError, NotFittedError
+from utils.training import seeding
+from utils.training.run import Run
+from utils.training.runtime import Runtime
 
 ALL = SOURCES.names()
 KEY = (7, "ddpm-rehearsal", 1)  # of a rehearsal in task 1

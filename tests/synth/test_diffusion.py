@@ -19,7 +19,7 @@ from synth.diffusion import (
     sample_ddim,
     sample_ddpm,
 )
-from utils.errors import ConfigError
+from utils.run.errors import ConfigError
 
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-3, "beta_end": 2e-2, "timestep_spacing": "leading"}
 

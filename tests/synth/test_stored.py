@@ -9,13 +9,13 @@ import torch
 
 import main
 from learners import LEARNERS
-from learners.configure import build_config
+from learners.run.configure import build_config
 from synth import sample, train
 from synth.stored import keep_source
-from tests.toy import tiny_source, toy_experiment, toy_images, toy_raw
-from utils.checkpoint import Checkpoints, load_tensors
-from utils.errors import CheckpointError, ConfigError
-from utils.images import encode_image
+from tests.support.toy import tiny_source, toy_experiment, toy_images, toy_raw
+from utils.data.images import encode_image
+from utils.run.errors import CheckpointError, ConfigError
+from utils.training.checkpoint import Checkpoints, load_tensors
 
 
 def experiment(folder, source="ddpm", learner="generative_replay", keys=None, **synth):

@@ -1,0 +1,3 @@
+"""DDDR: replay in batches of its own, distillation and supervised contrast."""
+
+from learners.dddr.learner import DDDR as DDDR

@@ -1,0 +1,66 @@
+"""DDDR's classifier: a ResNet from scratch on real, generated and replayed images."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from learners import LEARNERS
+from learners.dddr.separate_replay import SeparateReplay
+from learners.losses import supervised_contrastive
+from models.incremental import IncrementalNet
+from utils.data.batches import Batch
+from utils.data.manager import Task
+from utils.training import seeding
+from utils.training.fit import TrainConfig
+
+
+@LEARNERS.register("dddr")
+class DDDR(SeparateReplay):
+    """Cross-entropy on the present, weighted cross-entropy and distillation on replay, supervised contrast.
+
+    Liang et al., "Diffusion-Driven Data Replay: A Novel Approach to Combat Forgetting in Federated Class Continual
+    Learning", ECCV 2024, arXiv:2409.01128, with one client: its rounds of local epochs are one training.
+    """
+
+    class Config(SeparateReplay.Config):
+        w_kd: float = Field(10.0, ge=0, description="weight of distillation from the old network on replayed images")
+        w_scl: float = Field(1.0, ge=0, description="weight of the supervised contrastive loss on current images")
+        base_cur_size: int = Field(50, ge=0, description="generated images per class in the first task")
+        cur_size: int = Field(50, ge=0, description="generated images per new class that join later tasks' real ones")
+        convnet_type: str = Field("resnet18", description="a backbone of ours or any timm model with its weight tag")
+        com_round: int = Field(100, ge=1, description="rounds of every task; with local_ep the number of epochs")
+        local_ep: int = Field(5, ge=1, description="epochs per round")
+        batch_size: int = Field(128, ge=1, description="current images per step")
+        lr: float = Field(0.01, gt=0, description="SGD's rate, constant")
+        momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+        weight_decay: float = Field(5e-4, ge=0, description="of SGD")
+        scl_hidden: int = Field(4096, ge=1, description="width of the contrastive head's hidden layer")
+        scl_size: int = Field(256, ge=1, description="width of the contrastive head's output")
+
+    def build_network(self) -> IncrementalNet:
+        network = super().build_network()
+        seeding.seed_everything(self.run.seed, "contrastive-head")
+        hidden, size = self.config.scl_hidden, self.config.scl_size
+        network.projection = nn.Sequential(
+            nn.Linear(network.backbone.num_features, hidden), nn.GELU(), nn.Linear(hidden, size)
+        ).to(self.run.device)
+        return network
+
+    def train_config(self, task: Task) -> TrainConfig:
+        """The same for every task."""
+        config = self.config
+        return TrainConfig(
+            epochs=config.com_round * config.local_ep, lr=config.lr, momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+
+    def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
+        features = self.network.features(batch.images)  # (B, D)
+        terms = self.replay_terms(self.network.head(features), batch, task)
+        if self.config.w_scl:
+            z = F.normalize(self.network.projection(features).float())
+            scl = supervised_contrastive(z, batch.labels, self.config.scl_temperature)
+            terms["contrastive"] = self.config.w_scl * scl
+        return terms

@@ -1,0 +1,100 @@
+"""Replay in batches of its own beside those of the present, as DDDR trains its classifier."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from learners.base import Learner
+from learners.losses import cross_entropy_from, distillation_loss
+from utils.data.batches import Batch, Batches, PairedBatches
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.run.config import RunConfig
+
+
+class SeparateReplay(Learner):
+    """A learner that sends real and replayed images through the network one after the other.
+
+    Liang et al., "Diffusion-Driven Data Replay: A Novel Approach to Combat Forgetting in Federated Class Continual
+    Learning", ECCV 2024, arXiv:2409.01128. Generated images of the new classes join the real ones of the present.
+    """
+
+    class Config(RunConfig):
+        w_ce_pre: float = Field(0.5, ge=0, description="weight of cross-entropy on replayed images")
+        w_kd: float = Field(0.0, ge=0, description="weight of distillation from the old network on replayed images")
+        w_scl: float = Field(0.0, ge=0, description="weight of the supervised contrastive loss on current images")
+        T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")
+        scl_temperature: float = Field(0.07, gt=0, description="of the supervised contrastive loss")
+        replay_softmax: Literal["split", "joint"] = Field(
+            "split", description="split: new classes compete among themselves, old ones too; joint: all with all"
+        )
+        base_cur_size: int = Field(0, ge=0, description="generated images per class in the first task")
+        cur_size: int = Field(20, ge=0, description="generated images per new class that join later tasks' real ones")
+        pre_size: int | None = Field(None, ge=1, description="replayed images per old class; null: all that were drawn")
+        replay_batch_size: int = Field(128, ge=1, description="replayed images per step")
+
+    def current_images(self, task: Task) -> ImageSet:
+        return self.data.train_images(task) + self.current_synthetic(task)
+
+    def current_synthetic(self, task: Task) -> ImageSet:
+        """Generated images of the task's own classes, from a source that learned them before training."""
+        per_class = self.config.cur_size if task.index else self.config.base_cur_size
+        if self.source is None or not per_class:
+            return ImageSet()
+        if self.config.synth.need_syn_imgs:
+            if not self.source.fitted_classes.issuperset(task.classes):
+                return ImageSet()
+            with self.run.timed("generate"):
+                self.bank.draw(self.source, task, task.classes)  # where replay is kept they are there already
+        return first_of_each(self.bank.stored(task.classes), per_class)
+
+    def make_replay(self, task: Task) -> ImageSet:
+        replay = super().make_replay(task)
+        return replay if self.config.pre_size is None else first_of_each(replay, self.config.pre_size)
+
+    def batches(self, task: Task) -> Batches:
+        """The present, and beside it replay of the old classes if there is any."""
+        current = self.make_batches(task, self.current_images(task), ImageSet(), batch_size=self.current_batch(task))
+        if not len(self.replay):
+            return current
+        replay = self.make_batches(task, ImageSet(), self.replay, "replay", self.config.replay_batch_size)
+        return PairedBatches(current, replay)
+
+    def current_batch(self, task: Task) -> int:
+        """Images of the present per step."""
+        return self.config.batch_size
+
+    def replay_terms(self, logits: Tensor, batch: Batch, task: Task) -> dict[str, Tensor]:
+        """Cross-entropy and distillation of a task after the first.
+
+        Args:
+            logits: (B, num_seen), of the current images.
+            batch: with or without ``replay``.
+        """
+        joint = self.config.replay_softmax == "joint"
+        terms = {"cross_entropy": cross_entropy_from(0 if joint else task.num_old, logits, batch.labels)}
+        if batch.replay is None:
+            return terms
+        replayed = self.training_logits(batch.replay.images)  # (R, num_seen)
+        old = replayed[:, : task.num_old]
+        terms["replay"] = self.config.w_ce_pre * F.cross_entropy(replayed if joint else old, batch.replay.labels)
+        if self.config.w_kd:
+            with torch.no_grad():
+                old_logits = self.old_network(batch.replay.images)  # (R, num_old)
+            terms["distill"] = self.config.w_kd * distillation_loss(old, old_logits, self.config.T)
+        return terms
+
+    def training_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, num_seen) as the network gives them in training."""
+        return self.network(images)
+
+
+def first_of_each(images: ImageSet, per_class: int) -> ImageSet:
+    """The first images of every class, as they are stored."""
+    kept = [(images.labels == label).nonzero().flatten()[:per_class] for label in images.classes]
+    return images.take(torch.cat(kept).sort().values) if kept else images

@@ -1,0 +1,51 @@
+"""DER: a feature extractor for every task, the old ones frozen."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from learners import LEARNERS
+from learners.expandable.network import ExpandableNet
+from learners.losses import old_as_one_class
+from learners.pycil import PyCILLearner
+from utils.data.batches import Batch
+from utils.data.manager import Task
+
+
+@LEARNERS.register("der")
+class DynamicallyExpandableRepresentation(PyCILLearner):
+    """A backbone per task side by side, cross-entropy on new images and herded exemplars, aligned weights.
+
+    Yan et al., "DER: Dynamically Expandable Representation for Class Incremental Learning", CVPR 2021,
+    arXiv:2103.16788, in PyCIL's form: without the paper's masks and pruning, and with the weight alignment of
+    Zhao et al. (arXiv:1911.07053) in place of its second stage, a balanced training of the classifier.
+    """
+
+    class Config(PyCILLearner.Config):
+        milestones: list[int] = Field([80, 120, 150], description="epochs where lrate decays")
+        alpha_aux: float = Field(1.0, ge=0, description="weight of the auxiliary loss on the newest branch")
+
+    uses_exemplars = True
+
+    def build_network(self) -> ExpandableNet:
+        network = super().build_network()
+        return ExpandableNet(nn.Identity(), network.backbone, network.head).eval()
+
+    def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
+        if task.num_old == 0:
+            return {"cross_entropy": F.cross_entropy(self.network(batch.images), batch.labels)}
+        logits, auxiliary = self.network.both_logits(batch.images)  # (B, num_seen), (B, 1 + num_new)
+        auxiliary_loss = F.cross_entropy(auxiliary, old_as_one_class(batch.labels, task.num_old))
+        return {
+            "cross_entropy": F.cross_entropy(logits, batch.labels),
+            "auxiliary": self.config.alpha_aux * auxiliary_loss,
+        }
+
+    def after_training(self, task: Task) -> None:
+        if task.num_old > 0:
+            self.network.align_new_weights(task.num_old)
+        self.network.auxiliary = None  # the next task has its own
+        self.keep_herded_exemplars(task)
+        self.update_class_means()

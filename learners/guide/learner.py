@@ -1,0 +1,285 @@
+"""GUIDE: replay drawn inside the training step and bent by the classifier that is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from learners import LEARNERS
+from learners.base import Learner
+from learners.guide.guidance import log_likelihood
+from models.frozen import fixed
+from synth.base import Guide
+from synth.ddpm.words import drop_switches
+from synth.requests import Requests, draw_labels
+from utils.data.batches import Batch, RenewedBatches
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.data.transforms import ClassifierTransform, classifier_transform, match_channels, square
+from utils.results.panels import Cell, Panel, PanelRow
+from utils.run.config import RunConfig
+from utils.run.errors import ConfigError
+from utils.training import seeding
+from utils.training.fit import TrainConfig
+
+PICTURED = 8  # replay images in the report's picture of a task
+
+
+@LEARNERS.register("guide")
+class GUIDE(Learner):
+    """Cross-entropy on real new images and on replay that the classifier pulls over its decision boundary.
+
+    Cywinski et al., "GUIDE: Guidance-based Incremental Learning with Diffusion Models", 2024, arXiv:2403.03938. At
+    every denoising step the classifier's gradient shifts images of old classes toward the new class that they are
+    nearest to (`learners.guide.guidance`); their label stays. Without a source it is finetuning in GUIDE's setting.
+    """
+
+    class Config(RunConfig):
+        shuffle: bool = Field(False, description="permute the class order with the seed")
+        convnet_type: str = Field("preact_resnet18", description="a backbone of ours or any timm model")
+        batch_size: int = Field(256, ge=1, description="images per step; 1 / (task + 1) of them are real")
+        classifier_init_lr: float = Field(0.1, gt=0, description="learning rate of the first task, falling to 0")
+        classifier_lr: float = Field(0.01, gt=0, description="learning rate of later tasks, falling to 0")
+        disjoint_classifier_init_num_steps: int = Field(5000, ge=1, description="steps of the first task")
+        disjoint_classifier_num_steps: int = Field(2000, ge=1, description="steps of every later task")
+        classifier_weight_decay: float = Field(5e-4, ge=0, description="on all parameters")
+        classifier_augmentation: bool = Field(True, description="crop, rotation, flip, colours, erasing; false: none")
+        use_new_grad: bool = Field(True, description="bend replay by the classifier that is being trained")
+        guid_to_new_classes: bool = Field(
+            True, description="toward the likeliest new class; false: away from its own label"
+        )
+        use_old_grad: bool = Field(False, description="bend replay by the classifier of the task before, by its label")
+        negate_old_grad: bool = Field(False, description="away from its own label; false: toward it")
+        classifier_scale_min_new: float | None = Field(
+            None, ge=0, description="smallest factor by the classifier in training; null: as the other"
+        )
+        classifier_scale_max_new: float | None = Field(
+            None, ge=0, description="largest factor by the classifier in training; null: as the other"
+        )
+        classifier_scale_min_old: float | None = Field(
+            None, ge=0, description="smallest factor by the previous classifier; null: as the other"
+        )
+        classifier_scale_max_old: float | None = Field(
+            None, ge=0, description="largest factor by the previous classifier; null: as the other"
+        )
+        trim_logits: bool = Field(True, description="leave classes not seen yet out of the bending softmax")
+        guid_generation_interval: int = Field(1, ge=1, description="steps from one draw of replay to the next")
+        timestep_respacing: str = Field("ddim50", description="sampling steps of the replay in training")
+        use_ddim: bool = Field(True, description="false: ancestral sampling of the replay in training")
+        label_draw: Literal["reference", "balanced"] = Field(
+            "reference", description="labels of replay; reference: each by chance; balanced: equally many of each"
+        )
+        eval_logits: Literal["all", "seen"] = Field("all", description="all: classes not seen yet compete as well")
+
+        @classmethod
+        def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+            """GUIDE's flags of the classifier run.
+
+            Raises:
+                ConfigError: if ``depth`` is not 18, a switch has a value that is not there, or classes per task are
+                    given by ``num_tasks``.
+            """
+            given = {key: value for key, value in drop_switches(raw).items() if value is not None or key == "synth"}
+            if str(given.pop("depth", 18)) != "18":
+                raise ConfigError("depth: only 18 is there, the published one; other networks go by convnet_type")
+            if "num_tasks" in given:
+                raise ConfigError(f"num_tasks={raw['num_tasks']!r}: give init_cls and increment, classes / num_tasks")
+            given.pop("lr", None)  # the diffusion run's, which GUIDE's command of the classifier names to no effect
+            return given
+
+        @model_validator(mode="after")
+        def _one_gradient_with_a_scale(self) -> GUIDE.Config:
+            if self.use_old_grad and self.use_new_grad:
+                raise ValueError("use_old_grad and use_new_grad exclude each other: set one of them to false")
+            if self.negate_old_grad and not self.use_old_grad:
+                raise ValueError("negate_old_grad=true acts with use_old_grad=true alone: set both or none")
+            if self.scale is None and (self.use_old_grad or self.use_new_grad) and self.synth is not None:
+                which = "new" if self.use_new_grad else "old"
+                raise ValueError(f"use_{which}_grad needs classifier_scale_min_{which} or classifier_scale_max_{which}")
+            if self.scale is not None and self.scale[0] > self.scale[1]:
+                which = "new" if self.use_new_grad else "old"
+                raise ValueError(f"classifier_scale_min_{which}={self.scale[0]} is above its max, {self.scale[1]}")
+            if self.synth is not None and not self.synth.need_syn_imgs:
+                raise ValueError("synth.need_syn_imgs=false: replay of guide is drawn anew in training; set it to true")
+            return self
+
+        @property
+        def scale(self) -> tuple[float, float] | None:
+            """Smallest and largest factor of the gradient; None where none is given."""
+            ends = (self.classifier_scale_min_old, self.classifier_scale_max_old)
+            if self.use_new_grad:
+                ends = (self.classifier_scale_min_new, self.classifier_scale_max_new)
+            given = [end for end in ends if end is not None]
+            return (given[0], given[-1]) if given else None
+
+    head = "plain"
+    guides = True
+
+    def __init__(self, config, data, run, source=None, bank=None):
+        super().__init__(config, data, run, source, bank)
+        self.eval_logits = config.eval_logits
+        self.num_seen = 0
+        if not self.transform.whole_batch:
+            raise ConfigError(
+                f"{config.model_name} draws replay in every few steps, for images that are kept in memory; those of "
+                f"{config.dataset!r} are files: take a data set of up to 64 pixels, such as imagenet100_64"
+            )
+        if source is not None:
+            source.check_guide(Guide(config.timestep_respacing))
+            if config.batch_size < data.num_tasks:
+                raise ConfigError(
+                    f"batch_size={config.batch_size}: the last of {data.num_tasks} tasks gets no real image"
+                )
+
+    # ------------------------------------------------------------------ network and training
+
+    def build_transform(self) -> ClassifierTransform:
+        """The generator's range, [-1, 1], and GUIDE's augmentation, whatever the data set is used to."""
+        recipe = "guide" if self.config.classifier_augmentation else "none"
+        middle = (0.5,) * 3
+        return classifier_transform(
+            self.data.dataset, self.config.replay_resize, recipe=recipe, mean=middle, std=middle
+        )
+
+    def grow_network(self, task: Task) -> None:
+        """All outputs are there from the first task on."""
+        self.num_seen = task.num_seen
+        self.network.grow(self.data.num_classes, seeding.generator(self.run.seed, "grow"))
+
+    def train_config(self, task: Task) -> TrainConfig:
+        config, first = self.config, task.index == 0
+        return TrainConfig(
+            steps=config.disjoint_classifier_init_num_steps if first else config.disjoint_classifier_num_steps,
+            lr=config.classifier_init_lr if first else config.classifier_lr,
+            weight_decay=config.classifier_weight_decay, schedule="linear",
+            hold=max(1, self.num_real(task) // config.batch_size),
+        )  # fmt: skip
+
+    def num_real(self, task: Task) -> int:
+        """Real images that the task trains on."""
+        return sum(self.data.class_counts[label] for label in task.classes)
+
+    def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
+        logits = self.network(batch.images)[:, : task.num_seen]
+        return {"cross_entropy": F.cross_entropy(logits, batch.labels)}
+
+    def predict(self, images: ImageSet) -> dict[str, Tensor]:
+        logits = super().predict(images)["cnn"]  # (N, num_classes)
+        return {"cnn": logits if self.eval_logits == "all" else logits[:, : self.num_seen]}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {"num_seen": torch.tensor(self.num_seen)}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.num_seen = int(state["num_seen"])
+
+    # ------------------------------------------------------------------ replay inside the step
+
+    def keep_replay(self, task: Task) -> None:
+        """Nothing is stored for later: every draw is bent by the classifier of its moment."""
+
+    def count_draws(self) -> int:
+        draws = -(-self.config.disjoint_classifier_num_steps // self.config.guid_generation_interval)
+        return draws * sum(map(self.num_replayed, range(self.data.num_tasks)))
+
+    def num_replayed(self, index: int) -> int:
+        """Generated images per step of a task."""
+        return self.config.batch_size // (index + 1) * index
+
+    def make_replay(self, task: Task) -> ImageSet:
+        """None before training; see `batches`."""
+        return ImageSet()
+
+    def batches(self, task: Task) -> RenewedBatches:
+        """A share 1 / (task + 1) of real images, and replay of the others."""
+        replays = self.source is not None and task.index > 0
+        self.training_batches = RenewedBatches(
+            self.current_images(task), partial(self.draw_replay, task) if replays else None,
+            self.config.guid_generation_interval, transform=self.transform,
+            batch_size=self.config.batch_size // (task.index + 1) if replays else self.config.batch_size,
+            key=(self.run.seed, task.index, "train"), device=self.run.device, shard=self.run.runtime.shard,
+        )  # fmt: skip
+        return self.training_batches
+
+    def draw_replay(self, task: Task, step: int) -> ImageSet:
+        """All replay of one step and of those up to the next draw, bent by the network as it is now."""
+        count = self.num_replayed(task.index)
+        chance = seeding.generator(self.run.seed, task.index, "replay labels", step)
+        labels = draw_labels(list(range(task.num_old)), count, chance, self.config.label_draw == "balanced")
+        return self.draw(task, Requests.of_labels(labels, (self.run.seed, "guide", task.index, step)))
+
+    def draw(self, task: Task, requests: Requests, guided: bool = True) -> ImageSet:
+        """Sample requests of old classes, bent as the config says or, unless ``guided``, not at all."""
+        sampler = "ddim" if self.config.use_ddim else "ddpm"
+        bend = partial(self.bend, task) if guided and self.bends else None
+        self.run.runtime.share_buffers(self.network)  # BatchNorm's, which every process has its own of
+        with self.run.timed("generate"), fixed(self.network):
+            return self.source.generate_together(requests, Guide(self.config.timestep_respacing, sampler, bend))
+
+    @property
+    def bends(self) -> bool:
+        """Whether anything bends the replay."""
+        return self.config.use_new_grad or self.config.use_old_grad
+
+    def bend(self, task: Task, requests: Requests) -> Callable[[Tensor], Tensor]:
+        """What sampling of these requests follows uphill: see `synth.base.Guide`."""
+        labels, scales = requests.labels.to(self.run.device), self.scales(requests).to(self.run.device)
+        judge = self.old_network if self.config.use_old_grad else self.network
+
+        def scaled(x0: Tensor) -> Tensor:
+            view = square(match_channels(x0, 3), self.transform.size, self.config.replay_resize)
+            return scales * log_likelihood(self.config, judge(view), labels, task.num_old, task.num_seen)
+
+        return scaled
+
+    def scales(self, requests: Requests) -> Tensor:
+        """One factor for each image, (N,), the same in all of its denoising steps."""
+        low, high = self.config.scale
+        if low == high:
+            return torch.full((len(requests),), low)
+        rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
+        chances = [torch.rand((), generator=seeding.generator(*requests.key, "scale", *row)) for row in rows]
+        return low + (high - low) * torch.stack(chances)
+
+    # ------------------------------------------------------------------ to look at
+
+    def after_training(self, task: Task) -> None:
+        """Lay out the last replay, and what bending does to some images."""
+        if self.source is None or task.index == 0:
+            return
+        self.bank.show(task, self.training_batches.replay)
+        if self.bends:
+            self.run.panels.write(f"guidance_{task.index}", self.picture(task))
+
+    def picture(self, task: Task) -> Panel:
+        """Images from the same noise with and without bending, and what the classifier says of them."""
+        labels = torch.linspace(0, task.num_old - 1, min(PICTURED, task.num_old)).round().long()
+        requests = Requests.of_labels(labels, (self.run.seed, "picture", task.index))
+        columns = []
+        for guided in (False, True):
+            images = self.draw(task, requests, guided)
+            probabilities = Learner.predict(self, images)["cnn"][:, : task.num_seen].softmax(1)
+            columns.append([
+                Cell(images.image(position), caption(self.data.class_names, label, task.num_old, row))
+                for position, (label, row) in enumerate(zip(labels.tolist(), probabilities))
+            ])  # fmt: skip
+        return Panel(
+            title="Guidance",
+            note="Replay from the same noise without and with the classifier's gradient, and how sure the trained "
+            "classifier then is of the class that was asked for and of the likeliest new one.",
+            columns=["unguided", "guided"],
+            rows=[PanelRow(self.data.class_names[label], cells) for label, cells in zip(labels, zip(*columns))],
+            part=f"Task {task.index}",
+        )
+
+
+def caption(names: list[str], label: int, num_old: int, probabilities: Tensor) -> str:
+    """Probabilities, (num_seen,), of the class asked for and of the likeliest new one, in words."""
+    best_new = num_old + int(probabilities[num_old:].argmax())
+    return " · ".join(f"{names[known]} {probabilities[known]:.0%}" for known in (label, best_new))

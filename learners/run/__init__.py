@@ -1,0 +1,1 @@
+"""How learners are run: config, experiment, plan, ledger, prediction."""

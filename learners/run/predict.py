@@ -1,0 +1,106 @@
+"""Classify images with a finished run: `python -m learners.run.predict --run outputs/digits --images folder`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from learners import LEARNERS
+from learners.base import Learner
+from learners.run.configure import build_config
+from utils.data.datasets import DATASETS, Dataset
+from utils.data.images import IMAGE_SUFFIXES, ImageSet, Part, decode_image
+from utils.data.transforms import match_channels
+from utils.run.errors import CheckpointError, DataError, RepriseError
+from utils.run.folder import DESCRIPTION
+from utils.training.checkpoint import Checkpoints
+from utils.training.run import Run, log
+from utils.training.runtime import Runtime
+
+
+def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner, list[str]]:
+    """A finished run's classifier and the names of the classes that it has seen, in learning order.
+
+    Args:
+        folder: `outputs/<run>/seed_<s>`.
+        device: null for the device that the run's config names.
+
+    Raises:
+        CheckpointError: if the folder holds no checkpoint that is whole.
+    """
+    try:
+        raw = json.loads((folder.parent / "config.json").read_text())["config"]
+        description = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no run of Reprise: {error}") from error
+    config, _ = build_config({**raw, "device": device or raw["device"]})
+    if LEARNERS[config.model_name].saves_backbone(config):
+        config = config.model_copy(update={"pretrained": False, "backbone_weights": None})
+    dataset = Dataset(**description["dataset"], train=ImageSet(), test=ImageSet())
+    data: Any = SimpleNamespace(dataset=dataset, num_classes=len(description["class_names"]))
+    run = Run(folder, 0, Runtime(config.device, config.precision), progress=False)
+    learner = LEARNERS[config.model_name](config, data, run)
+    found = Checkpoints(folder / "checkpoints", "task").load_newest(log, discard=False)
+    if found is None:
+        raise CheckpointError(f"{folder / 'checkpoints'} holds no checkpoint: let the run finish its first task")
+    learner.restore(found[1], found[2])
+    return learner, description["class_names"]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted."""
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise DataError(f"no images below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def classify(learner: Learner, names: list[str], paths: list[Path]) -> list[dict[str, Any]]:
+    """One row per image: path, the best class's name and label, and its softmax probability in [0, 1]."""
+    images = _images(learner.config.data_name, paths)
+    probabilities = learner.predict(images)["cnn"].softmax(1)
+    best = probabilities.max(1)
+    return [
+        {"image": str(path), "class": names[label], "label": label, "probability": round(value, 4)}
+        for path, label, value in zip(paths, best.indices.tolist(), best.values.tolist())
+    ]
+
+
+def _images(data_name: str, paths: list[Path]) -> ImageSet:
+    """A part for each file, since they need not have one size, seen as the data set's own images were."""
+    label = torch.zeros(1, dtype=torch.int64)
+    view = DATASETS[data_name.lower()].view if data_name.lower() in DATASETS else None
+    if view is None:
+        return ImageSet(Part((str(path),), label) for path in paths)
+    return ImageSet(Part(view(match_channels(decode_image(path), 3)).unsqueeze(0), label) for path in paths)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print CSV; exit code 2 after one message about a mistake that the user can repair."""
+    parser = argparse.ArgumentParser(prog="python -m learners.run.predict", description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="a run's folder, or one of its seed folders")
+    parser.add_argument("--images", required=True, type=Path, help="folder of images, searched with its subfolders")
+    parser.add_argument("--device", help="other than the one that the run was trained on")
+    args = parser.parse_args(argv)
+    try:
+        seeds = sorted(args.run.glob("seed_*"))
+        learner, names = load_learner(seeds[0] if seeds else args.run, [args.device] if args.device else None)
+        rows = classify(learner, names, find_images(args.images))
+    except RepriseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

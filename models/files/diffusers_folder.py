@@ -1,0 +1,255 @@
+"""Where diffusers keeps a model, on disk or on the hub: a folder with model_index.json, or with one network."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.files.weights import hub_answers, some
+from utils.run.errors import WeightsError
+
+HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
+# Of each row one file is enough; an index stands for weights in several files.
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "merges.txt")
+# What text2img-large was trained with. Its scheduler file is of 2022 and may lack fields, so it is not read.
+LDM_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a pipeline keeps its parts, and of which class they are.
+
+    Attributes:
+        vae, text_encoder: folders.
+        text_encoder_class, tokenizer_class: of transformers, but for diffusers' own LDMBertModel.
+        schedule: null: the scheduler's own file counts.
+    """
+
+    vae: str
+    text_encoder: str
+    text_encoder_class: str
+    tokenizer_class: str
+    schedule: dict[str, Any] | None = None
+
+    @property
+    def classes(self) -> dict[str, str]:
+        return {self.vae: "AutoencoderKL", self.text_encoder: self.text_encoder_class, "unet": "UNet2DConditionModel"}
+
+
+LAYOUTS = {
+    "LDMTextToImagePipeline": Layout("vqvae", "bert", "LDMBertModel", "BertTokenizerFast", LDM_SCHEDULE),
+    "StableDiffusionPipeline": Layout("vae", "text_encoder", "CLIPTextModel", "CLIPTokenizerFast"),
+}
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What a key of the config names, for checks and errors.
+
+    Attributes:
+        key: of the config.
+        kind: of model.
+        example: a hub id that fits.
+        file: a published single file that fits as well.
+        network: one network, not a pipeline of several.
+    """
+
+    key: str
+    kind: str
+    example: str
+    file: str | None = None
+    network: bool = False
+
+    @property
+    def index(self) -> str:
+        """The file by which such a folder is known."""
+        return "config.json" if self.network else "model_index.json"
+
+    def missing(self, folder: Path) -> list[str]:
+        """Files that are absent, weights by the better one of their names."""
+        if not (folder / self.index).is_file():
+            return [self.index]
+        if not self.network:
+            return _missing(folder)
+        return [] if _holds_weights(folder, DIFFUSERS_WEIGHTS) else [DIFFUSERS_WEIGHTS[0]]
+
+
+LDM = Sought("ldm_ckpt", "text-to-image model", "CompVis/ldm-text2im-large-256", file="model.ckpt")
+
+
+def check_folder(source: str, offline: bool, sought: Sought = LDM) -> None:
+    """See that a folder is whole, or that a hub id is in the cache or may be fetched; nothing is read or fetched.
+
+    Raises:
+        WeightsError: if not; it names what is missing and where it belongs.
+    """
+    if Path(source).is_dir():
+        _require_whole(Path(source), sought)
+    elif "/" not in source or not HUB_ID.fullmatch(source):
+        another = f"another {sought.file}, a folder" if sought.file else "another folder"
+        raise WeightsError(
+            f"{sought.key}={source!r}: there is no such file or folder. Put the weights there, or name {another} "
+            f"with {sought.index}, or a hub id such as {sought.example}"
+        )
+    elif absent := _cached_folder(source, sought)[1]:
+        if offline:
+            raise _absent(source, absent, "nothing is fetched offline", sought)
+        if not hub_answers():
+            raise _absent(source, absent, "the hub does not answer", sought)
+
+
+def find_folder(source: str, offline: bool, sought: Sought = LDM) -> Path:
+    """The model's folder; a hub id is fetched into the usual cache unless it is there.
+
+    Raises:
+        WeightsError: if the model is absent, incomplete or of a kind that we do not know.
+    """
+    check_folder(source, offline, sought)
+    return Path(source) if Path(source).is_dir() else _fetch(source, sought)
+
+
+def whole_folder(source: str, sought: Sought) -> Path | None:
+    """A folder, or the place of a hub id in the cache, if it lacks nothing; None: it has to be fetched."""
+    if Path(source).is_dir():
+        return None if sought.missing(Path(source)) else Path(source)
+    folder, absent = _cached_folder(source, sought)
+    return None if absent else folder
+
+
+def check_tokenizer(source: str, file: str, model: str, offline: bool) -> None:
+    """See that a tokenizer is a folder with words, or is in the cache under its hub id, or may be fetched.
+
+    Args:
+        source: folder or hub id.
+        file: that holds the words of the tokenizer which is wanted, for the message.
+        model: that this file comes from, for the message.
+        offline: nothing may be fetched.
+
+    Raises:
+        WeightsError: if not.
+    """
+    may_be_fetched = HUB_ID.fullmatch(source) and not Path(source).exists() and not offline
+    if not may_be_fetched and not has_vocabulary(source):
+        raise WeightsError(
+            f"tokenizer={source!r} is no folder with a {file}"
+            + ", nor is it in the hub's cache, and nothing is fetched offline" * offline
+            + f": put the {file} of {model} into a folder and name that"
+        )
+
+
+def layout_of(folder: Path) -> Layout:
+    """How the pipeline in this folder is laid out; a kind that we cannot drive is refused by name."""
+    index = read_json(folder / "model_index.json")
+    layout = LAYOUTS.get(str(index.get("_class_name")))
+    if layout is None:
+        raise WeightsError(
+            f"{folder} holds a {index.get('_class_name')}; use a model of one of these kinds: {', '.join(LAYOUTS)}"
+        )
+    for part, kind in layout.classes.items():
+        found = (index.get(part) or [None, None])[1]
+        if found != kind:
+            raise WeightsError(f"{folder / part} holds a {found}, where {index['_class_name']} is read with a {kind}")
+    return layout
+
+
+def has_vocabulary(source: str) -> bool:
+    """Whether a tokenizer's words lie in this folder, or in the cache under this hub id."""
+    if Path(source).is_dir():
+        return any((Path(source) / name).is_file() for name in VOCABULARIES)
+    return any(_cached_file(source, name) for name in VOCABULARIES)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or a WeightsError that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without the pages that libraries add to it."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+# ---------------------------------------------------------------------- what is there
+
+
+def _require_whole(folder: Path, sought: Sought) -> None:
+    absent = sought.missing(folder)
+    if absent:
+        checkpoints = [path.name for path in folder.glob(f"*{Path(sought.file).suffix}")] if sought.file else []
+        hint = f"; or name the file itself, {sought.key}={folder / checkpoints[0]}" if checkpoints else ""
+        raise WeightsError(
+            f"{folder} is not a whole {sought.kind} of diffusers, it lacks {some(absent)}: "
+            f"copy the files from the published model{hint}"
+        )
+
+
+def _missing(folder: Path) -> list[str]:
+    layout = layout_of(folder)
+    weights = {part: DIFFUSERS_WEIGHTS for part in layout.classes}
+    weights[layout.text_encoder] = TRANSFORMERS_WEIGHTS
+    absent = [f"{part}/config.json" for part in weights if not (folder / part / "config.json").is_file()]
+    absent += [f"{part}/{names[0]}" for part, names in weights.items() if not _holds_weights(folder / part, names)]
+    if not has_vocabulary(str(folder / "tokenizer")):
+        absent.append("tokenizer/vocab.txt")
+    if layout.schedule is None and not (folder / "scheduler" / "scheduler_config.json").is_file():
+        absent.append("scheduler/scheduler_config.json")
+    return absent
+
+
+def _holds_weights(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() or (folder / f"{name}.index.json").is_file() for name in names)
+
+
+def _cached_file(hub_id: str, filename: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(hub_id, filename) if HUB_ID.fullmatch(hub_id) else None
+    return Path(path) if isinstance(path, str) else None
+
+
+def _cached_folder(hub_id: str, sought: Sought) -> tuple[Path | None, list[str]]:
+    """Where the cache holds the model, and what of it is missing there."""
+    index = _cached_file(hub_id, sought.index)
+    return (None, [sought.index]) if index is None else (index.parent, sought.missing(index.parent))
+
+
+def _absent(hub_id: str, absent: list[str], why: str, sought: Sought) -> WeightsError:
+    from huggingface_hub import constants
+
+    return WeightsError(
+        f"{sought.key}={hub_id!r}: the cache {constants.HF_HUB_CACHE} lacks {some(absent)} of this model, and {why}. "
+        f"Run once with a network, or copy the folder models--{hub_id.replace('/', '--')} into the cache from a "
+        "machine that has it, or put the model's files into a folder of yours and name that folder"
+    )
+
+
+def _fetch(hub_id: str, sought: Sought) -> Path:
+    """The folder in the cache, filled if it is not whole."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder, absent = _cached_folder(hub_id, sought)
+    if not absent:
+        return folder
+    try:
+        # diffusers knows which of a repository's many files one needs. What these two would add, we never call.
+        folder = DiffusionPipeline.download(hub_id, safety_checker=None, feature_extractor=None)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = error.__cause__ or error
+        raise _absent(hub_id, absent, f"they could not be fetched ({first_line(reason)})", sought) from error
+    _require_whole(Path(folder), sought)
+    return Path(folder)

@@ -1,0 +1,163 @@
+"""The parts of a text-to-image model, read with diffusers and transformers from their folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from models.files.diffusers_folder import (
+    LDM,
+    LDM_SCHEDULE,
+    Sought,
+    check_folder,
+    find_folder,
+    first_line,
+    has_vocabulary,
+    layout_of,
+    read_json,
+    whole_folder,
+)
+from models.files.weights import hub_answers, some
+from utils.run.errors import WeightsError
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A text-to-image model in pieces, on the CPU, as they were read.
+
+    Attributes:
+        vae: AutoencoderKL.
+        text_encoder: LDMBertEncoder or CLIPTextModel.
+        tokenizer: of the text encoder's vocabulary.
+        unet: UNet2DConditionModel.
+        schedule: see `LatentDiffusion`.
+        latent_side: of a latent of the images that it was trained on.
+
+    Raises:
+        WeightsError: if the pieces are not of one model.
+    """
+
+    vae: nn.Module
+    text_encoder: nn.Module
+    tokenizer: Any
+    unet: nn.Module
+    schedule: dict[str, Any]
+    latent_side: int
+
+    def __post_init__(self):
+        text, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
+        pairs = {
+            # A tokenizer that was read from a wrong place knows five words and says nothing about it.
+            "the tokenizer's vocabulary": (len(self.tokenizer), text.vocab_size, "the text encoder's"),
+            "the text encoder's width": (text.hidden_size, unet.cross_attention_dim, "the UNet's cross_attention_dim"),
+            "the number of the VAE's channels": (vae.latent_channels, unet.in_channels, "the UNet's in_channels"),
+        }
+        for one, (value, wanted, other) in pairs.items():
+            if value != wanted:
+                raise WeightsError(f"these parts are not of one model: {one} is {value}, {other} {wanted}")
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def read_folder(source: str, offline: bool, sought: Sought = LDM) -> Parts:
+    """Read all parts of a folder or a hub id, which is fetched into the usual cache unless it is there.
+
+    Raises:
+        WeightsError: if the model is absent, incomplete, damaged or of a kind that we do not know.
+    """
+    folder = find_folder(source, offline, sought)
+    layout = layout_of(folder)
+    text_encoder = _read_network(str(folder / layout.text_encoder), layout.text_encoder_class)
+    unet = _read_network(str(folder / "unet"), "UNet2DConditionModel")
+    vae = _read_network(str(folder / layout.vae), "AutoencoderKL")
+    return Parts(
+        vae, getattr(text_encoder, "model", text_encoder),  # LDMBertModel adds a vocabulary head that nobody uses
+        read_tokenizer(str(folder / "tokenizer"), layout.tokenizer_class, offline=True), unet,
+        layout.schedule or _read_schedule(folder), unet.config.sample_size,
+    )  # fmt: skip
+
+
+def read_tokenizer(source: str, kind: str, offline: bool) -> Any:
+    """A tokenizer of transformers, from a folder or a hub id.
+
+    Raises:
+        WeightsError: if it is absent or unreadable.
+    """
+    import transformers
+
+    # What is here is taken as it is; and an unreachable hub would be asked again and again for most of a minute.
+    local = offline or has_vocabulary(source) or not hub_answers()
+    try:
+        return getattr(transformers, kind).from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(
+            f"no tokenizer could be read from {source!r} ({first_line(error)}). Name a folder that holds vocab.txt, "
+            "or run once with a network"
+        ) from error
+
+
+def read_network(source: str, kind: str, offline: bool, sought: Sought) -> nn.Module:
+    """Read one network from a folder or a hub id, which is fetched into the usual cache unless it is there.
+
+    Raises:
+        WeightsError: if it is absent, incomplete, damaged or of another architecture than its config.json says.
+    """
+    check_folder(source, offline, sought)
+    here = whole_folder(source, sought)
+    return _read_network(source if here is None else str(here), kind, local=here is not None)
+
+
+def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
+    """A network of which every weight is there; weights that are left over are told by the library and do no harm."""
+    try:
+        # The library would give weights that are absent or misshapen random values, with a warning; here they count.
+        network, report = _class(kind).from_pretrained(
+            source, local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{source} cannot be read as {kind}: {first_line(error)}") from error
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "misshapen": [f"{key} {tuple(there)} instead of {tuple(wanted)}" for key, there, wanted in
+                      sorted(report["mismatched_keys"])],
+        "unexpected": sorted(report["unexpected_keys"]),
+    }  # fmt: skip
+    if problems["missing"] or problems["misshapen"]:
+        text = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
+        raise WeightsError(
+            f"the weights in {source} are not those that its config.json asks for. {text}. Copy both from one "
+            "and the same model"
+        )
+    return network
+
+
+def _class(kind: str) -> type:
+    import diffusers
+    import transformers
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
+
+    if kind == "LDMBertModel":
+        return LDMBertModel
+    return getattr(diffusers, kind, None) or getattr(transformers, kind)
+
+
+def _read_schedule(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = {key: config.get(key) for key in LDM_SCHEDULE}
+    schedule["prediction_type"] = schedule["prediction_type"] or "epsilon"  # files of 2022 do not say it
+    absent = [key for key, value in schedule.items() if value is None]
+    foreign = [key for key in ("trained_betas", "rescale_betas_zero_snr") if config.get(key)]
+    if absent or foreign or schedule["prediction_type"] not in PREDICTIONS:
+        raise WeightsError(
+            f"{folder / 'scheduler'}: noise of this kind is not supported (missing {absent}, unknown {foreign}, "
+            f"prediction_type {schedule['prediction_type']!r}); use a model that predicts {' or '.join(PREDICTIONS)}"
+        )
+    return schedule

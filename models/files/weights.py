@@ -1,0 +1,197 @@
+"""Published and local weight files: found, read without running code, and loaded whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from utils.run.errors import WeightsError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WRAPPERS = ("state_dict", "model")  # keys under which training scripts put the weights
+NAMED_AT_MOST = 5  # keys in an error
+
+
+def check_weights_file(path: str | Path, key: str = "backbone_weights") -> None:
+    """See that a local weight file is there and of a kind that we read; ``key`` of the config names it.
+
+    Raises:
+        WeightsError: if it is not.
+    """
+    if Path(path).suffix not in SUFFIXES:
+        raise WeightsError(f"{key}={str(path)!r}: use a file that ends in {', '.join(SUFFIXES)}")
+    if not Path(path).is_file():
+        raise WeightsError(f"{key}={str(path)!r}: there is no such file")
+
+
+def what_is_missing(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """The messages of those checks that raise WeightsError, so that all that is missing can be said at once."""
+    missing = []
+    for check in checks:
+        try:
+            check()
+        except WeightsError as error:
+            missing.append(str(error))
+    return missing
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from .safetensors, or from a pickle that holds nothing but tensors.
+
+    Weights below a key "state_dict" or "model" are found there; prefixes of DataParallel and torch.compile go.
+
+    Raises:
+        WeightsError: if the file is absent, broken, or a pickle that would run code.
+    """
+    check_weights_file(path)
+    weights = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_pickle(path)
+    for wrapper in WRAPPERS:
+        if isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    return {
+        key.removeprefix("_orig_mod.").removeprefix("module."): value
+        for key, value in weights.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is no whole safetensors file ({error}); fetch it again") from error
+
+
+def _read_pickle(path: str | Path) -> dict:
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is a pickle that holds more than tensors, and reading it could run foreign code. If you trust it, "
+            "convert it once: safetensors.torch.save_file(torch.load(path, weights_only=False), 'out.safetensors'); "
+            "a training checkpoint has them under ['state_dict']"
+        ) from error
+    except (EOFError, RuntimeError) as error:
+        raise WeightsError(f"{path} is no whole PyTorch file ({error}); fetch it again") from error
+    if not isinstance(weights, dict):
+        raise WeightsError(f"{path} holds a {type(weights).__name__}, not a dictionary of named tensors")
+    return weights
+
+
+def load_exactly(
+    network: nn.Module,
+    weights: dict[str, Tensor],
+    path: str | Path,
+    what: str = "this backbone",
+    hint: str = "Check convnet_type, stem and image size",
+    assign: bool = False,
+) -> None:
+    """Load weights of which every key is wanted, present and of the right shape.
+
+    Args:
+        network: takes the weights.
+        weights: by name.
+        path: where they come from, for the message.
+        what: the network's name in the message.
+        hint: what the user may do.
+        assign: take the very tensors instead of copying; for a network on the meta device.
+
+    Raises:
+        WeightsError: else; it counts missing, unexpected and misshapen keys and names the first.
+    """
+    wanted = network.state_dict()
+    shared = [key for key in wanted if key in weights]
+    misshapen = [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in shared
+        if weights[key].shape != wanted[key].shape
+    ]
+    problems = {
+        # Files from before PyTorch 0.4.1 lack this counter, which nothing here uses.
+        "missing": [key for key in wanted if key not in weights and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in weights if key not in wanted],
+        "misshapen": misshapen,
+    }
+    if any(problems.values()):
+        text = "; ".join(f"{len(keys)} {kind}: {some(keys)}" for kind, keys in problems.items() if keys)
+        raise WeightsError(
+            f"{path} does not fit {what} ({len(shared) - len(misshapen)} of {len(wanted)} keys do). {text}. {hint}"
+        )
+    network.load_state_dict(weights, assign=assign)
+
+
+def some(keys: list[str]) -> str:
+    """The first few names."""
+    return ", ".join(keys[:NAMED_AT_MOST]) + (", ..." if len(keys) > NAMED_AT_MOST else "")
+
+
+def published_weights(cfg, offline: bool) -> Path:
+    """The file of a timm model's weights, fetched into the usual cache unless it is there.
+
+    Args:
+        cfg: timm's PretrainedCfg of the model and tag.
+        offline: look into the cache only.
+
+    Raises:
+        WeightsError: if the file is neither in the cache nor within reach.
+    """
+    return _from_hub(cfg.hf_hub_id, cfg.hf_hub_filename, offline) if cfg.hf_hub_id else _from_url(cfg.url, offline)
+
+
+def _from_hub(repository: str, filename: str | None, offline: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    reason: Exception | None = None
+    for only_cached in (True, False):  # what is in the cache, under either name, needs no network at all
+        if not only_cached and (offline or not hub_answers()):
+            break
+        for name in [filename] if filename else ["model.safetensors", "pytorch_model.bin"]:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=only_cached))
+            except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+                reason = None if only_cached else error
+    raise _absent(repository, constants.HF_HUB_CACHE, offline, reason) from reason
+
+
+def hub_answers(seconds: float = 5.0) -> bool:
+    """Whether the hub can be reached: its own downloader repeats for most of a minute before it gives up."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # which kind it is depends on the version of its client
+        return False
+    return True
+
+
+def _from_url(url: str, offline: bool) -> Path:
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if not target.is_file():
+        if offline:
+            raise _absent(url, target.parent, offline, None)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(target))
+        except OSError as error:
+            raise _absent(url, target.parent, offline, error) from error
+    return target
+
+
+def _absent(weights: str, cache: str | Path, offline: bool, reason: Exception | None) -> WeightsError:
+    what = "no answer from the hub" if reason is None else type(reason).__name__
+    why = "nothing is fetched offline" if offline else f"they could not be fetched ({what})"
+    return WeightsError(
+        f"the weights {weights} are not in the cache {cache}, and {why}. Run once with a network, or copy the cache "
+        "from a machine that has them, or name a local file with backbone_weights"
+    )

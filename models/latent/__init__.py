@@ -1,0 +1,1 @@
+"""Latent diffusion models, ours and published ones, behind one contract."""

@@ -1,0 +1,186 @@
+"""Published text-to-image models, LDM text2img-large and Stable Diffusion 1.x and 2.x, behind one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.files.compvis import check_checkpoint, read_checkpoint
+from models.files.diffusers_folder import check_folder
+from models.files.diffusers_parts import Parts, read_folder
+from models.files.weights import SUFFIXES
+from models.latent.contract import PLACEHOLDER, LatentDiffusion
+from utils.run.errors import ConfigError, WeightsError
+from utils.training import seeding
+
+
+class TextToImage(LatentDiffusion):
+    """Text encoder, UNet and VAE of a published model, frozen.
+
+    A class is one vector in the place of the placeholder's row of the text encoder's token embedding, before
+    positions and the transformer (textual inversion, Gal et al., ICLR 2023, arXiv:2208.01618; DDDR's code). Nothing
+    is added to the vocabulary, so that one placeholder serves any number of classes in a batch.
+
+    Args:
+        parts: as `read_folder` or `read_checkpoint` gave them; they are moved, not copied.
+        image_size: in pixels; null: what the model was trained at.
+        device: where it works.
+        dtype: of the frozen weights; vectors and results are float32 in any case.
+
+    Raises:
+        ConfigError: if the VAE cannot take the image size.
+        WeightsError: if the tokenizer has no word for the placeholder.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        image_size: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.device, self.dtype, self.schedule = torch.device(device), dtype, dict(parts.schedule)
+        self.image_size = image_size or parts.latent_side * parts.vae_factor
+        if self.image_size % parts.vae_factor:
+            raise ConfigError(f"image_size={self.image_size}: this model needs a multiple of {parts.vae_factor} pixels")
+        side = self.image_size // parts.vae_factor
+        self.latent_shape = (parts.unet.config.in_channels, side, side)
+        self.image_channels = parts.vae.config.in_channels
+        self.vae, self.text_encoder, self.unet = parts.vae, parts.text_encoder, parts.unet
+        self.networks = nn.ModuleDict({"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.unet})
+        # Of the weights as they came, so that a model is itself in every number format.
+        self._fingerprint = seeding.hash_tensors(self.networks.state_dict())
+        # In train mode the LDM text encoder would drop a tenth of its activations, and no context would be the same.
+        self.networks.to(self.device, dtype).eval().requires_grad_(False)
+        self.tokenizer = parts.tokenizer
+        self.max_tokens: int = self.text_encoder.config.max_position_embeddings
+        self.embedding = self.text_encoder.get_input_embeddings()
+        self.vector_size: int = self.embedding.embedding_dim
+        self.placeholder = self._placeholder_token()
+
+    def initial_vector(self, word: str) -> Tensor:
+        tokens = self._tokens(word)
+        if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token:
+            raise ConfigError(
+                f"the model reads the word {word!r} as {', '.join(tokens)}, but a class starts from one token of the "
+                "vocabulary: choose a plain, common word such as 'sculpture'"
+            )
+        return self.embedding.weight[self.tokenizer.convert_tokens_to_ids(tokens[0])].float().clone()
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        posterior = self.vae.encode(self._take(images)).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).float() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(self._take(latents / self.vae.config.scaling_factor)).sample.float()
+
+    def context(self, prompts: list[str], vectors: Tensor | None = None) -> Tensor:
+        # No attention mask: these models were trained with an encoder that sees the padding.
+        ids = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).input_ids.to(self.device)  # (B, max_tokens)
+        if vectors is None:
+            return self._encode(ids)
+        here = ids == self.placeholder
+        for prompt, count in zip(prompts, here.sum(1).tolist()):
+            if prompt and count != 1:
+                raise ConfigError(
+                    f"the prompt {prompt!r} has {count} placeholders: it needs {PLACEHOLDER!r} exactly once, as a word "
+                    f"of its own among the first {self.max_tokens - 2}"
+                )
+        with self._replaced(here, vectors.to(self.device)):
+            return self._encode(ids)
+
+    def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.unet(self._take(zt), t.to(self.device), self._take(context), return_dict=False)[0].float()
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def frozen_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.networks.state_dict().values())
+
+    # ------------------------------------------------------------------ inside
+
+    def _take(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+    def _encode(self, ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids=ids, return_dict=True)[0].float()  # (B, max_tokens, width)
+
+    @contextmanager
+    def _replaced(self, here: Tensor, vectors: Tensor) -> Iterator[None]:
+        """Inside, the token embedding gives row b of ``vectors`` where ``here`` (B, max_tokens) is true."""
+
+        def replace(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            return torch.where(here[:, :, None], vectors[:, None].to(output.dtype), output)
+
+        hook = self.embedding.register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _tokens(self, word: str) -> list[str]:
+        return self.tokenizer.convert_ids_to_tokens(self.tokenizer(word, add_special_tokens=False).input_ids)
+
+    def _placeholder_token(self) -> int:
+        tokens = self._tokens(PLACEHOLDER)
+        if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token:
+            raise WeightsError(
+                f"this model's tokenizer reads {PLACEHOLDER!r} as {tokens}, but it must be one word of the vocabulary: "
+                "use the tokenizer that the text encoder was trained with"
+            )
+        return self.tokenizer.convert_tokens_to_ids(tokens[0])
+
+
+def check_text_to_image(source: str, yaml: str | None, tokenizer: str, offline: bool) -> None:
+    """See that a model is here or may be fetched, without reading its weights; arguments as below.
+
+    Raises:
+        WeightsError: for weights, a folder or a tokenizer that are absent or incomplete.
+        ConfigError: for a YAML that is absent or no description of a latent diffusion model.
+    """
+    if _is_checkpoint(source):
+        check_checkpoint(source, yaml, tokenizer, offline)
+    else:
+        check_folder(source, offline)
+
+
+def load_text_to_image(
+    source: str,
+    yaml: str | None = None,
+    tokenizer: str = "bert-base-uncased",
+    *,
+    image_size: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    offline: bool = False,
+) -> TextToImage:
+    """Load a published model.
+
+    Args:
+        source: a hub id, a folder with model_index.json, or a checkpoint file of CompVis' latent diffusion.
+        yaml: CompVis YAML of a checkpoint file.
+        tokenizer: folder or hub id of the BERT tokenizer that goes with a checkpoint file.
+        image_size, device, dtype: see `TextToImage`.
+        offline: fetch nothing; what is absent is an error.
+
+    Raises:
+        WeightsError: if weights are absent, incomplete, foreign or do not fit.
+        ConfigError: if the YAML is wrong or contradicts the checkpoint.
+    """
+    parts = (
+        read_checkpoint(source, yaml, tokenizer, offline) if _is_checkpoint(source) else read_folder(source, offline)
+    )
+    return TextToImage(parts, image_size, device, dtype)
+
+
+def _is_checkpoint(source: str) -> bool:
+    return Path(source).suffix in SUFFIXES

@@ -1,0 +1,286 @@
+"""A class-conditional DDPM that learns task after task, rehearsing on its own images."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.frozen import fixed
+from synth import SOURCES
+from synth.base import Guide, ReplaySource
+from synth.ddpm.network import ClassUNet
+from synth.ddpm.words import translate
+from synth.diffusion import (
+    classifier_free,
+    linear_process,
+    noise_prediction_loss,
+    respace,
+    sample_ddim,
+    sample_ddpm,
+)  # fmt: skip
+from synth.drawing import draw_missing, images_in
+from synth.requests import Requests, draw_labels, draw_noise
+from utils.data.batches import Batch, ImageBatches
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.data.transforms import RECIPES, DiffusionTransform, to_uint8
+from utils.run.config import SourceConfig
+from utils.run.errors import ConfigError
+from utils.training import seeding
+from utils.training.checkpoint import load_tensors, save_tensors, write_json
+from utils.training.fit import TrainConfig, fit
+
+log = logging.getLogger("reprise")
+
+
+@SOURCES.register("ddpm")
+class DDPM(ReplaySource):
+    """One UNet for all classes, trained on each task's real images and on replay of the classes before.
+
+    Ho et al., "Denoising Diffusion Probabilistic Models", NeurIPS 2020, arXiv:2006.11239; trained continually as in
+    GUIDE (Cywinski et al. 2024, arXiv:2403.03938), whose settings are the defaults. Every task starts from the last
+    task's raw weights, with a new optimiser and a new moving average; the average generates.
+    """
+
+    class Config(SourceConfig):
+        image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
+        block_out_channels: list[int] = Field([128, 256, 256, 256], min_length=1, description="UNet width per level")
+        layers_per_block: int = Field(3, ge=1, description="residual blocks per level")
+        attention_levels: list[int] = Field([1, 2], description="levels with attention, 0 is the finest")
+        attention_resolutions: list[int] | None = Field(
+            None, description="sides in pixels at which there is attention, in place of attention_levels"
+        )
+        attention_head_dim: int = Field(64, ge=1, description="channels per attention head")
+        norm_num_groups: int = Field(32, ge=1, description="groups of every GroupNorm")
+        dropout: float = Field(0.1, ge=0, lt=1, description="inside the residual blocks")
+        resample: Literal["conv", "resnet"] = Field("conv", description="between levels: convolution or residual block")
+        gradient_checkpointing: bool = Field(
+            False, description="recompute blocks going backward: less memory in training and guided sampling, more time"
+        )
+        diffusion_steps: int = Field(1000, ge=1, description="time steps of the full process")
+        beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
+        beta_end: float = Field(2e-2, gt=0, lt=1, description="variance of the last step")
+        train_respacing: str = Field("", description="train on a subset such as ddim250; empty: all steps")
+        first_task_num_steps: int = Field(100_000, ge=1, description="training steps of the first task")
+        num_steps: int = Field(50_000, ge=1, description="training steps of every later task")
+        batch_size: int = Field(256, ge=1, description="images per training step, replay included")
+        flip: bool | None = Field(None, description="show mirror images too; null: where the data set's recipe does")
+        lr: float = Field(2e-4, gt=0, description="AdamW's rate, constant")
+        lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of lr, down to 0")
+        weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+        ema_rate: float = Field(0.9999, ge=0, lt=1, description="decay of the average that generates; 0: raw weights")
+        sampler: Literal["ddim", "ddpm"] = Field("ddim", description="how replay is drawn")
+        timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread from end to end")
+        guidance: float = Field(0.0, ge=0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
+        label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training for guidance")
+        rehearsal: Literal["replay", "own"] = Field(
+            "replay", description="old classes in its training: the learner's replay, or its own draw from raw weights"
+        )
+        counts: Literal["balanced", "reference"] = Field(
+            "balanced",
+            description="of its own draw; balanced: equal counts; reference: GUIDE's, labels by chance in whole "
+            "batches, and only whole batches in training",
+        )
+        gr_n_generated_examples_per_task: int | None = Field(
+            None, ge=1, description="its own images per old task; null: as many as the new task has real ones"
+        )
+
+        @classmethod
+        def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+            """GUIDE's flags in our words."""
+            return translate(raw)
+
+    can_be_guided = True
+    # Its rehearsal is drawn with the first three too, but a later run only draws with what is learned.
+    drawing_keys = frozenset({"sampler", "timestep_respacing", "guidance", "gradient_checkpointing"})
+
+    def __init__(self, config, run, num_classes, class_names, dataset):
+        super().__init__(config, run, num_classes, class_names, dataset)
+        size = config.image_size or dataset.image_size
+        self.image_shape = (dataset.channels, size, size)
+        flip = RECIPES[dataset.augmentation].flip if config.flip is None else config.flip
+        self.transform = DiffusionTransform(size, flip)
+        self.process = linear_process(config.diffusion_steps, config.beta_start, config.beta_end)
+        self.train_process = respace(self.process, config.train_respacing or config.diffusion_steps)
+        self.own_sampling = Guide(config.timestep_respacing, config.sampler)
+        self.check_guide(self.own_sampling)
+        seeding.seed_everything(run.seed, "ddpm")
+        self.network = ClassUNet(
+            self.image_shape, num_classes, config.block_out_channels, attention_levels=_attention_levels(config, size),
+            layers_per_block=config.layers_per_block, attention_head_dim=config.attention_head_dim,
+            norm_num_groups=config.norm_num_groups, dropout=config.dropout, resample=config.resample,
+            checkpointing=config.gradient_checkpointing,
+        ).to(run.device).eval()  # fmt: skip
+        self.generator: nn.Module = self.network  # the moving average once there is one
+
+    @classmethod
+    def wants_replay(cls, config) -> bool:
+        """Not where it rehearses on images of its own."""
+        return config.rehearsal == "replay"
+
+    @classmethod
+    def training_settings(cls, config) -> dict[str, Any]:
+        """Without classifier-free guidance no label is hidden, and the branch that it needs is never learned."""
+        return {**super().training_settings(config), "label_dropout": config.label_dropout if config.guidance else 0}
+
+    # ------------------------------------------------------------------ learning
+
+    def fit_after(self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder) -> None:
+        """Train on the task's real images and on images of the old classes: the learner's replay, or its own."""
+        if self.fitted_classes and (self.config.rehearsal == "own" or not len(replay)):
+            replay = self._rehearse(task, len(images))
+        batches = ImageBatches(
+            images, replay, transform=self.transform, batch_size=self.config.batch_size,
+            key=(self.run.seed, task.index, "ddpm"), device=self.run.device, shard=self.run.runtime.shard,
+            drop_last=self.config.counts == "reference",
+        )  # fmt: skip
+        steps = self.config.first_task_num_steps if task.index == 0 else self.config.num_steps
+        train_config = TrainConfig(
+            steps=steps, lr=self.config.lr, optimizer="adamw", weight_decay=self.config.weight_decay,
+            schedule=self.config.lr_schedule, ema_decay=self.config.ema_rate,
+        )  # fmt: skip
+        average = fit(
+            self.network, batches, self.loss, train_config, run=self.run, task=task.index, purpose="ddpm",
+            before_epoch=partial(self._before_epoch, task),
+        )  # fmt: skip
+        self.generator = average if average is not None else self.network
+        self.fitted_classes |= set(task.classes)
+        self.let_watch(task, math.ceil(steps / len(batches)))
+
+    def _before_epoch(self, task: Task, epoch: int) -> None:
+        self.generator = self.network.eval()  # while it trains, the average is not at hand
+        self.let_watch(task, epoch)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Noise prediction error of one batch."""
+        labels = batch.labels
+        if self.config.guidance:
+            hidden = torch.rand(len(labels)) < self.config.label_dropout
+            labels = labels.masked_fill(hidden.to(labels.device), -1)
+        loss = noise_prediction_loss(lambda xt, t: self.network(xt, t, labels), self.train_process, batch.images)
+        return {"mse": loss}
+
+    def _rehearse(self, task: Task, num_images: int) -> ImageSet:
+        """GUIDE's self-rehearsal: old classes, drawn from the raw weights into the run's `rehearsal/task_<t>`."""
+        old, per_task = sorted(self.fitted_classes), self.config.gr_n_generated_examples_per_task or num_images
+        count = per_task * task.index
+        if self.config.counts == "reference":
+            count = math.ceil(count / self.config.batch_size) * self.config.batch_size  # GUIDE draws whole batches
+        draw = seeding.generator(self.run.seed, task.index, "rehearsal")
+        labels = draw_labels(old, count, draw, balanced=self.config.counts == "balanced")
+        log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)
+        self.generator = self.network.eval()
+        folder = self.run.folder / "rehearsal" / f"task_{task.index}"
+        draw_missing(self, folder, [Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))])
+        files = {label: images_in(folder / str(label)) for label in old}
+        drawn = torch.tensor([label for label, paths in files.items() for _ in paths], dtype=torch.int64)
+        return ImageSet.of([str(path) for paths in files.values() for path in paths], drawn)
+
+    # ------------------------------------------------------------------ generating
+
+    @torch.no_grad()
+    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+        """Draw one image per request.
+
+        Args:
+            requests: N labels with item and copy numbers.
+            guide: other time steps than the source's own, and what bends the denoising; None for neither.
+
+        Returns:
+            N images, (N, C, H, W) uint8, in the order of ``requests``.
+
+        Raises:
+            NotFittedError: if a label was never learned.
+        """
+        self.require_fitted(requests.labels)
+        images = self.in_chunks(requests, lambda chunk: self._draw(chunk, guide or self.own_sampling))
+        return ImageSet.of(torch.stack(images), requests.labels)
+
+    def check_guide(self, guide: Guide) -> None:
+        """See that the full process has the guide's time steps.
+
+        Raises:
+            ConfigError: if not.
+        """
+        respace(self.process, guide.timestep_respacing)
+
+    def _draw(self, requests: Requests, guide: Guide) -> Tensor:
+        """uint8 (N, C, H, W) of one chunk, on the CPU."""
+        generators = requests.generators()
+        noise = draw_noise(generators, self.image_shape).to(self.run.device)
+        process = respace(self.process, guide.timestep_respacing)
+        bend = None if guide.bend is None else guide.bend(requests)
+        with fixed(self.generator) as network:
+            model = self._model(network, requests.labels.to(self.run.device))
+            if guide.sampler == "ddpm":
+                x0 = sample_ddpm(model, noise, process, lambda: draw_noise(generators, self.image_shape), bend)
+            else:
+                x0 = sample_ddim(model, noise, process, bend)
+        return to_uint8(x0).cpu()
+
+    def _model(self, network: nn.Module, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """The noise predictor of these labels, with classifier-free guidance where it is on."""
+
+        def predict(classes: Tensor):
+            def model(xt: Tensor, t: Tensor) -> Tensor:
+                with self.run.runtime.autocast():
+                    return network(xt, t, classes).float()
+
+            return model
+
+        if not self.config.guidance:
+            return predict(labels)
+        return classifier_free(predict(labels), predict(torch.full_like(labels, -1)), self.config.guidance)
+
+    # ------------------------------------------------------------------ keeping
+
+    def save(self, directory: Path) -> None:
+        """Raw weights (the next task starts from them), the moving average, and the classes learned."""
+        save_tensors(Path(directory) / "network.safetensors", self.network.state_dict())
+        if self.generator is not self.network:
+            save_tensors(Path(directory) / "generator.safetensors", self.generator.state_dict())
+        write_json(Path(directory) / "source.json", {"fitted_classes": sorted(self.fitted_classes)})
+
+    def load(self, directory: Path) -> None:
+        """Take over what ``save`` wrote."""
+        directory = Path(directory)
+        self.network.load_state_dict(load_tensors(directory / "network.safetensors"))
+        self.generator = self.network
+        if (directory / "generator.safetensors").exists():
+            self.generator = copy.deepcopy(self.network).requires_grad_(False)
+            self.generator.load_state_dict(load_tensors(directory / "generator.safetensors"))
+        self.fitted_classes = set(json.loads((directory / "source.json").read_text())["fitted_classes"])
+
+    def describe(self) -> str:
+        """Size of the UNet and length of its trainings."""
+        millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        first, later = self.config.first_task_num_steps, self.config.num_steps
+        replay = "its own images" if self.config.rehearsal == "own" else "the learner's replay"
+        return (
+            f"UNet of {millions:.1f} M parameters, trained {first} steps on the first task and {later} on later ones, "
+            f"with {replay} of the classes before"
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the generating weights."""
+        return seeding.hash_tensors(self.generator.state_dict())
+
+
+def _attention_levels(config: DDPM.Config, size: int) -> list[int]:
+    if config.attention_resolutions is None:
+        return config.attention_levels
+    sides = [size >> level for level in range(len(config.block_out_channels))]
+    foreign = [side for side in config.attention_resolutions if side not in sides]
+    if foreign:
+        raise ConfigError(f"synth.attention_resolutions={foreign}: the levels of this UNet have sides {sides}")
+    return sorted(sides.index(side) for side in config.attention_resolutions)

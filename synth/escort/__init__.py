@@ -1,0 +1,4 @@
+"""ESCORT: exemplars kept as edge maps, and drawn again along them."""
+
+from synth.escort.controlnet import ControlNetSource as ControlNetSource
+from synth.escort.small_controlnet import SmallControlNetSource as SmallControlNetSource

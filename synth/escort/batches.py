@@ -1,0 +1,86 @@
+"""Batches in which a sample may be shown as a generated copy of itself, in every epoch another one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from utils.data.batches import ImageBatches
+from utils.data.images import ImageSet
+from utils.data.transforms import stacks
+from utils.training import seeding
+
+
+class Copies(Protocol):
+    """Generated copies of N samples.
+
+    Attributes:
+        chances: float (N,), of each sample, that a copy stands for it; 1 where there is no other image of it.
+        num_copies: K, copies of each sample, all equally likely.
+    """
+
+    chances: Tensor
+    num_copies: int
+
+    def draw(self, samples: Tensor, numbers: Tensor) -> ImageSet:
+        """The copies of these numbers, int64 (M,), of these samples, int64 (M,), in their order."""
+
+
+def swap(chances: Tensor, num_copies: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which samples are shown as a copy, and as which one (ESCORT, arXiv:2311.18266).
+
+    Args:
+        chances: float (N,).
+        num_copies: K.
+        generator: on the CPU.
+
+    Returns:
+        bool (N,), and int64 (N,) in [0, K), drawn of all samples alike.
+    """
+    numbers = torch.randint(num_copies, (len(chances),), generator=generator)
+    return torch.rand(len(chances), generator=generator) < chances, numbers
+
+
+class CopiedBatches(ImageBatches):
+    """Image batches whose samples are swapped for copies anew in every epoch.
+
+    Copies are asked for when an epoch first shows them, and kept.
+
+    Args:
+        images, replay: see `ImageBatches`: the N samples. Of a sample that has no real image, its copy 0.
+        copies: of all samples, in this order.
+        options: of `ImageBatches`.
+    """
+
+    def __init__(self, images: ImageSet, replay: ImageSet, copies: Copies, **options):
+        super().__init__(images, replay, **options)
+        self.copies = copies
+        self.row_of = torch.full((len(self.labels), copies.num_copies), -1)  # where a copy lies; -1: nowhere yet
+        lone = torch.arange(len(images), len(self.labels))  # what is there of them is their copy 0
+        self.row_of[lone, 0] = lone
+        self.num_rows = len(self.labels)
+        self.copied: Tensor | None = None  # of copies in memory: all in one store, so that its growth moves no bit
+
+    def rows(self, epoch: int) -> Tensor:
+        generator = seeding.generator(*self.key, "copies", epoch)
+        swapped, numbers = swap(self.copies.chances, self.copies.num_copies, generator)
+        samples = torch.arange(len(numbers))
+        absent = swapped & (self.row_of[samples, numbers] < 0)
+        if absent.any():
+            self._add(samples[absent], numbers[absent])
+        return torch.where(swapped, self.row_of[samples, numbers], samples)
+
+    def _add(self, samples: Tensor, numbers: Tensor) -> None:
+        drawn = self.copies.draw(samples, numbers)
+        self.row_of[samples, numbers] = self.num_rows + torch.arange(len(drawn))
+        self.num_rows += len(drawn)
+        if not self.transform.whole_batch:
+            self.images = self.images + drawn
+            return
+        new = [pixels.to(self.device) for pixels in stacks(drawn, partial(self.transform.keep, training=True))]
+        real = self.stores if self.copied is None else self.stores[:-1]
+        self.copied = torch.cat(new if self.copied is None else [self.copied, *new])
+        self.stores = [*real, self.copied]

@@ -1,0 +1,174 @@
+"""ESCORT with Stable Diffusion and ControlNet: what is kept of an exemplar are its edges and the name of its class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import groupby
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from models.latent.control import CLIP_TOKENIZER, ControlNetPipeline, check_controlnet, load_controlnet
+from synth import SOURCES
+from synth.escort.edges import EdgeMap, drawing_size, resize, resize_edges, restore, short_side
+from synth.escort.source import ExemplarCompression
+from synth.prompts import class_words
+from synth.requests import Requests
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.run.command import promised_offline
+
+CLASS = "{class}"  # stands in a prompt for the words of the class
+# The two published scripts, `compress.py` and `compress_lowres.py`: prompt, what it is guided away from, DDIM steps.
+SCRIPTS = {
+    "high": (
+        f"{CLASS}, best quality, extremely detailed",
+        "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+        "low quality",
+        20,
+    ),
+    "low": (f"{CLASS}, clean, clear, bright, neat", "blurry, dark, messy, dotted", 50),
+}
+
+
+@SOURCES.register("controlnet")
+class ControlNetSource(ExemplarCompression):
+    """ESCORT's own: Stable Diffusion 1.5 and ControlNet-Canny, frozen, drawing along edges and the name of the class.
+
+    Duan et al., BMVC 2025, arXiv:2311.18266; Zhang et al., ICCV 2023, arXiv:2302.05543. At high resolution edges are
+    found in the image as it is, and the map is brought to the size of the drawing; at low resolution the image is
+    enlarged first, and the map has, and costs, that size.
+    """
+
+    class Config(ExemplarCompression.Config):
+        sample_batch: int = Field(4, ge=1, description="images drawn at once, of one size each")
+        base: str = Field(
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            description="hub id, diffusers folder, or the file control_sd15_canny.pth, which holds the ControlNet too",
+        )
+        controlnet: str | None = Field(None, description="hub id or folder; null: lllyasviel/sd-controlnet-canny")
+        tokenizer: str = Field(CLIP_TOKENIZER, description="folder or hub id of the tokenizer that a file needs")
+        model_precision: Literal["auto", "fp32", "bf16"] = Field(
+            "auto", description="number format of the frozen weights; auto: the run's"
+        )
+        resolution: Literal["high", "low"] = Field("high", description="which of the two published scripts is followed")
+        short_side: int | None = Field(
+            None, ge=8, description="of what is drawn, in pixels; null: the script's 512 or 256"
+        )
+        grid: int = Field(64, ge=8, multiple_of=8, description="sides of what is drawn are multiples of it")
+        prompt: str | None = Field(None, description=f"what is drawn, {CLASS} is the class; null: the script's")
+        negative_prompt: str | None = Field(None, description="what is avoided; null: the script's")
+        class_prompts: str | None = Field(None, description="JSON file, folder name -> words of the class")
+        verbatim_names: bool = Field(False, description="true: names of folders as they are, as ESCORT has it")
+        sample_steps: int | None = Field(None, ge=1, lt=1000, description="DDIM steps; null: the script's, 20 or 50")
+        guidance: float = Field(9.0, ge=1, description="classifier-free, away from the negative prompt; 1 is none")
+        control_strength: float = Field(1.0, ge=0, description="factor of what the ControlNet adds")
+
+        @field_validator("prompt")
+        @classmethod
+        def _names_the_class(cls, value: str | None) -> str | None:
+            if value is not None and value.count(CLASS) != 1:
+                raise ValueError(f"a prompt names the class exactly once, as {CLASS}")
+            return value
+
+        @model_validator(mode="after")
+        def _at_least_one_cell(self) -> ControlNetSource.Config:
+            if self.short_side is not None and self.short_side < self.grid:
+                raise ValueError(f"synth.short_side={self.short_side} is below synth.grid={self.grid}: lower the grid")
+            return self
+
+    places = frozenset({"base", "controlnet", "tokenizer", "class_prompts"})
+
+    def __init__(self, config, run, num_classes, class_names, dataset):
+        super().__init__(config, run, num_classes, class_names, dataset)
+        self.check_weights(config, promised_offline())
+        words = class_words(class_names, config.class_prompts, config.verbatim_names)
+        prompt, negative, steps = SCRIPTS[config.resolution]
+        self.prompts = [(config.prompt or prompt).replace(CLASS, word) for word in words]
+        self.negative = negative if config.negative_prompt is None else config.negative_prompt
+        self.steps = config.sample_steps or steps
+        self._model: ControlNetPipeline | None = None
+        self._embedded: dict[str, Tensor] = {}
+
+    @classmethod
+    def check_weights(cls, config, offline: bool) -> None:
+        check_controlnet(config.base, config.controlnet, offline, config.tokenizer)
+
+    @property
+    def model(self) -> ControlNetPipeline:
+        """The frozen networks, read when they are first asked for."""
+        if self._model is None:
+            config, runtime = self.config, self.run.runtime
+            bf16 = runtime.bf16 if config.model_precision == "auto" else config.model_precision == "bf16"
+            self._model = load_controlnet(
+                config.base, config.controlnet, tokenizer=config.tokenizer, device=runtime.device,
+                dtype=torch.bfloat16 if bf16 else torch.float32, offline=promised_offline(),
+            )  # fmt: skip
+        return self._model
+
+    @property
+    def _draws(self) -> bool:
+        return bool(self.config.syn_per_class or self.config.augmentation_prob)
+
+    def published_weights(self) -> str:
+        return self.fingerprint()
+
+    def fit_before(self, task: Task, images: ImageSet) -> None:
+        """See that the networks fit each other now, not after a classifier has trained."""
+        super().fit_before(task, images)
+        if self._draws:
+            _ = self.model
+
+    # ------------------------------------------------------------------ maps and images
+
+    def map_shape(self, height: int, width: int) -> tuple[int, int]:
+        return (height, width) if self.config.resolution == "high" else self._drawing_size(height, width)
+
+    def _drawing_size(self, height: int, width: int) -> tuple[int, int]:
+        side = self.config.short_side or short_side(height, width, self.config.resolution)
+        return drawing_size(height, width, side, self.config.grid)
+
+    def enlarge(self, image: Tensor, height: int, width: int) -> Tensor:
+        return resize(image, height, width, enlarges=height * width >= image.shape[-2] * image.shape[-1])
+
+    def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
+        sizes = list(map(self.drawing_size, maps))
+        drawn: dict[int, Tensor] = {}
+        for size, group in groupby(sorted(range(len(maps)), key=sizes.__getitem__), key=sizes.__getitem__):
+            places = list(group)
+            prompts = [self.prompts[requests.labels[place]] for place in places]
+            images = self.model.draw(
+                torch.stack([resize_edges(maps[place].edges(), *size) for place in places]),
+                torch.cat([self._embed(prompt) for prompt in prompts]), self._embed(self.negative),
+                [generators[place] for place in places], steps=self.steps, guidance=self.config.guidance,
+                strength=self.config.control_strength,
+            )  # fmt: skip
+            drawn |= zip(places, images)
+        return [restore(drawn[place], one.size) for place, one in enumerate(maps)]
+
+    def drawing_size(self, one: EdgeMap) -> tuple[int, int]:
+        return self._drawing_size(*one.size)
+
+    def _embed(self, text: str) -> Tensor:
+        """(1, 77, W), computed once; one text at a time, so that it does not depend on its neighbours."""
+        if text not in self._embedded:
+            self._embedded[text] = self.model.embed([text])
+        return self._embedded[text]
+
+    # ------------------------------------------------------------------ keeping
+
+    def frozen_bytes(self) -> int:
+        """Bytes of Stable Diffusion and ControlNet, if they are needed at all."""
+        return self.model.frozen_bytes() if self._draws else 0
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the frozen weights and the words for every class; maps name themselves in every copy."""
+        return hashlib.sha256(json.dumps([self.model.fingerprint(), self.prompts, self.negative]).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Whose networks and whether they are here, length of the sampling."""
+        sampling = f"DDIM of {self.steps} steps, guidance {self.config.guidance:g}"
+        return f"{self.config.base} with ControlNet, {self.weights_place()}; {super().describe()}; {sampling}"

@@ -1,0 +1,299 @@
+"""ESCORT: exemplars kept as edge maps of one bit per pixel, and drawn again from them whenever they are wanted."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+from synth.base import Guide, ReplaySource
+from synth.escort.edges import EdgeMap, canny, pack, unpack
+from synth.requests import Requests
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager, Task
+from utils.run.config import SourceConfig
+from utils.run.errors import ConfigError, NotFittedError
+from utils.training.checkpoint import load_tensors, save_tensors
+
+log = logging.getLogger("reprise")
+EDGE_MAPS = "edge_maps.safetensors"
+
+
+class ExemplarCompression(ReplaySource):
+    """Herded exemplars as edge maps, which a frozen generator turns into images again, as many copies as are wanted.
+
+    Duan et al., "Prompt-Based Exemplar Super-Compression and Regeneration for Class-Incremental Learning", BMVC 2025,
+    arXiv:2311.18266 (ESCORT). The images can be drawn again from what is kept, so they are no memory of the past. A
+    subclass says in ``draw`` how a map becomes an image, and in ``map_shape`` at which size maps are made.
+
+    `Requests.item` names a map, of an exemplar or of an image at hand (`read`); -1 takes the class's exemplars in turn.
+    """
+
+    class Config(SourceConfig):
+        replay: Literal["keep"] = Field("keep", description="copies are drawn when they are wanted, and stay on disk")
+        fit_after_last_task: bool = Field(True, description="also compress the exemplars of the last task")
+        sample_batch: int = Field(16, ge=1, description="images drawn at once, of one size each")
+        real_per_class: int | None = Field(None, ge=0, description="R, of a class, stay images; null: what S leaves")
+        syn_per_class: int = Field(0, ge=0, description="S, exemplars per class that become edge maps")
+        augmentation_prob: float = Field(
+            0.0, ge=0, le=1, description="p, of a new image or a real exemplar to be shown as a copy of itself"
+        )
+        augmentations_per_image: int = Field(5, ge=1, description="K, copies of each image")
+        prepare: Literal["needed", "all"] = Field(
+            "needed", description="needed: a copy is drawn when an epoch first shows it; all: all before a training"
+        )
+        canny_low: int = Field(100, ge=0, description="lower threshold of the gradient")
+        canny_high: int = Field(200, ge=0, description="upper threshold of the gradient")
+        copy_noise: Literal["own", "reference"] = Field(
+            "own", description="reference: copy s of every image starts from the same noise, of seed s"
+        )
+
+        @model_validator(mode="after")
+        def _draws_itself(self) -> ExemplarCompression.Config:
+            if not self.need_syn_imgs or self.adopt_syn_images:
+                raise ValueError("copies are drawn here: need_syn_imgs must be true and adopt_syn_images false")
+            if self.source_dir is not None:
+                raise ValueError(
+                    f"synth.source_dir={self.source_dir!r}: maps are a run's own; leave it out, and let synth.weights "
+                    "name the folder of a small_controlnet that was trained before"
+                )
+            if self.canny_low > self.canny_high:
+                raise ValueError(f"synth.canny_low={self.canny_low} is above canny_high={self.canny_high}")
+            return self
+
+    makes_copies = True
+    places: frozenset[str] = frozenset()  # keys that say where weights lie, and not what they are
+    ledger_parts = {EDGE_MAPS: "edge_maps"}
+
+    def __init__(self, config, run, num_classes, class_names, dataset):
+        super().__init__(config, run, num_classes, class_names, dataset)
+        self.maps: dict[int, list[EdgeMap]] = {}  # class -> its compressed exemplars, best first
+        self.at_hand: dict[int, EdgeMap] = {}  # maps of images that are there anyway; not kept
+        self.originals: dict[int, Tensor] = {}  # item -> image, of the newest task's exemplars, to be looked at
+        self._said_that_a_map_is_empty = False
+
+    @classmethod
+    def wants_replay(cls, config) -> bool:
+        """No: it learns from new images alone."""
+        return False
+
+    def first_task_settings(self) -> dict[str, Any]:
+        """What copies of new images bring into the first task's training; nothing where none are shown."""
+        if not self.config.augmentation_prob:
+            return {}
+        later = {"syn_image_path", "syn_per_class", "real_per_class", "fit_after_last_task", "keep_sources", "prepare"}
+        return {**self.config.dump_without(later | self.places), "weights": self.published_weights()}
+
+    def published_weights(self) -> str:
+        """The fingerprint of weights that came from elsewhere; "" where all is learned here."""
+        return ""
+
+    # ------------------------------------------------------------------ the budget
+
+    @abstractmethod
+    def map_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of the map of an image (height, width)."""
+
+    def maps_per_image(self, data: DataManager) -> float:
+        """How many maps cost what an image costs: eight bits of C channels at every pixel, against one of a map.
+
+        24 for coloured images and maps of their size; of a data set with images of many sizes it is the mean's. The
+        bits that fill a map's last byte count in the ledger, and not here, where they would leave 23.9995 of 24.
+        """
+        sizes = data.image_sizes
+        raw = sum(count * math.prod(size) for size, count in sizes.items()) * 8 * self.dataset.channels
+        return raw / sum(count * math.prod(self.map_shape(*size)) for size, count in sizes.items())
+
+    def split_memory(self, memory_per_class: int | None, data: DataManager) -> tuple[int, int]:
+        """R and S of ``memory_per_class`` images' worth per class: R + S / `maps_per_image` must not be more."""
+        real, compressed = self.config.real_per_class, self.config.syn_per_class
+        if memory_per_class is None:
+            if real:
+                raise ConfigError(
+                    f"synth.real_per_class={real}, but this learner keeps no real exemplars: set it to 0 or null"
+                )
+            return 0, compressed
+        if real is not None and real > memory_per_class:
+            raise ConfigError(
+                f"synth.real_per_class={real} is more than all of memory_per_class={memory_per_class}: lower it"
+            )
+        if not compressed:
+            return memory_per_class if real is None else real, 0
+        ratio = self.maps_per_image(data)
+        if real is None:
+            real = max(0, int(memory_per_class - compressed / ratio + 1e-9))
+        units = real + compressed / ratio
+        if units > memory_per_class + 1e-9:
+            fits = int((memory_per_class - real) * ratio + 1e-9)
+            raise ConfigError(
+                f"real_per_class + syn_per_class / {ratio:g} = {real} + {compressed} / {ratio:g} = {units:.3f} images' "
+                f"worth per class is more than memory_per_class={memory_per_class}: with {real} real ones at most "
+                f"syn_per_class={fits} fit (on {self.dataset.name} {ratio:g} edge maps cost what an image costs)"
+            )
+        return real, compressed
+
+    @property
+    def num_compressed(self) -> int:
+        """Edge maps that are kept."""
+        return sum(map(len, self.maps.values()))
+
+    @property
+    def nominal_share(self) -> float:
+        """What a map of an image's own size costs of it: a bit against the 24 of a coloured pixel, 8 of a grey one."""
+        return 1 / (8 * self.dataset.channels)
+
+    def compressed_counts(self) -> dict[int, int]:
+        return {label: len(maps) for label, maps in self.maps.items() if maps}
+
+    def drop_compressed(self, label: int) -> int:
+        return len(self.maps[label].pop().bits) if self.maps.get(label) else 0
+
+    # ------------------------------------------------------------------ compressing
+
+    def fit_before(self, task: Task, images: ImageSet) -> None:
+        """Forget what was at hand in the task before."""
+        self.at_hand, self.originals = {}, {}
+
+    def fit_after(self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder) -> None:
+        """Compress the exemplars; without any, as outside a run, the first images of every class."""
+        if not self.config.syn_per_class:
+            return
+        for label in task.classes:
+            own = exemplars.select([label])
+            own = own if len(own) else images.select([label]).take(range(self.config.syn_per_class))
+            self.maps[label] = self._compress_all(own)
+            self.originals |= {one.item: own.image(position) for position, one in enumerate(self.maps[label])}
+        self.fitted_classes |= set(task.classes)
+
+    def compress(self, image: Tensor) -> EdgeMap:
+        """The edge map of one image, uint8 (C, h, w)."""
+        config, size = self.config, tuple(image.shape[-2:])
+        shape = self.map_shape(*size)
+        return EdgeMap.of(canny(self.enlarge(image, *shape), config.canny_low, config.canny_high), size)
+
+    def _compress_all(self, images: ImageSet) -> list[EdgeMap]:
+        with ThreadPoolExecutor() as pool:
+            made = list(pool.map(lambda position: self.compress(images.image(position)), range(len(images))))
+        if any(one.is_empty for one in made) and not self._said_that_a_map_is_empty:
+            self._said_that_a_map_is_empty = True
+            log.warning("An image has no edges at all: copies of it, and of others like it, have none to follow")
+        return made
+
+    @abstractmethod
+    def enlarge(self, image: Tensor, height: int, width: int) -> Tensor:
+        """An image, uint8 (C, h, w), as edges are looked for: (C, height, width)."""
+
+    def read(self, images: ImageSet) -> Tensor:
+        """Make maps of images that are at hand, so that copies of them can be asked for.
+
+        Returns:
+            int64 (N,), what `Requests.item` calls them, until the next task.
+        """
+        made = self._compress_all(images)
+        self.at_hand |= {one.item: one for one in made}
+        return torch.tensor([one.item for one in made], dtype=torch.int64)
+
+    def most_copies(self, data: DataManager) -> int:
+        """Copies that a run may come to show, if it is long enough."""
+        exemplars, images = self.config.syn_per_class * data.num_classes, sum(data.class_counts)
+        return self.config.augmentations_per_image * (images if self.config.augmentation_prob else exemplars)
+
+    def requests(self, classes: list[int], num_copies: int = 1) -> Requests:
+        """All compressed exemplars of these classes, best first, and so many copies of each, copy by copy."""
+        rows = [(label, one.item) for label in classes for one in self.maps.get(label, [])]
+        labels, items = torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
+        copies = torch.arange(num_copies).repeat_interleave(len(rows))
+        return self.ask(labels.repeat(num_copies), items.repeat(num_copies), copies)
+
+    def ask(self, labels: Tensor, items: Tensor, copies: Tensor) -> Requests:
+        """Requests whose images stay the same in every task."""
+        return Requests(labels, items, copies, (self.run.seed, self.config.name))
+
+    # ------------------------------------------------------------------ drawing
+
+    @abstractmethod
+    def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
+        """N images uint8 (C, h, w) of the maps, each at the size that its map names; C = 1 or 3."""
+
+    @torch.no_grad()
+    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+        """Draw one image per request along the edges of its map.
+
+        Returns:
+            N images in the order of ``requests``, uint8, each at the size of the image that its map was made of.
+
+        Raises:
+            ConfigError: if there is a guide.
+            NotFittedError: if a class has no compressed exemplar, or an item is unknown.
+        """
+        if guide is not None:
+            raise ConfigError(f"the source {self.config.name!r} draws along edges and cannot be guided")
+        known = {one.item: one for maps in self.maps.values() for one in maps}
+        known |= self.at_hand
+        items = requests.item.tolist()
+        self.require_fitted(requests.labels[torch.tensor([item not in known for item in items], dtype=torch.bool)])
+        strange = next((item for item in items if item >= 0 and item not in known), None)
+        if strange is not None:
+            raise NotFittedError(f"no edge map of item {strange}: images at hand are forgotten with the next task")
+        images = self.in_chunks(requests, partial(self._draw, known=known))
+        if black := sum(not image.any() for image in images):
+            log.warning("%d of %d copies are black all over: see whether the weights are whole", black, len(images))
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) == 1:
+            return ImageSet.of(torch.stack(images), requests.labels)
+        return sum((ImageSet.of(image[None], label[None]) for image, label in zip(images, requests.labels)), ImageSet())
+
+    def _draw(self, requests: Requests, known: dict[int, EdgeMap]) -> list[Tensor]:
+        rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
+        maps = [known[item] if item >= 0 else self._in_turn(label, copy) for label, item, copy in rows]
+        drawn = self.draw(requests, maps, self._generators(requests))
+        grey = self.dataset.channels == 1
+        return [rgb_to_grayscale(image) if grey and len(image) == 3 else image for image in drawn]
+
+    def _in_turn(self, label: int, number: int) -> EdgeMap:
+        if not self.maps.get(label):
+            raise NotFittedError(f"class {label} has no compressed exemplar: none was kept, or a budget took it")
+        return self.maps[label][number % len(self.maps[label])]
+
+    def _generators(self, requests: Requests) -> list[torch.Generator]:
+        if self.config.copy_noise == "own":
+            return requests.generators()
+        return [torch.Generator().manual_seed(copy) for copy in requests.copy.tolist()]
+
+    def in_drawing_order(self, requests: Requests) -> Requests:
+        """The same requests with those of one size side by side, so that they are drawn together."""
+        known = {one.item: one for maps in self.maps.values() for one in maps} | self.at_hand
+        sizes = [self.drawing_size(known[item]) for item in requests.item.tolist()]
+        return requests.take(torch.tensor(sorted(range(len(sizes)), key=sizes.__getitem__), dtype=torch.int64))
+
+    def drawing_size(self, one: EdgeMap) -> tuple[int, int]:
+        """(H, W) at which its image is drawn, of which those that are drawn together share one."""
+        return one.shape
+
+    # ------------------------------------------------------------------ keeping
+
+    def describe(self) -> str:
+        """What becomes of an exemplar and of a new image."""
+        config, probability = self.config, self.config.augmentation_prob
+        also = f"; with probability {probability:g} other images as copies of themselves" if probability else ""
+        return f"{config.syn_per_class} edge maps per class, {config.augmentations_per_image} copies of each{also}"
+
+    def save(self, directory: Path) -> None:
+        """The edge maps; a subclass adds its generator if that was learned here."""
+        if self.num_compressed:
+            save_tensors(Path(directory) / EDGE_MAPS, pack(self.maps))
+
+    def load(self, directory: Path) -> None:
+        """Take over what ``save`` wrote."""
+        path = Path(directory) / EDGE_MAPS
+        self.maps = unpack(load_tensors(path)) if path.exists() else {}
+        self.fitted_classes = set(self.maps)

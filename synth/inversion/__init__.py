@@ -1,0 +1,4 @@
+"""Class inversion: a frozen latent diffusion model, and one vector per class that tells it what to draw."""
+
+from synth.inversion.ldm import LDM as LDM
+from synth.inversion.small_ldm import SmallLDMSource as SmallLDMSource

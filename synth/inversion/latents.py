@@ -1,0 +1,158 @@
+"""The parts of a latent diffusion model's work: cached latents in batches, the training loss, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.latent.contract import LatentDiffusion
+from synth.diffusion import Model
+from utils.data.batches import Batch
+from utils.data.images import ImageSet
+from utils.data.transforms import match_channels, stack, to_unit_range
+from utils.training import seeding
+from utils.training.run import Run
+
+# How replay is drawn: diffusers' scheduler and what differs from its defaults. All are deterministic.
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Latent diffusion's own DDIM visits 981, 961, ..., 1 and ends at the first alpha_bar, not at 1: another offset or
+    # end moves the latents visibly.
+    "ddim": ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}),
+    "dpmpp": ("DPMSolverMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # the default's time steps are no integers
+}
+
+
+class Predictor(Protocol):
+    """A denoiser."""
+
+    def predict(self, zt: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        """The noise or velocity in zt, (B, c, h, w), at the times t, int64 (B,)."""
+
+
+def noise_scheduler(schedule: dict[str, Any]):
+    """What adds noise and makes the target of training."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**schedule)
+
+
+def sample_scheduler(name: str, schedule: dict[str, Any], steps: int):
+    """A deterministic sampler of ``SAMPLERS``, with its time steps set."""
+    import diffusers
+
+    kind, settings = SAMPLERS[name]
+    scheduler = getattr(diffusers, kind)(**schedule, **settings)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def sample_scheduled(model: Model, zt: Tensor, scheduler) -> Tensor:
+    """Follow a scheduler's steps from pure noise to a clean latent.
+
+    Args:
+        model: what the scheduler's prediction type says, of (zt, t).
+        zt: standard normal, (B, c, h, w).
+        scheduler: of diffusers, its time steps set.
+    """
+    zt = zt * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        predicted = model(scheduler.scale_model_input(zt, t), t.long().expand(len(zt)).to(zt.device))
+        zt = scheduler.step(predicted, t, zt).prev_sample
+    return zt
+
+
+def denoising_loss(model: Predictor, z0: Tensor, context: Tensor | None, scheduler) -> Tensor:
+    """Mean squared error of the predicted noise or velocity at uniform times (LDM, arXiv:2112.10752, Eq. 2).
+
+    Draws from the global random generators.
+
+    Args:
+        model: predicts what the scheduler's prediction type says.
+        z0: clean latents, or images in [-1, 1], (B, c, h, w).
+        context: what the model reads beside them: vectors of words, edge maps, or nothing.
+        scheduler: of `noise_scheduler`.
+    """
+    t = torch.randint(scheduler.config.num_train_timesteps, (len(z0),)).to(z0.device)
+    eps = torch.randn_like(z0)
+    zt = scheduler.add_noise(z0, eps, t)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(z0, eps, t) if velocity else eps
+    return F.mse_loss(model.predict(zt, t, context).float(), target)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Images as the autoencoder sees them, computed once.
+
+    Attributes:
+        moments: float32 (N, V, 2c, h, w) on the CPU, mean and standard deviation; V is 2 with mirror images, else 1.
+        labels: int64 (N,).
+    """
+
+    moments: Tensor
+    labels: Tensor
+
+    def take(self, positions: Tensor) -> Latents:
+        return Latents(self.moments[positions], self.labels[positions])
+
+
+@torch.no_grad()
+def encode(model: LatentDiffusion, images: ImageSet, mirror: bool, chunk: int, run: Run, label: str) -> Latents:
+    """Moments of all images, resized to the model's size (bicubic), and of their mirror images."""
+    pieces, bar = [], run.bar(len(images), label)
+    for positions in torch.arange(len(images)).split(chunk):  # only a chunk is ever held in pixels
+        pixels = match_channels(stack(images.take(positions), model.image_size), model.image_channels)
+        views = [pixels, pixels.flip(-1)] if mirror else [pixels]
+        with run.runtime.autocast():
+            pieces.append(torch.stack([model.moments(to_unit_range(view)).float().cpu() for view in views], 1))
+        bar.update(len(positions))
+    bar.close()
+    return Latents(torch.cat(pieces), images.labels)
+
+
+class LatentBatches:
+    """Shuffled batches of latents, each a fresh sample of the posterior of an image or its mirror image.
+
+    Args:
+        latents: of the images.
+        batch_size: latents per batch; the last one of an epoch may be smaller.
+        key: random key such as (seed, task, purpose).
+        device: where batches go.
+        shard: (rank, world size): this process takes every world-size-th latent of each batch.
+    """
+
+    def __init__(self, latents: Latents, *, batch_size: int, key: tuple, device, shard=(0, 1)):
+        self.latents, self.batch_size, self.key = latents, batch_size, key
+        self.device, self.shard = device, shard
+
+    def __len__(self) -> int:
+        return -(-len(self.latents.labels) // self.batch_size)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore: position is enough."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        order = torch.randperm(len(self.latents.labels), generator=seeding.generator(*self.key, "shuffle", epoch))
+        rank, world = self.shard
+        for step, pick in enumerate(order.split(self.batch_size)[start:], start):
+            pick = pick[rank::world] if len(pick) >= world else pick  # as ImageBatches: no process goes without
+            generator = seeding.generator(*self.key, "augment", epoch, step, rank)
+            z0 = self._sample(pick, generator).to(self.device)
+            labels = self.latents.labels[pick].to(self.device)
+            yield Batch(z0, labels, torch.zeros_like(labels, dtype=torch.bool), pick.to(self.device))
+
+    def _sample(self, pick: Tensor, generator: torch.Generator) -> Tensor:
+        """z0 = mean + std * noise, (B, c, h, w)."""
+        view = torch.randint(self.latents.moments.shape[1], (len(pick),), generator=generator)
+        mean, std = self.latents.moments[pick, view].chunk(2, dim=1)
+        return mean + std * torch.randn(mean.shape, generator=generator)

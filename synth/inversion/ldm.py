@@ -1,0 +1,83 @@
+"""Class inversion with a published text-to-image model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from pydantic import Field
+
+from models.latent.contract import LatentDiffusion
+from models.latent.text_to_image import check_text_to_image, load_text_to_image
+from synth import SOURCES
+from synth.inversion.source import ClassInversion
+from utils.run.command import promised_offline
+
+log = logging.getLogger("reprise")
+
+
+@SOURCES.register("ldm")
+class LDM(ClassInversion):
+    """LDM text2img-large, or Stable Diffusion 1.x or 2.x, frozen, and one inverted vector per class (DDDR).
+
+    Liang et al., ECCV 2024, arXiv:2409.01128. The first model is DDDR's; to draw with Stable Diffusion, its hub id
+    or folder is the value of ldm_ckpt, and a guidance of 7.5 is customary.
+    """
+
+    class Config(ClassInversion.Config):
+        ldm_ckpt: str = Field(
+            "CompVis/ldm-text2im-large-256", description="hub id, diffusers folder, or CompVis checkpoint file"
+        )
+        yaml: str | None = Field(None, description="CompVis YAML of a checkpoint file; other models need none")
+        tokenizer: str = Field(
+            "bert-base-uncased", description="folder or hub id of a checkpoint file's tokenizer; other models have one"
+        )
+        image_size: int | None = Field(None, ge=8, description="side of its images in pixels; null: the model's own")
+        model_precision: Literal["auto", "fp32", "bf16"] = Field(
+            "auto", description="number format of the frozen weights; auto: the run's"
+        )
+
+    def __init__(self, config, run, num_classes, class_names, dataset):
+        super().__init__(config, run, num_classes, class_names, dataset)
+        if config.need_syn_imgs:
+            self.check_weights(config, promised_offline())
+        for said in [] if config.yaml is None else unread(config.yaml, config):
+            log.warning("%s says %s, which is not read here", config.yaml, said)
+
+    @classmethod
+    def check_weights(cls, config, offline: bool) -> None:
+        check_text_to_image(config.ldm_ckpt, config.yaml, config.tokenizer, offline)
+
+    def build_model(self) -> LatentDiffusion:
+        config, runtime = self.config, self.run.runtime
+        bf16 = runtime.bf16 if config.model_precision == "auto" else config.model_precision == "bf16"
+        return load_text_to_image(
+            config.ldm_ckpt, config.yaml, config.tokenizer, image_size=config.image_size, device=runtime.device,
+            dtype=torch.bfloat16 if bf16 else torch.float32, offline=promised_offline(),
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        """Whose model and whether it is here, length of the search and of the sampling."""
+        return f"{self.config.ldm_ckpt}, {self.weights_place()}; {super().describe()}"
+
+
+def unread(path: str, config: LDM.Config) -> list[str]:
+    """What DDDR reads from its YAML beside the model, where it differs from the keys that count here."""
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
+    model = content.get("model", {}) if isinstance(content, dict) else {}
+    inversion = model.get("params", {}).get("personalization_config", {}).get("params", {})
+    if not inversion:
+        return []
+    batch_size = content.get("data", {}).get("params", {}).get("batch_size", 1)
+    rate, words = model.get("base_learning_rate"), inversion.get("initializer_words", [config.initializer])
+    said = []
+    if isinstance(rate, float) and abs(rate * batch_size - config.inversion_lr) > 1e-9:
+        said.append(f"a learning rate of {rate} * {batch_size}: synth.inversion_lr={config.inversion_lr}")
+    if config.initializer not in words:
+        said.append(f"initializer_words {words}: synth.initializer={config.initializer!r}")
+    if inversion.get("num_vectors_per_token", 1) != 1:
+        said.append(f"num_vectors_per_token {inversion['num_vectors_per_token']}: a class is one vector")
+    return said

@@ -1,0 +1,298 @@
+"""Class inversion: one vector per class tells a frozen latent diffusion model what to draw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from abc import abstractmethod
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from models.latent.contract import PLACEHOLDER, LatentDiffusion
+from synth.base import Guide, ReplaySource
+from synth.diffusion import Model, classifier_free
+from synth.inversion.federated import federated_mean, split_clients
+from synth.inversion.latents import (
+    LatentBatches,
+    Latents,
+    denoising_loss,
+    encode,
+    noise_scheduler,
+    sample_scheduled,
+    sample_scheduler,
+)  # fmt: skip
+from synth.prompts import TRAIN_TEMPLATES, class_words
+from synth.requests import Requests, draw_noise
+from utils.data.batches import Batch
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.data.transforms import RECIPES, to_uint8
+from utils.run.config import SourceConfig
+from utils.run.errors import ConfigError, WeightsError
+from utils.training import seeding
+from utils.training.checkpoint import load_tensors, save_tensors, write_json
+from utils.training.fit import TrainConfig, fit
+
+
+class ClassVectors(nn.Module):
+    """The vectors that a search moves, float32 (C, D)."""
+
+    def __init__(self, vectors: Tensor):
+        super().__init__()
+        self.vectors = nn.Parameter(vectors.clone())
+
+
+class ClassInversion(ReplaySource):
+    """A frozen latent diffusion model and one vector per class, found by gradient descent on the class's images.
+
+    DDDR (Liang et al., ECCV 2024, arXiv:2409.01128), whose names the keys have, by textual inversion (Gal et al.,
+    ICLR 2023, arXiv:2208.01618). The vectors are all that is learned and all that a class costs. A subclass says in
+    ``build_model`` whose model it is.
+    """
+
+    class Config(SourceConfig):
+        syn_per_class: int | None = Field(20, ge=1, description="replay images per class; 200 in DDDR")
+        sample_batch: int = Field(40, ge=1, description="images drawn at once")
+        inversion: bool = Field(True, description="false: no search, the class's name is the prompt (text models)")
+        samples_per_class: int = Field(500, ge=1, description="images shown per class in the search, in whole batches")
+        com_round_gen: int = Field(1, ge=1, description="rounds of the search, each with a new AdamW; 10 in DDDR")
+        g_local_train_steps: int | None = Field(
+            None, ge=1, description="steps per client and round, 50 in DDDR; null: by samples_per_class"
+        )
+        g_local_bs: int = Field(12, ge=1, description="images per step of the search")
+        fs_g_local_bs: int | None = Field(None, ge=1, description="the same after the first task; null: g_local_bs")
+        num_users: int = Field(1, ge=1, description="clients that search, each on its part, and are averaged")
+        beta: float = Field(0.0, ge=0, description="Dirichlet split of the classes over clients; 0: equal random parts")
+        inversion_lr: float = Field(0.02, gt=0, description="AdamW's rate, constant, whatever the batch size")
+        inversion_weight_decay: float = Field(0.01, ge=0, description="AdamW's, on the vectors")
+        initializer: str = Field("sculpture", description="the word where every search starts; one token")
+        coarse_word: str = Field("", description='what all classes are, such as "bird": put before the placeholder')
+        flip: bool | None = Field(None, description="show mirror images too; null: where the data set's recipe does")
+        prompt: str = Field(f"a photo of {PLACEHOLDER}", description="what is drawn; * is the class")
+        class_prompts: str | None = Field(None, description="JSON file, folder name -> words of the class")
+        scheduler: Literal["ddim", "dpmpp", "unipc", "euler"] = Field("ddim", description="how replay is drawn")
+        sample_steps: int = Field(50, ge=1, lt=1000, description="steps of it")
+        guidance: float = Field(10.0, ge=0, description="classifier-free: 1 is the plain class, 0 no class at all")
+
+        @field_validator("prompt")
+        @classmethod
+        def _one_placeholder(cls, value: str) -> str:
+            if value.count(PLACEHOLDER) != 1:
+                raise ValueError(f"a prompt needs the placeholder {PLACEHOLDER} exactly once")
+            return value
+
+    drawing_keys = frozenset({"scheduler", "sample_steps", "guidance"})
+    ledger_parts = {"class_embeddings.safetensors": "class_embeddings"}
+
+    def __init__(self, config, run, num_classes, class_names, dataset):
+        super().__init__(config, run, num_classes, class_names, dataset)
+        self.words = class_words(class_names, config.class_prompts)
+        self.flip = RECIPES[dataset.augmentation].flip if config.flip is None else config.flip
+        self.vectors: dict[int, Tensor] = {}  # class -> (D,) on the CPU
+        self._model: LatentDiffusion | None = None
+        self._kept: dict = {}  # what is known of the model before it is built: fingerprint and bytes
+
+    # ------------------------------------------------------------------ the frozen model
+
+    @abstractmethod
+    def build_model(self) -> LatentDiffusion:
+        """The frozen model, on the run's device; called once, when it is first needed."""
+
+    @property
+    def model(self) -> LatentDiffusion:
+        """The frozen model, built when it is first asked for."""
+        if self._model is None:
+            self.use(self.build_model())
+        return self._model
+
+    def use(self, model: LatentDiffusion) -> None:
+        """Draw with this model from now on.
+
+        Raises:
+            WeightsError: if vectors were loaded that were found with another one.
+        """
+        fingerprint = model.fingerprint()
+        if self._kept.get("model", fingerprint) != fingerprint:
+            raise WeightsError(
+                f"the class vectors were found with a model of fingerprint {self._kept['model'][:12]}, this one's is "
+                f"{fingerprint[:12]}: give the weights that they were found with, or learn them anew"
+            )
+        self._model, self._kept = model, {"model": fingerprint, "frozen_bytes": model.frozen_bytes()}
+
+    def frozen_bytes(self) -> int:
+        """Bytes of the frozen model; 0 before it was needed."""
+        return self._kept.get("frozen_bytes", 0)
+
+    # ------------------------------------------------------------------ learning
+
+    def fit_before(self, task: Task, images: ImageSet) -> None:
+        """Find a vector for each of the task's classes."""
+        if self.config.inversion:
+            self.invert(task, list(task.classes), images)
+        self.fitted_classes |= set(task.classes)
+
+    def invert(self, task: Task, classes: list[int], images: ImageSet) -> None:
+        """Search all classes' vectors together, in rounds of clients whose returns are averaged.
+
+        Args:
+            task: names the trainings.
+            classes: ascending; which ones.
+            images: of these classes alone.
+        """
+        config, run = self.config, self.run
+        latents = encode(self.model, images, self.flip, config.sample_batch, run, f"task {task.index} encode")
+        parts = split_clients(images.labels, config.num_users, config.beta, run.seed, task.index, "clients")
+        start = self.model.initial_vector(config.initializer).float()
+        vectors = start.expand(len(classes), -1)  # (C, D), the same for every class
+        for round_ in range(config.com_round_gen):
+            returned = [
+                self._search(task, classes, vectors, latents.take(part), round_, client)
+                for client, part in enumerate(parts)
+                if len(part)
+            ]
+            vectors = federated_mean(returned)
+        self.vectors |= dict(zip(classes, vectors.cpu()))
+
+    def _search(
+        self, task: Task, classes: list[int], start: Tensor, latents: Latents, round_: int, client: int
+    ) -> Tensor:
+        """One client's training of one round: (C, D)."""
+        run, config, purpose = self.run, self.config, f"invert_r{round_}_c{client}"
+        steps, batch_size = self.budget(task, len(classes))
+        batches = LatentBatches(
+            latents, batch_size=batch_size, key=(run.seed, task.index, purpose), device=run.device,
+            shard=run.runtime.shard,
+        )  # fmt: skip
+        train_config = TrainConfig(
+            steps=steps, lr=config.inversion_lr, optimizer="adamw", weight_decay=config.inversion_weight_decay
+        )
+        module, epochs = ClassVectors(start).to(run.device), math.ceil(steps / len(batches))
+        self.vectors |= dict(zip(classes, module.vectors.detach()))  # views: whoever watches sees them move
+        loss = partial(
+            self.loss, module=module, classes=torch.tensor(classes, device=run.device),
+            scheduler=noise_scheduler(self.model.schedule),
+        )  # fmt: skip
+        watch = partial(self.let_watch, task, before=round_ * epochs)
+        fit(module, batches, loss, train_config, run=run, task=task.index, purpose=purpose, before_epoch=watch)
+        watch(epochs)
+        return module.vectors.detach()
+
+    def budget(self, task: Task, num_classes: int) -> tuple[int, int]:
+        """(steps per client and round, images per step)."""
+        config = self.config
+        later = task.index > 0 and config.fs_g_local_bs is not None
+        batch_size = config.fs_g_local_bs if later else config.g_local_bs
+        steps = math.ceil(config.samples_per_class * num_classes / (batch_size * config.com_round_gen))
+        return config.g_local_train_steps or steps, batch_size
+
+    def loss(self, batch: Batch, module: ClassVectors, classes: Tensor, scheduler) -> dict[str, Tensor]:
+        """Denoising error under a random template for every latent; draws from the global random generators."""
+        picks = torch.randint(len(TRAIN_TEMPLATES), (len(batch),)).tolist()
+        own = module.vectors[torch.searchsorted(classes, batch.labels)]  # (B, D)
+        context = self.model.context([self._coarse(TRAIN_TEMPLATES[pick]) for pick in picks], own)
+        return {"mse": denoising_loss(self.model, batch.images, context, scheduler)}
+
+    def _coarse(self, template: str) -> str:
+        """The template with the coarse word before its placeholder."""
+        return template.replace(PLACEHOLDER, f"{self.config.coarse_word} {PLACEHOLDER}".lstrip())
+
+    # ------------------------------------------------------------------ generating
+
+    @torch.no_grad()
+    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+        """Draw one image per request, by a deterministic sampler with classifier-free guidance.
+
+        Args:
+            requests: N labels with item and copy numbers.
+            guide: none is possible here.
+
+        Returns:
+            N images, (N, C, S, S) uint8, in the order of ``requests``.
+
+        Raises:
+            ConfigError: if there is a guide.
+            NotFittedError: if a label was never learned.
+        """
+        if guide is not None:
+            raise ConfigError(
+                f"the source {self.config.name!r} draws latents, which a classifier cannot guide: choose the source "
+                "'ddpm', or a learner without guidance"
+            )
+        self.require_fitted(requests.labels)
+        classes = requests.labels.unique()  # ascending
+        with self.run.runtime.autocast():
+            # One by one: in a batch, a class would depend on its neighbours in the last bits, which guidance enlarges.
+            contexts = torch.cat([self.context(label) for label in classes.tolist()])  # (K, tokens, width)
+            nothing = self.model.context([""])  # (1, tokens, width)
+        draw = partial(self._draw, classes=classes, contexts=contexts, nothing=nothing)
+        return ImageSet.of(torch.stack(self.in_chunks(requests, draw)), requests.labels)
+
+    def context(self, label: int) -> Tensor:
+        """What the model is told to draw a class, (1, tokens, width)."""
+        prompt = self._coarse(self.config.prompt)
+        if self.config.inversion:
+            return self.model.context([prompt], self.vectors[label][None])
+        return self.model.context([prompt.replace(PLACEHOLDER, self.words[label])])
+
+    def _draw(self, requests: Requests, classes: Tensor, contexts: Tensor, nothing: Tensor) -> Tensor:
+        """uint8 (N, C, S, S) of one chunk, on the CPU."""
+        noise = draw_noise(requests.generators(), self.model.latent_shape).to(self.run.device)
+        own = contexts[torch.searchsorted(classes, requests.labels).to(contexts.device)]
+        nothing = self._predictor(nothing.expand(len(requests), -1, -1))
+        model = classifier_free(self._predictor(own), nothing, self.config.guidance)
+        scheduler = sample_scheduler(self.config.scheduler, self.model.schedule, self.config.sample_steps)
+        z0 = sample_scheduled(model, noise, scheduler)
+        with self.run.runtime.autocast():
+            return to_uint8(self.model.decode(z0).float()).cpu()
+
+    def _predictor(self, context: Tensor) -> Model:
+        def model(zt: Tensor, t: Tensor) -> Tensor:
+            with self.run.runtime.autocast():
+                return self.model.predict(zt, t, context).float()
+
+        return model
+
+    # ------------------------------------------------------------------ keeping
+
+    def save(self, directory: Path) -> None:
+        """The vectors, the classes learned, and which model they belong to."""
+        labels, model = sorted(self.vectors), self._known() if self.fitted_classes else {}
+        if labels:
+            vectors = {"labels": torch.tensor(labels), "vectors": torch.stack([self.vectors[i] for i in labels])}
+            save_tensors(Path(directory) / "class_embeddings.safetensors", vectors)
+        write_json(Path(directory) / "source.json", {"fitted_classes": sorted(self.fitted_classes), **model})
+
+    def load(self, directory: Path) -> None:
+        """Take over what ``save`` wrote."""
+        self._kept = json.loads((Path(directory) / "source.json").read_text())
+        self.fitted_classes, self.vectors, self._model = set(self._kept.pop("fitted_classes")), {}, None
+        if (path := Path(directory) / "class_embeddings.safetensors").exists():
+            stored = load_tensors(path)
+            self.vectors = dict(zip(stored["labels"].tolist(), stored["vectors"]))
+
+    def _known(self) -> dict:
+        """Fingerprint and bytes of the model, which is built for it only if nothing is known yet."""
+        if not self._kept:
+            self.use(self.build_model())
+        return self._kept
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the model, the vectors and, where the prompt is words, these words."""
+        vectors = seeding.hash_tensors({str(label): self.vectors[label] for label in sorted(self.vectors)})
+        words = [] if self.config.inversion else self.words
+        return hashlib.sha256(json.dumps([self._known()["model"], vectors, words]).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Length of the search and of the sampling."""
+        config = self.config
+        what = f"{config.samples_per_class} images shown per class"
+        if config.g_local_train_steps is not None:
+            what = f"{config.com_round_gen} rounds of {config.g_local_train_steps} steps per task"
+        search = f"class inversion by {what}" if config.inversion else "no inversion, class names as prompts"
+        return f"{search}; {config.scheduler} of {config.sample_steps} steps, guidance {config.guidance:g}"

@@ -1,0 +1,198 @@
+"""DDDR's classifier: which images stand where, and the terms of its loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from learners import LEARNERS
+from learners.dddr.separate_replay import first_of_each
+from learners.losses import distillation_loss, supervised_contrastive
+from synth.bank import Bank
+from synth.base import ReplaySource
+from tests.support.toy import TINY_SOURCES, toy_experiment
+from utils.data.batches import Batch
+from utils.data.images import ImageSet
+from utils.training.run import Run
+
+
+class Painter(ReplaySource):
+    """Learns classes before the classifier trains; an image's grey level is 10 times its class plus its copy."""
+
+    def fit_before(self, task, images):
+        self.fitted_classes |= set(task.classes)
+
+    def generate(self, requests, guide=None):
+        grey = (10 * requests.labels + requests.copy).to(torch.uint8)
+        return ImageSet.of(grey.view(-1, 1, 1, 1).expand(-1, 1, 8, 8), requests.labels)
+
+    def save(self, directory):
+        """Nothing to keep."""
+
+    def load(self, directory):
+        """Nothing was kept."""
+
+
+def make_learner(folder, source=Painter, name="dddr", **keys):
+    """A learner on the toy data, three painted images of each class; nothing is learned yet."""
+    synth = {"name": "ddpm", **TINY_SOURCES["ddpm"], **keys.pop("synth", {})}
+    experiment = toy_experiment(name, folder, synth=synth, **keys)
+    config, data = experiment.config, experiment.data
+    run = Run(experiment.folder, 7, experiment.runtime, progress=False)
+    source = source(config.synth, run, data.num_classes, data.class_names, data.dataset)
+    return LEARNERS[name](config, data, run, source, Bank(folder / "bank", config.synth, data, run))
+
+
+def begin(learner, index, prepare=True):
+    """The task of this index after painted but untrained ones; ``prepare`` paints its own classes too."""
+    for task in learner.data.tasks():
+        learner.grow_network(task)
+        if learner.source is not None and (task.index < index or prepare):
+            learner.source.fit_before(task, learner.data.train_images(task))
+            learner.keep_replay(task)
+        if task.index == index:
+            learner.replay = learner.make_replay(task)
+            return task
+        learner.old_network = learner.network.frozen_copy()
+
+
+def greys(images: ImageSet) -> list[int]:
+    """The grey level of every painted file."""
+    return [int(images.image(i).float().mean()) for i in range(len(images))]
+
+
+# ---------------------------------------------------------------------- which images stand where
+
+
+@pytest.mark.parametrize(("index", "added"), [(0, {0: 1, 1: 1}), (1, {2: 2, 3: 2})])
+def test_painted_images_of_the_new_classes_join_the_real_ones(index, added, tmp_path):
+    learner = make_learner(tmp_path, base_cur_size=1, cur_size=2)
+    task = begin(learner, index)
+    counts = learner.current_images(task).counts(6).tolist()
+    assert counts == [10 + added[label] if label in added else 0 for label in range(6)]
+
+
+@pytest.mark.parametrize("replay", ["keep", "redraw"])
+def test_the_first_stored_images_are_the_ones_that_are_used(replay, tmp_path):
+    learner = make_learner(tmp_path, cur_size=2, pre_size=1, synth={"replay": replay})
+    task = begin(learner, 1)
+    assert greys(learner.current_synthetic(task)) == [20, 21, 30, 31]
+    assert greys(learner.replay) == [0, 10]
+    assert learner.replay.labels.tolist() == [0, 1]
+
+
+def test_all_that_was_drawn_is_replayed_where_no_size_is_given(tmp_path):
+    learner = make_learner(tmp_path)
+    begin(learner, 2)
+    assert greys(learner.replay) == [10 * label + copy for label in range(4) for copy in range(3)]
+
+
+def test_a_source_that_learns_after_training_gives_the_present_nothing(tmp_path):
+    learner = make_learner(tmp_path, cur_size=2)
+    task = begin(learner, 1, prepare=False)
+    assert len(learner.current_synthetic(task)) == 0
+    assert learner.current_images(task).classes == [2, 3]
+
+
+def test_without_a_source_a_task_is_its_real_images(tmp_path):
+    learner = make_learner(tmp_path)
+    learner.source = None
+    task = begin(learner, 1)
+    assert len(learner.current_images(task)) == 20
+    assert all(batch.replay is None for batch in learner.batches(task).epoch(0))
+
+
+def test_replay_stands_in_batches_of_its_own(tmp_path):
+    learner = make_learner(tmp_path, cur_size=2, batch_size=7, replay_batch_size=4)
+    batches = list(learner.batches(begin(learner, 1)).epoch(0))
+    assert [len(batch) for batch in batches] == [7, 7, 7, 3]
+    assert {label for batch in batches for label in batch.labels.tolist()} == {2, 3}
+    assert {label for batch in batches for label in batch.replay.labels.tolist()} == {0, 1}
+    assert all(len(batch.replay) in (2, 4) for batch in batches)
+
+
+def test_the_first_of_each_class_keep_their_place_over_several_parts():
+    first = ImageSet.of(torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1), torch.tensor([1, 0, 1, 1]))
+    second = ImageSet.of(torch.arange(4, 7, dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([0, 0, 2]))
+    kept = first_of_each(first + second, 2)
+    assert kept.labels.tolist() == [1, 0, 1, 0, 2]
+    assert [int(kept.image(i)) for i in range(5)] == [0, 1, 2, 4, 6]
+    assert len(first_of_each(ImageSet(), 2)) == 0
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+def randn(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LOGITS, REPLAYED, OLD = randn(3, 4, seed=0), randn(5, 4, seed=1), randn(5, 2, seed=2)
+LABELS, REPLAY_LABELS = torch.tensor([2, 3, 2]), torch.tensor([0, 1, 1, 0, 1])
+
+
+def batch_of(labels, replay=None) -> Batch:
+    return Batch(torch.zeros(len(labels), 3, 8, 8), labels, torch.zeros(len(labels)).bool(), labels, replay=replay)
+
+
+def terms_of(learner, replay=True):
+    """The terms where the networks give fixed logits: four classes, two of them old."""
+    task = learner.data.task(1)
+    learner.network, learner.old_network = lambda images: REPLAYED, lambda images: OLD
+    return learner.replay_terms(LOGITS, batch_of(LABELS, batch_of(REPLAY_LABELS) if replay else None), task)
+
+
+def test_split_softmax_lets_new_and_old_classes_compete_among_themselves(tmp_path):
+    terms = terms_of(make_learner(tmp_path, replay_softmax="split"))
+    assert_close(terms["cross_entropy"], F.cross_entropy(LOGITS[:, 2:], LABELS - 2))
+    assert_close(terms["replay"], 0.5 * F.cross_entropy(REPLAYED[:, :2], REPLAY_LABELS))
+
+
+def test_joint_softmax_lets_all_classes_compete(tmp_path):
+    terms = terms_of(make_learner(tmp_path, replay_softmax="joint", w_ce_pre=2.0))
+    assert_close(terms["cross_entropy"], F.cross_entropy(LOGITS, LABELS))
+    assert_close(terms["replay"], 2 * F.cross_entropy(REPLAYED, REPLAY_LABELS))
+
+
+@pytest.mark.parametrize("w_ce_pre", [0.0, 0.5])  # distillation also works without the other term
+def test_distillation_binds_the_old_outputs_on_replay(w_ce_pre, tmp_path):
+    terms = terms_of(make_learner(tmp_path, w_ce_pre=w_ce_pre))
+    assert_close(terms["distill"], 10 * distillation_loss(REPLAYED[:, :2], OLD, 2.0))
+
+
+def test_without_replay_the_cross_entropy_stands_alone(tmp_path):
+    assert list(terms_of(make_learner(tmp_path), replay=False)) == ["cross_entropy"]
+
+
+def test_the_contrast_is_of_unit_projections_of_the_current_images_alone(tmp_path):
+    learner = make_learner(tmp_path, w_scl=2.0)
+    task = begin(learner, 0)
+    batch = next(learner.batches(task).epoch(0))
+    z = F.normalize(learner.network.projection(learner.network.features(batch.images)))
+    expected = 2 * supervised_contrastive(z, batch.labels, 0.07)
+    assert_close(learner.compute_loss(batch, task)["contrastive"], expected)
+
+
+def test_a_batch_of_one_image_has_a_finite_loss_and_gradient(tmp_path):
+    learner = make_learner(tmp_path)
+    task = begin(learner, 0)
+    batch = next(learner.batches(task).epoch(0)).take(torch.arange(16) == 0)
+    terms = learner.compute_loss(batch, task)
+    gradients = torch.autograd.grad(sum(terms.values()), learner.network.projection[0].weight)
+    assert terms["contrastive"] == 0 and gradients[0].isfinite().all()
+
+
+def test_current_and_replayed_images_pass_the_network_apart(tmp_path):
+    learner = make_learner(tmp_path)
+    task, passes = begin(learner, 1), []
+    learner.network.backbone.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    terms = learner.compute_loss(next(learner.batches(task).epoch(0)), task)
+    assert passes == [16, 6]
+    assert list(terms) == ["cross_entropy", "replay", "distill", "contrastive"]
+
+
+def test_rounds_of_local_epochs_are_one_training_at_a_constant_rate(tmp_path):
+    learner = make_learner(tmp_path, com_round=3, local_ep=5)
+    config = learner.train_config(learner.data.task(1))
+    assert config.num_steps(steps_per_epoch=2) == 30
+    assert {config.learning_rate(step, 2) for step in range(30)} == {0.02}

@@ -1,0 +1,200 @@
+"""The weights after the first task: taken from another run, they change nothing; what does not fit is refused."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from learners import LEARNERS
+from learners.run.configure import build_config
+from learners.run.initial import recipe_of
+from main import run_seeds
+from models.incremental import IncrementalNet
+from synth import SOURCES
+from tests.support.toy import toy_dataset, toy_experiment, toy_raw
+from utils.data.batches import Batch
+from utils.run.errors import CheckpointError, ConfigError
+
+SHARING = [name for name in LEARNERS.names() if LEARNERS[name].first_loss]
+
+
+def run_of(learner, folder, **keys):
+    """A run of the toy data's first two tasks, ended."""
+    experiment = toy_experiment(learner, folder, init_cls=4, **keys)
+    return experiment, experiment.run()
+
+
+def refusal(folder, first, learner="icarl", **keys):
+    """What a run that would start from another's weights is told before anything is written."""
+    experiment = toy_experiment(learner, folder, **{"init_cls": 4, "init_from": str(first.folder.parent), **keys})
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        experiment.check()
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An iCaRL run that trained its first task."""
+    return run_of("icarl", tmp_path_factory.mktemp("trained"))[0]
+
+
+def without_clock(results):
+    return {key: value for key, value in results.items() if key not in ("seconds", "command")}
+
+
+@pytest.mark.parametrize(
+    ("giver", "taker"),
+    [
+        ("icarl", "icarl"),
+        ("icarl", "wa"),
+        ("icarl", "replay"),
+        ("icarl", "finetune"),
+        ("icarl", "lwf"),
+        ("icarl", "joint"),
+        ("icarl", "der"),  # the backbone is its first branch
+        ("icarl", "memo"),  # ... cut in two
+        ("der", "icarl"),
+        ("memo", "der"),
+    ],
+)
+def test_a_run_that_takes_the_first_task_ends_like_one_that_trained_it(giver, taker, tmp_path, monkeypatch):
+    first, _ = run_of(giver, tmp_path / "first")
+    trained, expected = run_of(taker, tmp_path / "trained")
+    tasks, train = [], LEARNERS[taker].train
+    monkeypatch.setattr(LEARNERS[taker], "train", lambda self, task: tasks.append(task.index) or train(self, task))
+    taken, results = run_of(taker, tmp_path / "taken", init_from=str(first.folder.parent))
+    assert tasks == [1] and without_clock(results) == without_clock(expected)
+    torch.testing.assert_close(taken.learner.state(), trained.learner.state(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backbone", ["resnet20", "resnet18"])
+@pytest.mark.parametrize(("giver", "taker"), [("icarl", "memo"), ("memo", "icarl"), ("der", "memo")])
+def test_weights_mean_the_same_however_the_backbone_is_cut(giver, taker, backbone, tmp_path):
+    networks = []
+    for name, seed in ((giver, 1), (taker, 2)):
+        learner = toy_experiment(name, tmp_path / name, convnet_type=backbone, seed=seed).check()
+        learner.grow_network(learner.data.task(0))
+        networks.append(learner.network)
+    networks[1].load_numbered_state(networks[0].numbered_state())
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(networks[1](images), networks[0](images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_who_says_cross_entropy_trains_the_first_task_with_nothing_else(name, tmp_path):
+    experiment = toy_experiment(name, tmp_path)
+    learner, task = experiment.check(), experiment.data.task(0)
+    experiment.data.advance(task)
+    learner.grow_network(task)
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(images, torch.tensor([0, 1, 1, 0]), torch.zeros(4, dtype=torch.bool), torch.arange(4))
+    loss = sum(learner.compute_loss(batch, task).values())
+    assert learner.first_loss == "cross_entropy" and isinstance(learner.network, IncrementalNet)
+    torch.testing.assert_close(loss, F.cross_entropy(learner.network(images), batch.labels), rtol=0, atol=0)
+    assert learner.current_images(task).classes == [0, 1] and not len(learner.make_replay(task))
+
+
+@pytest.mark.parametrize(
+    ("keys", "difference"),
+    [
+        ({"init_lr": 0.07}, r"training.lr is 0.05 there, 0.07 here"),
+        ({"batch_size": 4}, r"batch_size is 16 there, 4 here"),
+        ({"init_cls": 3}, r"init_cls is 4 there, 3 here"),
+        ({"class_order_seed": 2}, r"classes.0 is \"row \d\" there, \"row \d\" here"),
+        ({"class_order_seed": 7, "seed": 8}, r"seed is 7 there, 8 here"),
+        ({"val_share": 0.2}, r"images is .* there"),
+        ({"convnet_type": "resnet32"}, r"convnet_type is \"resnet20\" there, \"resnet32\" here"),
+        ({"stem": "imagenet"}, r"backbone.stem is \"cifar\" there, \"imagenet\" here"),
+    ],
+)
+def test_weights_that_something_else_made_are_refused_with_the_first_difference(keys, difference, trained, tmp_path):
+    with pytest.raises(CheckpointError, match=difference):
+        toy_experiment("icarl", tmp_path, **{"init_cls": 4, "init_from": str(trained.folder), **keys}).check()
+    assert not (tmp_path / "outputs" / "toy" / "seed_7").exists()
+
+
+@pytest.mark.parametrize("keys", [{"increment": 1}, {"epochs": 9}, {"memory_size": 3}, {"limit_tasks": 1}, {"T": 3.0}])
+def test_what_comes_after_the_first_task_does_not_matter(keys, trained, tmp_path):
+    experiment = toy_experiment("icarl", tmp_path, **{"init_cls": 4, "init_from": str(trained.folder.parent), **keys})
+    assert recipe_of(experiment.check()) == recipe_of(trained.learner)
+
+
+def test_another_seed_of_a_run_is_looked_for_in_its_own_folder(trained, tmp_path):
+    message = refusal(tmp_path, trained, seed=8)
+    assert "seed_8/initial is not there" in message and "repeated with --overwrite" in message
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "recipe.json"])
+def test_damaged_weights_are_refused(name, tmp_path):
+    first, _ = run_of("finetune", tmp_path / "first")
+    path = first.folder / "initial" / name
+    path.write_bytes(path.read_bytes().replace(b"cross_entropy", b"cross_entropx")[:-2] + b"xx")
+    assert "is damaged" in refusal(tmp_path / "second", first)
+
+
+def test_a_recipe_that_was_edited_is_refused(tmp_path):
+    first, _ = run_of("finetune", tmp_path / "first", init_lr=0.01)
+    path = first.folder / "initial" / "recipe.json"
+    path.write_text(path.read_text().replace('"lr": 0.01', '"lr": 0.05'))
+    assert "is damaged" in refusal(tmp_path / "second", first)
+
+
+def test_a_learner_with_a_first_task_of_its_own_names_those_that_can_share(trained, tmp_path):
+    message = refusal(tmp_path, trained, learner="dddr")
+    assert "'dddr'" in message and f"model_name={', '.join(SHARING)}" in message
+
+
+@pytest.mark.parametrize(("folder", "words"), [("nowhere", "no such folder"), ("outputs/toy", "is this very run")])
+def test_a_folder_that_is_no_other_run_is_refused(folder, words, tmp_path):
+    toy_experiment("icarl", tmp_path).folder.mkdir()
+    with pytest.raises(ConfigError, match=words):
+        toy_experiment("icarl", tmp_path, init_from=str(tmp_path / folder)).check()
+
+
+def test_a_run_whose_weights_were_taken_hands_them_on(trained, tmp_path, caplog):
+    caplog.set_level("INFO", "reprise")
+    taken, _ = run_of("wa", tmp_path, init_from=str(trained.folder))
+    written = [json.loads((run.folder / "initial" / "recipe.json").read_text()) for run in (trained, taken)]
+    assert written[0] == written[1] and written[0]["made_on"]["precision"] == "fp32"
+    assert f"{trained.folder}/initial, recipe {written[0]['recipe_hash']}" in caplog.text
+
+
+def test_weights_that_another_precision_made_are_taken_with_a_warning(trained, tmp_path, caplog):
+    run_of("icarl", tmp_path, init_from=str(trained.folder), precision="bf16")
+    assert "may move their last bits" in caplog.text
+
+
+def test_a_source_learns_as_ever_beside_weights_that_were_taken(trained, tmp_path):
+    _, results = run_of("finetune", tmp_path, source="ddpm", init_from=str(trained.folder))
+    assert results["finished"] and results["seconds"]["fit_source"] > 0
+
+
+def test_a_source_that_takes_part_in_the_first_task_is_part_of_the_recipe(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(SOURCES["ddpm"], "first_task_settings", lambda source: {"num_steps": source.config.num_steps})
+    assert "synth.num_steps is null there, 3 here" in refusal(tmp_path, trained, source="ddpm")
+
+
+def test_a_backbone_file_is_known_by_its_content_not_by_its_place(tmp_path):
+    learner = toy_experiment("icarl", tmp_path).check()
+    recipes = []
+    for place, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / place).write_bytes(content)
+        learner.config = learner.config.model_copy(update={"backbone_weights": str(tmp_path / place)})
+        recipes.append(recipe_of(learner))
+    assert recipes[0] == recipes[1] != recipes[2]
+
+
+def test_where_the_first_task_came_from_is_no_part_of_a_runs_identity(tmp_path):
+    configs = [build_config(toy_raw("icarl", tmp_path, **keys))[0] for keys in ({}, {"init_from": "outputs/other"})]
+    assert configs[0].identity() == configs[1].identity()
+
+
+def test_every_seed_is_looked_up_before_the_first_one_learns(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("learners.run.experiment.find_needs", lambda config: toy_dataset())
+    monkeypatch.setattr("utils.training.run.log_to_console", lambda is_main: None)
+    keys = {"init_cls": 4, "init_from": str(trained.folder.parent), "seed": [7, 8]}
+    config, _ = build_config(toy_raw("icarl", tmp_path, **keys))
+    with pytest.raises(CheckpointError, match="seed_8"):
+        run_seeds(config, "toy", [], overwrite=False)
+    assert not (tmp_path / "outputs").exists()

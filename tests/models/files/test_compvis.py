@@ -1,0 +1,268 @@
+"""A checkpoint of CompVis' code becomes diffusers' networks with the same outputs, or is refused with the reason."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+
+from models.files.compvis import read_yaml
+from models.latent.text_to_image import TextToImage, check_text_to_image, load_text_to_image
+from tests.support.tiny_compvis import compvis_weights, compvis_yaml, write_compvis
+from tests.support.tiny_ldm import tiny_ldm
+from utils.run.errors import ConfigError, WeightsError
+
+HEADS = 8  # of CompVis' text encoder, at any width
+TEXT = "cond_stage_model.transformer."
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """What the checkpoint is made of."""
+    return tiny_ldm(text_heads=HEADS)
+
+
+@pytest.fixture(scope="module")
+def weights(pipeline):
+    return compvis_weights(pipeline)
+
+
+@pytest.fixture
+def files(tmp_path, weights):
+    """Arguments of `load_text_to_image` for a checkpoint, its YAML and its tokenizer."""
+    return write_compvis(tmp_path, weights, compvis_yaml())
+
+
+def load(files) -> TextToImage:
+    return load_text_to_image(**files, image_size=64, offline=True)
+
+
+def test_converted_networks_hold_the_weights_that_the_checkpoint_was_made_of(files, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "folder")
+    assert load(files).fingerprint() == load_text_to_image(str(tmp_path / "folder")).fingerprint()
+
+
+def test_converted_networks_give_the_outputs_of_the_original_ones(files, pipeline):
+    model, images, zt = load(files), torch.rand(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
+    t, context = torch.tensor([500]), torch.randn(1, 77, 32)
+    with torch.no_grad():
+        posterior = pipeline.vqvae.encode(images).latent_dist
+        decoded = pipeline.vqvae.decode(zt / 0.18215).sample
+        noise = pipeline.unet(zt, t, context).sample
+        torch.testing.assert_close(model.moments(images), 0.18215 * torch.cat([posterior.mean, posterior.std], 1))
+        torch.testing.assert_close(model.decode(zt), decoded)
+        torch.testing.assert_close(model.predict(zt, t, context), noise)
+
+
+def compvis_encode(weights, ids):
+    """The original text encoder, written down from its weights: pre-norm blocks, no bias in queries, keys, values."""
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], weights[TEXT + name + ".weight"], weights[TEXT + name + ".bias"])
+
+    def linear(x, name):
+        return F.linear(x, weights[TEXT + name + ".weight"], weights.get(TEXT + name + ".bias"))
+
+    x = weights[TEXT + "token_emb.weight"][ids] + weights[TEXT + "pos_emb.emb.weight"]
+    for block in range(0, 4, 2):
+        name = f"attn_layers.layers.{block}"
+        parts = [linear(norm(x, f"{name}.0"), f"{name}.1.to_{part}") for part in "qkv"]
+        q, k, v = [part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts]
+        x = x + linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), f"{name}.1.to_out")
+        name = f"attn_layers.layers.{block + 1}"
+        x = x + linear(F.gelu(linear(norm(x, f"{name}.0"), f"{name}.1.net.0.0")), f"{name}.1.net.2")
+    return norm(x, "norm")
+
+
+def test_text_encoder_agrees_with_the_original_formula(files, weights, pipeline):
+    ids = pipeline.tokenizer(["a photo of a dog"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    torch.testing.assert_close(load(files).context(["a photo of a dog"]), compvis_encode(weights, ids))
+
+
+def test_images_have_256_pixels_whatever_the_yaml_says(files):
+    assert load_text_to_image(**files, offline=True).image_size == 32 * 8
+
+
+def test_schedule_is_the_yamls(files):
+    schedule = load(files).schedule
+    assert (schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"]) == (0.00085, 0.012, 1000)
+    assert (schedule["beta_schedule"], schedule["prediction_type"]) == ("scaled_linear", "epsilon")
+
+
+def test_a_safetensors_file_is_read_as_well(files, weights, tmp_path):
+    save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "model.safetensors")
+    same = files | {"source": str(tmp_path / "model.safetensors")}
+    assert load(same).fingerprint() == load(files).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "unet_config.params.context_dim",
+            768,
+            r"context_dim: 768, the checkpoint 32 \(.*attn2.to_k.weight \(64, 32\)",
+        ),
+        (
+            "unet_config.params.model_channels",
+            320,
+            r"model_channels: 320, the checkpoint 32 \(.*input_blocks.0.0.weight",
+        ),
+        ("unet_config.params.out_channels", 8, r"out_channels: 8, the checkpoint 4"),
+        (
+            "cond_stage_config.params.n_embed",
+            1280,
+            r"n_embed: 1280, the checkpoint 32 \(.*token_emb.weight \(\d+, 32\)",
+        ),
+        ("cond_stage_config.params.n_layer", 32, r"n_layer: 32, the checkpoint 2 \(2 attention layers"),
+        ("first_stage_config.params.ddconfig.ch", 128, r"ddconfig.ch: 128, the checkpoint 32"),
+        ("first_stage_config.params.embed_dim", 3, r"embed_dim: 3, the checkpoint 4"),
+        ("linear_end", 0.02, r"linear_end: 0.02, the checkpoint 0.012 \(betas\[-1\]\)"),
+        ("timesteps", 500, r"timesteps: 500, the checkpoint 1000"),
+        ("linear_start", "5e-3", r"linear_start: 5e-3, the checkpoint"),  # to YAML 1.1 this is a text
+    ],
+)
+def test_a_yaml_that_contradicts_the_checkpoint_is_told_so(files, key, value, message):
+    rewrite_yaml(files, key, value)
+    with pytest.raises(ConfigError, match=f"does not belong to this checkpoint: it says model.params.*{message}"):
+        load(files)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("unet_config.params.channel_mult", [1, 2, 4]),
+        ("unet_config.params.num_res_blocks", 2),
+        ("unet_config.params.attention_resolutions", [2]),
+        ("first_stage_config.params.ddconfig.ch_mult", [1, 1]),
+    ],
+)
+def test_a_yaml_of_another_depth_leaves_keys_over_that_are_named(files, key, value):
+    rewrite_yaml(files, key, value)
+    with pytest.raises(
+        WeightsError, match=r"does not fit the \w+ that the YAML describes \(\d+ of \d+ keys do\)\. \d+ \w+: "
+    ):
+        load(files)
+
+
+def rewrite_yaml(files, key, value):
+    """Set (or, with `...`, delete) one key below model.params."""
+    content = compvis_yaml()
+    *parents, last = key.split(".")
+    section = content["model"]["params"]
+    for parent in parents:
+        section = section[parent]
+    section[last] = value
+    if value is ...:
+        del section[last]
+    Path(files["yaml"]).write_text(yaml.safe_dump(content))
+
+
+def rewrite_weights(files, weights):
+    torch.save({"state_dict": weights}, files["source"])
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        ("model.diffusion_model.input_blocks.1.0.in_layers.0.bias", "1 missing: down_blocks.0.resnets.0.norm1.bias"),
+        ("first_stage_model.decoder.mid.attn_1.q.weight", "1 missing: decoder.mid_block.attentions.0.to_q.weight"),
+        (TEXT + "attn_layers.layers.3.1.net.2.bias", "1 missing: layers.1.fc2.bias"),
+        (TEXT + "pos_emb.emb.weight", "lacks the weight cond_stage_model.transformer.pos_emb.emb.weight"),
+    ],
+)
+def test_a_missing_weight_is_named(files, weights, absent, message):
+    rewrite_weights(files, {key: value for key, value in weights.items() if key != absent})
+    with pytest.raises(WeightsError, match=message):
+        load(files)
+
+
+@pytest.mark.parametrize(
+    "extra", ["model.diffusion_model.label_emb.weight", "first_stage_model.encoder.extra", TEXT + "project_in.weight"]
+)
+def test_a_weight_that_has_no_place_is_named(files, weights, extra):
+    rewrite_weights(files, {**weights, extra: torch.randn(3)})
+    with pytest.raises(WeightsError, match=rf"1 unexpected: \S*{extra.rpartition('.')[2]}"):
+        load(files)
+
+
+class Callback:
+    """Stands for what training frameworks pickle into their checkpoints."""
+
+
+def test_a_checkpoint_with_pickled_code_is_refused_with_the_way_out(files, weights):
+    torch.save({"state_dict": weights, "callbacks": Callback()}, files["source"])
+    with pytest.raises(WeightsError, match=r"could run foreign code.*safetensors.torch.save_file.*state_dict"):
+        load(files)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("cond_stage_model.transformer.text_model.embeddings.position_ids", r"Stable Diffusion 1\.x"),
+        ("cond_stage_model.model.ln_final.weight", r"Stable Diffusion 2\.x"),
+        ("conditioner.embedders.0.transformer.weight", "Stable Diffusion XL"),
+        ("layer1.0.conv1.weight", "no latent diffusion model with a BERT text encoder"),
+    ],
+)
+def test_another_architecture_is_named(files, weights, key, kind):
+    kept = {name: value for name, value in weights.items() if not name.startswith(TEXT)}
+    rewrite_weights(files, {**kept, key: torch.zeros(1)})
+    with pytest.raises(WeightsError, match=rf"is {kind}: it has \d+ weights, but lacks cond_stage_model"):
+        load(files)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"yaml": None}, "yaml is missing: a checkpoint file needs its CompVis YAML"),
+        ({"yaml": "nowhere.yaml"}, "yaml='nowhere.yaml': there is no such file; exps/ldm/ldm_dddr.yaml fits"),
+        (
+            {"source": "models/ldm/model.ckpt"},
+            "no such file. Put text2img-large's model.ckpt there, or name the hub id",
+        ),
+        ({"tokenizer": "tests"}, "tokenizer='tests' is no folder with a vocab.txt"),
+        ({"tokenizer": "models/bert/none"}, "tokenizer='models/bert/none' is no folder with a vocab.txt"),
+        ({"tokenizer": "nobody/none"}, "is no folder with a vocab.txt, nor is it in the hub's cache, and nothing"),
+    ],
+)
+def test_what_is_absent_is_said_before_any_weights_are_read(files, change, message):
+    with pytest.raises((ConfigError, WeightsError), match=message):
+        check_text_to_image(**files | change, offline=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "cannot be read as YAML"),
+        ("just words", "has no section model.params"),
+        ("model: {params: {}}", "model.params.unet_config.params.model_channels is missing"),
+    ],
+)
+def test_a_yaml_of_another_form_is_refused(files, text, message):
+    Path(files["yaml"]).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        check_text_to_image(**files, offline=True)
+
+
+def test_a_key_that_the_yaml_lacks_is_named(files):
+    rewrite_yaml(files, "unet_config.params.num_heads", ...)
+    with pytest.raises(ConfigError, match=r"model.params.unet_config.params.num_heads is missing"):
+        check_text_to_image(**files, offline=True)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(files):
+    vocabulary = Path(files["tokenizer"]) / "vocab.txt"
+    vocabulary.write_text(vocabulary.read_text() + "zebra\n")
+    with pytest.raises(
+        WeightsError, match=r"not of one model: the tokenizer's vocabulary is \d+, the text encoder's \d+"
+    ):
+        load(files)
+
+
+def test_the_yaml_that_comes_with_us_describes_text2img_large():
+    params = read_yaml(str(Path(__file__).parents[2] / "exps" / "ldm" / "ldm_dddr.yaml"))
+    assert params["unet_config"]["params"]["model_channels"] == 320
+    assert params["cond_stage_config"]["params"] == {"n_embed": 1280, "n_layer": 32}

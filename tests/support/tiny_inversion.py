@@ -1,0 +1,50 @@
+"""Class inversion of a small frozen model with random weights, on the toy data."""
+
+import torch
+
+from models.latent.small import SmallLDM
+from synth.inversion.source import ClassInversion
+from tests.support.toy import toy_dataset
+from utils.data.manager import DataManager
+from utils.training.run import Run
+from utils.training.runtime import Runtime
+
+TINY_MODEL = {
+    "vae_channels": [8, 8], "block_out_channels": [8, 8], "attention_levels": [0], "num_heads": 2,
+    "norm_num_groups": 2, "vector_size": 8, "num_tokens": 2, "prediction_type": "epsilon",
+}  # fmt: skip
+SHORT = {"samples_per_class": 12, "g_local_bs": 6, "sample_steps": 2, "guidance": 2.0}
+
+
+def tiny_model(seed: int = 0, **arguments) -> SmallLDM:
+    """Draws grey images of 8x8 pixels; its latents are (4, 4, 4)."""
+    torch.manual_seed(seed)
+    return SmallLDM((1, 8, 8), ["first", "second"], **{**TINY_MODEL, **arguments}).freeze()
+
+
+class TinyInversion(ClassInversion):
+    """Reads words in so far as it notes the prompts that it is given."""
+
+    def build_model(self):
+        model = tiny_model()
+        self.prompts: list[str] = []
+        context = model.context
+        model.context = lambda prompts, vectors=None: (
+            self.prompts.extend(prompts) or context(prompts if vectors is not None else [""] * len(prompts), vectors)
+        )
+        return model
+
+
+def make_inversion(folder, seed: int = 7, kind: type = TinyInversion, class_names=None, **keys) -> ClassInversion:
+    config = kind.Config.parse({"name": "tiny", **SHORT, **keys})
+    dataset = toy_dataset()
+    run = Run(folder, seed, Runtime(["cpu"], "fp32"), progress=False)
+    return kind(config, run, dataset.num_classes, class_names or dataset.class_names, dataset)
+
+
+def toy_task(index: int = 0, init_cls: int = 2, increment: int = 2):
+    """A task of the toy data and its images."""
+    data = DataManager(toy_dataset(), init_cls=init_cls, increment=increment, shuffle=False)
+    task = data.task(index)
+    data.advance(task)
+    return task, data.train_images(task)

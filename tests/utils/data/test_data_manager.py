@@ -1,0 +1,144 @@
+"""What each task may see, and in which labels."""
+
+import pytest
+import torch
+
+from utils.data.datasets import Dataset
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager
+from utils.data.subsets import long_tail_counts
+from utils.run.errors import ConfigError, DataError, SealedDataError
+
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+
+
+def toy_dataset(per_class=10, **changes) -> Dataset:
+    """Five classes of 2x2 images; every pixel is ten times the original class id, plus one in the test set."""
+    labels = torch.arange(5).repeat(per_class)
+    pixels = (labels * 10).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    fields = {
+        "name": "toy",
+        "train": ImageSet.of(pixels, labels),
+        "test": ImageSet.of(pixels[:10] + 1, labels[:10]),
+        "class_names": NAMES,
+        "image_size": 2,
+        "channels": 1,
+        "in_memory": True,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "augmentation": "none",
+        "source": "a test",
+    }
+    return Dataset(**{**fields, **changes})
+
+
+def manager(dataset=None, **settings) -> DataManager:
+    return DataManager(dataset or toy_dataset(), **{"init_cls": 2, "increment": 2, "order_seed": 3, **settings})
+
+
+def test_tasks_name_their_classes_in_the_order_of_learning():
+    data = manager()
+    tasks = list(data.tasks())
+    assert [(task.num_old, task.num_new, task.num_seen) for task in tasks] == [(0, 2, 2), (2, 2, 4), (4, 1, 5)]
+    assert [name for task in tasks for name in task.class_names] == data.class_names
+    assert data.class_names == [NAMES[original] for original in data.class_order]
+
+
+def test_labels_are_positions_in_the_class_order():
+    data = manager()
+    for task in data.tasks():
+        images = data.train_images(task)
+        originals = images.parts[0].images[:, 0, 0, 0] // 10
+        assert originals.tolist() == [data.class_order[label] for label in images.labels.tolist()]
+        assert images.classes == list(task.classes)
+
+
+def test_test_images_carry_the_same_labels():
+    data = manager()
+    images = data.test_images(range(5))
+    originals = (images.parts[0].images[:, 0, 0, 0] - 1) // 10
+    assert originals.tolist() == [data.class_order[label] for label in images.labels.tolist()]
+    assert data.test_images([3]).classes == [3]
+
+
+def test_without_shuffle_a_data_sets_own_order_is_kept():
+    assert manager(toy_dataset(class_order=[4, 3, 2, 1, 0]), shuffle=False).class_order == [4, 3, 2, 1, 0]
+    assert manager(shuffle=False).class_order == [0, 1, 2, 3, 4]
+
+
+def test_past_real_images_are_sealed_with_the_remedy():
+    data = manager()
+    first, second, _ = data.tasks()
+    data.advance(second)
+    with pytest.raises(SealedDataError, match=r"task 0 are sealed while task 1.*exemplars.*source"):
+        data.train_images(first)
+
+
+def test_future_images_cannot_be_read_either():
+    data = manager()
+    with pytest.raises(SealedDataError, match="task 1 has not begun"):
+        data.train_images(data.task(1))
+    data.advance(data.task(0))
+    with pytest.raises(SealedDataError, match="task 1 has not begun: task 0"):
+        data.train_images(data.task(1))
+
+
+def test_a_resumed_run_begins_at_a_later_task():
+    data = manager()
+    task = next(data.tasks(start=2))
+    assert data.train_images(task).classes == [4]
+
+
+def test_all_seen_images_are_for_upper_bounds_only():
+    honest, joint = manager(), manager(upper_bound=True)
+    honest.advance(honest.task(1))
+    joint.advance(joint.task(1))
+    with pytest.raises(SealedDataError, match="upper_bound"):
+        honest.all_seen_images(honest.task(1))
+    assert joint.all_seen_images(joint.task(1)).classes == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("draw", ["own", "reference"])
+def test_few_shots_cut_every_task_but_the_first(draw):
+    data = manager(kshot=3, few_shot_draw=draw)
+    assert data.class_counts == [10, 10, 3, 3, 3]
+    assert sorted(data.few_shot_indices) == [2, 3, 4]
+
+
+def test_few_shot_positions_name_the_images_that_are_used():
+    pixels = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)
+    dataset = toy_dataset(train=ImageSet.of(pixels, torch.arange(5).repeat(10)))
+    data = manager(dataset, kshot=3, val_share=0.2)
+    used = data.train_images(next(data.tasks(start=2))).parts[0].images.flatten()
+    of_class = pixels.flatten()[dataset.train.labels == data.class_order[4]]
+    assert of_class[data.few_shot_indices[4]].tolist() == used.tolist()
+
+
+def test_few_shots_follow_the_run_seed_and_not_the_class_order():
+    one, same, other = (manager(kshot=3, run_seed=seed).few_shot_indices for seed in (3, None, 4))
+    assert one == same != other
+
+
+def test_the_long_tail_follows_the_original_classes():
+    data = manager(toy_dataset(per_class=100), imb_factor=0.1)
+    by_original = [count for _, count in sorted(zip(data.class_order, data.class_counts))]
+    assert by_original == long_tail_counts(500, 5, 0.1) == [100, 56, 31, 17, 10]
+
+
+def test_validation_images_come_from_train_and_are_not_trained_on():
+    data = manager(val_share=0.2)
+    assert data.class_counts == [8] * 5
+    assert data.val_images([1]).counts(5).tolist() == [0, 2, 0, 0, 0]
+    assert len(manager().val_images(range(5))) == 0
+
+
+def test_all_real_bytes_counts_raw_pixels_after_subsetting():
+    assert manager().all_real_bytes == 50 * 4
+    assert manager(kshot=1).all_real_bytes == (2 * 10 + 3) * 4
+
+
+def test_impossible_settings_are_refused_at_construction():
+    with pytest.raises(ConfigError, match="init_cls=6, but toy has only 5 classes: use a value from 1 to 5"):
+        manager(init_cls=6)
+    with pytest.raises(DataError, match=r"kshot=11, but class '.*' has only 10 training images"):
+        manager(kshot=11)

@@ -1,0 +1,443 @@
+"""Reading data sets: class folders, scikit-learn's digits, and what torchvision would download."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.data.datasets import DATASETS, find_dataset, load_dataset
+from utils.run.errors import ConfigError, DataError
+
+COLOUR, GREY = ("RGB", (8, 8)), ("L", (8, 8))
+
+
+def write_image(path, mode="RGB", size=(8, 8), level=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size[::-1], 3), level, dtype=np.uint8)).convert(mode).save(path)
+
+
+def write_folders(folder, classes=("cat", "dog"), images=(COLOUR, COLOUR), splits=("train", "test")):
+    """`folder/<split>/<class>/<i>.png`, one for every (mode, (width, height)) of ``images``."""
+    for split in splits:
+        for name in classes:
+            for i, (mode, size) in enumerate(images):
+                write_image(folder / split / name / f"{i}.png", mode, size)
+    return folder
+
+
+def test_any_folder_of_small_images_is_a_data_set_in_memory(tmp_path):
+    write_folders(tmp_path / "Pets")
+    dataset = load_dataset("Pets", tmp_path, offline=True)
+    assert (dataset.name, dataset.class_names, dataset.train.labels.tolist()) == ("Pets", ["cat", "dog"], [0, 0, 1, 1])
+    assert dataset.in_memory and dataset.train.parts[0].images.shape == (4, 3, 8, 8)
+    assert (dataset.image_size, dataset.channels, dataset.augmentation) == (8, 3, "cifar")
+    assert dataset.source == f"class folders in {tmp_path / 'Pets'} (4 training and 4 test images, 2 classes)"
+
+
+def test_large_images_stay_files_and_feed_a_224_pixel_network(tmp_path):
+    write_folders(tmp_path / "pets", images=[("RGB", (80, 60)), ("RGB", (70, 90))])
+    dataset = load_dataset("pets", tmp_path)
+    assert not dataset.in_memory and isinstance(dataset.train.parts[0].images[0], str)
+    assert (dataset.image_size, dataset.augmentation, dataset.mean[0]) == (224, "imagenet", 0.485)
+    assert dataset.train.image(1).shape == (3, 90, 70)
+
+
+def test_small_images_of_odd_sizes_stay_files(tmp_path):
+    write_folders(tmp_path / "pets", images=[("RGB", (8, 8)), ("RGB", (9, 7))])
+    assert not load_dataset("pets", tmp_path).in_memory
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"),
+    [
+        (["L", "1"], 1),  # all grey
+        (["L", "RGB"], 3),  # mixed
+        (["RGBA", "P"], 3),  # alpha and palette
+        (["LA", "L"], 3),  # grey with alpha counts as colour
+    ],
+)
+def test_grey_and_transparent_images_share_one_number_of_channels(tmp_path, modes, channels):
+    write_folders(tmp_path / "pets", images=[(mode, (8, 8)) for mode in modes])
+    dataset = load_dataset("pets", tmp_path)
+    assert dataset.channels == channels
+    assert dataset.train.parts[0].images.shape == (4, channels, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "2", "0"], ["0", "2", "10"]),  # all numbers
+        (["10", "2", "a"], ["10", "2", "a"]),  # as ImageFolder
+    ],
+)
+def test_class_folders_sort_by_number_only_where_all_are_numbers(tmp_path, names, order):
+    write_folders(tmp_path / "pets", classes=names)
+    assert load_dataset("pets", tmp_path).class_names == order
+
+
+def test_hidden_files_other_files_and_hidden_folders_are_ignored(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    (folder / "train" / "cat" / ".hidden.png").write_text("")
+    (folder / "train" / "cat" / "notes.txt").write_text("")
+    (folder / "train" / "readme.md").write_text("")
+    (folder / "train" / ".cache").mkdir()
+    assert load_dataset("pets", tmp_path).train.counts(2).tolist() == [2, 2]
+
+
+def test_images_below_a_class_folder_are_found(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    write_image(folder / "train" / "cat" / "images" / "more.JPEG")
+    assert load_dataset("pets", tmp_path).train.counts(2).tolist() == [3, 2]
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    (folder / "train" / "emu").mkdir()
+    (folder / "test" / "emu").mkdir()
+    with pytest.raises(DataError, match=r"no image in the class folders emu of .*train"):
+        load_dataset("pets", tmp_path)
+
+
+def test_train_and_test_classes_that_differ_are_both_named(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    write_image(folder / "train" / "emu" / "0.png")
+    write_image(folder / "test" / "fox" / "0.png")
+    with pytest.raises(DataError, match="Only in train: emu; only in test: fox"):
+        load_dataset("pets", tmp_path)
+
+
+def test_missing_test_images_name_the_place_to_put_them(tmp_path):
+    write_folders(tmp_path / "pets", splits=["train"])
+    with pytest.raises(DataError, match=r"no folder test: put test images into .*test/<class>/<image>"):
+        load_dataset("pets", tmp_path)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (80, 80)])
+def test_a_file_that_is_no_image_is_named_at_load(tmp_path, size):
+    folder = write_folders(tmp_path / "pets", images=[("RGB", size)])
+    (folder / "test" / "dog" / "9.png").write_text("not an image")
+    with pytest.raises(DataError, match=r"cannot read the image .*test/dog/9\.png"):
+        load_dataset("pets", tmp_path)
+
+
+def test_a_small_image_that_is_cut_off_is_named_at_load(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    noise = np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(folder / "train" / "cat" / "9.png")
+    whole = (folder / "train" / "cat" / "9.png").read_bytes()
+    (folder / "train" / "cat" / "9.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cannot read the image .*cat/9\.png"):
+        load_dataset("pets", tmp_path)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_with_the_folder_form(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown data set 'cifr100'; did you mean 'cifar100'.*cifr100/<train|test>"):
+        load_dataset("cifr100", tmp_path)
+
+
+def test_absent_data_names_every_folder_that_was_looked_in(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_dataset("ImageNetR", tmp_path)
+    assert all(str(tmp_path / name) in str(error.value) for name in ("ImageNetR", "imagenetr", "imagenet-r"))
+    assert "train/<class>/<image>" in str(error.value)
+
+
+def test_names_are_read_in_any_case_and_folders_as_written_or_lower(tmp_path):
+    write_folders(tmp_path / "one" / "CIFAR10", classes=["a"])
+    write_folders(tmp_path / "two" / "cifar10", classes=["a", "b"])
+    assert load_dataset("CIFAR10", tmp_path / "one").class_names == ["a"]
+    assert load_dataset("Cifar10", tmp_path / "two").class_names == ["a", "b"]
+    assert load_dataset("Cifar10", tmp_path / "two").name == "cifar10"
+
+
+def test_imagenet_is_tested_on_val_where_test_has_no_classes(tmp_path):
+    folder = write_folders(tmp_path / "imagenet100", splits=["train", "val"])
+    write_image(folder / "test" / "unlabelled" / "0.png", level=7)
+    dataset = load_dataset("imagenet100", tmp_path)
+    assert len(dataset.test) == 4
+    assert (dataset.image_size, dataset.augmentation) == (224, "imagenet")
+
+
+def test_tiny_imagenet_is_read_as_published(tmp_path):
+    folder = write_folders(tmp_path / "tiny-imagenet-200", classes=["n01", "n02"], splits=["train"])
+    write_image(folder / "val" / "images" / "val_0.JPEG", level=10)
+    write_image(folder / "val" / "images" / "val_1.JPEG", level=20)
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t1\t1\nval_1.JPEG\tn01\t0\t0\t1\t1\n")
+    dataset = load_dataset("tiny_imagenet", tmp_path)
+    assert dataset.test.labels.tolist() == [0, 1]
+    assert dataset.test.parts[0].images[:, 0, 0, 0].tolist() == [20, 10]
+
+
+def test_imagenet100_can_be_drawn_from_all_of_imagenet(tmp_path):
+    for name in (f"n{i:04}" for i in range(1000)):
+        (tmp_path / "imagenet1000" / "train" / name).mkdir(parents=True)
+    expected = sorted(f"n{i:04}" for i in np.random.RandomState(1993).permutation(1000)[:100])
+    write_folders(tmp_path / "imagenet1000", classes=expected, images=[COLOUR], splits=["train", "val"])
+    assert load_dataset("imagenet100", tmp_path).class_names == expected
+
+
+def photograph(width, height, mode="RGB"):
+    """Smooth colours, which a JPEG keeps within a few grey levels."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, (x + y) / 2], axis=2).astype(np.uint8)).convert(mode)
+
+
+@pytest.fixture
+def odd_photographs(tmp_path):
+    """ImageNet-100 with three JPEGs of odd sizes, one of them grey, and a PNG with alpha in every class and split."""
+    images = {"a.jpeg": (90, 71), "b.JPG": (33, 200), "c.jpg": (101, 64, "L"), "d.png": (80, 77, "RGBA")}
+    for folder in (tmp_path / "imagenet100" / split / name for split in ("train", "val") for name in ("n01", "n02")):
+        folder.mkdir(parents=True)
+        for name, size_and_mode in images.items():
+            photograph(*size_and_mode).save(folder / name)
+    return tmp_path
+
+
+def test_photographs_are_read_into_memory_at_64_pixels_as_guide_sees_them(odd_photographs):
+    dataset = load_dataset("imagenet100_64", odd_photographs)
+    assert (dataset.in_memory, dataset.image_size, dataset.channels) == (True, 64, 3)
+    assert (dataset.augmentation, dataset.mean, dataset.std) == ("none", (0.5,) * 3, (0.5,) * 3)
+    assert dataset.train.labels.tolist() == dataset.test.labels.tolist() == [0] * 4 + [1] * 4
+    for position, path in enumerate(sorted((odd_photographs / "imagenet100" / "train").glob("*/*"))):
+        squashed = Image.open(path).convert("RGB").resize((76, 76), Image.BILINEAR).crop((6, 6, 70, 70))
+        expected = torch.from_numpy(np.array(squashed)).permute(2, 0, 1)
+        torch.testing.assert_close(dataset.train.image(position), expected, rtol=0, atol=1)
+
+
+def test_the_same_photographs_are_large_files_under_their_own_name(odd_photographs):
+    dataset = load_dataset("imagenet100", odd_photographs)
+    assert not dataset.in_memory and dataset.train.image(2).shape == (1, 64, 101)
+
+
+def test_reading_photographs_into_memory_twice_gives_the_same_bits(odd_photographs):
+    first, second = (load_dataset("imagenet100_64", odd_photographs).train for _ in range(2))
+    assert len(first.parts) == 1 and torch.equal(first.parts[0].images, second.parts[0].images)
+
+
+def test_photographs_that_are_stored_small_are_seen_in_the_same_way(tmp_path):
+    write_folders(tmp_path / "imagenet100", images=[("RGB", (40, 40))], splits=["train", "val"])
+    photograph(40, 40).save(tmp_path / "imagenet100" / "train" / "cat" / "0.png")
+    dataset = load_dataset("imagenet100_64", tmp_path)
+    expected = photograph(40, 40).resize((76, 76), Image.BILINEAR).crop((6, 6, 70, 70))
+    expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+    torch.testing.assert_close(dataset.train.image(0), expected, rtol=0, atol=1)
+
+
+def test_a_photograph_that_is_cut_off_is_named_while_it_is_read_into_memory(odd_photographs):
+    path = odd_photographs / "imagenet100" / "val" / "n02" / "b.JPG"
+    path.write_bytes(path.read_bytes()[:700])  # the header is whole
+    with pytest.raises(DataError, match=r"cannot read the image .*n02/b\.JPG"):
+        load_dataset("imagenet100_64", odd_photographs)
+
+
+def test_folders_of_cifar10_have_the_published_order_of_labels(tmp_path):
+    published = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    write_folders(tmp_path / "cifar10", classes=published[::-1], images=[COLOUR])
+    dataset = load_dataset("cifar10", tmp_path)
+    assert dataset.class_names == published and dataset.train.labels.tolist() == list(range(10))
+
+
+def write_cub(data_dir, split=("1", "0", "0", "1"), labels=("1", "1", "2", "2")):
+    """CUB-200-2011 as published, with two classes of two images."""
+    names, folder = ["001.Albatross", "002.Auklet"], data_dir / "CUB_200_2011"
+    paths = [f"{name}/{name}_{i}.jpg" for name in names for i in range(2)]
+    for i, path in enumerate(paths):
+        write_image(folder / "images" / path, size=(70, 80), level=50 * i)
+    tables = {"images": paths, "train_test_split": split, "image_class_labels": labels, "classes": names}
+    for table, values in tables.items():
+        lines = [f"{i} {value}" for i, value in enumerate(values, 1)]
+        (folder / f"{table}.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_cub_is_read_with_its_official_split_as_published(tmp_path):
+    write_cub(tmp_path)
+    dataset = load_dataset("cub_official", tmp_path)
+    assert dataset.class_names == ["001.Albatross", "002.Auklet"]
+    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([0, 1], [0, 1])
+    levels = [
+        round(image_set.image(i).float().mean().item(), -1)
+        for image_set in (dataset.train, dataset.test)
+        for i in (0, 1)
+    ]
+    assert levels == [0, 150, 50, 100]
+    assert (dataset.image_size, dataset.augmentation, dataset.mean) == (224, "asp", (0,) * 3)
+    assert "official split" in dataset.source and "2 training and 2 test images" in dataset.source
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"), [({"split": ["1"]}, "no split or no class for image 2"), ({"labels": "1113"}, "for image 4")]
+)
+def test_an_image_of_cub_that_the_tables_leave_out_is_named(tmp_path, broken, said):
+    write_cub(tmp_path, **broken)
+    with pytest.raises(DataError, match=said):
+        load_dataset("cub_official", tmp_path)
+
+
+def test_a_table_of_cub_that_is_cut_off_is_named_with_its_line(tmp_path):
+    write_cub(tmp_path)
+    (tmp_path / "CUB_200_2011" / "classes.txt").write_text("1 001.Albatross\n2\n")
+    with pytest.raises(DataError, match=r"classes\.txt, line 2: not an id and a value"):
+        load_dataset("cub_official", tmp_path)
+
+
+def test_absent_cub_says_how_to_unpack_it(tmp_path):
+    assert "CUB_200_2011" in find_dataset("cub_official", tmp_path).text
+    with pytest.raises(DataError, match=r"unpacked as .*CUB_200_2011 with images.txt beside images/"):
+        load_dataset("cub_official", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["food101", "Caltech256", "PLACES100", "imagenet100_escort"])
+def test_escorts_data_sets_share_one_transform_and_find_the_folders_of_the_original(tmp_path, name):
+    original = {"food101": "Food101", "PLACES100": "Places100", "imagenet100_escort": "ImageNet100"}.get(name, name)
+    write_folders(tmp_path / original, images=[("RGB", (80, 60)), ("L", (70, 90))])
+    dataset = load_dataset(name, tmp_path, offline=True)
+    assert dataset.name == name.lower() and not dataset.in_memory
+    assert (dataset.augmentation, dataset.image_size) == ("escort", 224)
+    assert (dataset.mean, dataset.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_escorts_edge_maps_and_copies_beside_train_and_test_are_not_read(tmp_path):
+    folder = write_folders(tmp_path / "Places100")
+    write_image(folder / "edge_maps" / "cat" / "0.bmp", "L")
+    write_image(folder / "exemplars" / "cat" / "0_seed00.jpg")
+    dataset = load_dataset("places100", tmp_path)
+    assert (len(dataset.train), len(dataset.test), dataset.class_names) == (4, 4, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",), ("test",)])
+def test_the_clutter_of_caltech256_is_left_out_in_either_split_and_the_source_says_so(tmp_path, splits):
+    folder = write_folders(tmp_path / "Caltech256", classes=["001.ak47", "256.toad"])
+    write_folders(folder, classes=["257.clutter"], splits=splits)
+    dataset, found = load_dataset("caltech256", tmp_path), find_dataset("caltech256", tmp_path)
+    assert dataset.class_names == ["001.ak47", "256.toad"] and len(dataset.train) == len(dataset.test) == 4
+    assert found.num_classes == 2
+    said = f"class folders in {folder}" + " without 257.clutter" * ("train" in splits)
+    assert dataset.source.startswith(f"{said} (4 training") and found.text == f"{said} (2 classes)"
+
+
+def write_food(data_dir):
+    """Food-101 as torchvision unpacks it, with two classes out of alphabetical order."""
+    folder = data_dir / "food-101"
+    splits = {"train": {"waffles": ["waffles/2", "waffles/1"], "apple_pie": ["apple_pie/7"]}}
+    splits["test"] = {"waffles": ["waffles/3"], "apple_pie": ["apple_pie/8"]}
+    (folder / "meta").mkdir(parents=True)
+    for split, images in splits.items():
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(images))
+        for image in (image for names in images.values() for image in names):
+            write_image(folder / "images" / f"{image}.jpg", size=(70, 80))
+    return folder
+
+
+def test_food101_is_read_with_its_official_split_as_torchvision_unpacks_it(tmp_path):
+    folder = write_food(tmp_path)
+    dataset = load_dataset("food101", tmp_path, offline=True)
+    train, test = (
+        [path.removeprefix(f"{folder}/images/") for path in images.parts[0].images]
+        for images in (dataset.train, dataset.test)
+    )
+    assert train == ["apple_pie/7.jpg", "waffles/1.jpg", "waffles/2.jpg"]
+    assert test == ["apple_pie/8.jpg", "waffles/3.jpg"]
+    assert (dataset.class_names, dataset.train.labels.tolist()) == (["apple_pie", "waffles"], [0, 1, 1])
+    assert "official split" in dataset.source and find_dataset("food101", tmp_path).present
+
+
+def test_class_folders_of_food101_win_over_the_download(tmp_path):
+    write_food(tmp_path)
+    write_folders(tmp_path / "Food101", classes=["a", "b", "c"])
+    assert load_dataset("Food101", tmp_path).class_names == ["a", "b", "c"]
+    assert find_dataset("food101", tmp_path).num_classes == 3
+
+
+def test_an_image_that_an_interrupted_unpacking_of_food101_left_out_is_named(tmp_path):
+    folder = write_food(tmp_path)
+    (folder / "images" / "waffles" / "2.jpg").unlink()
+    with pytest.raises(DataError, match=r"waffles/2\.jpg is missing; delete .*food-101 to unpack it anew"):
+        load_dataset("food101", tmp_path)
+
+
+def test_digits_are_scaled_to_bytes_and_split_by_class():
+    dataset = load_dataset("digits")
+    images = torch.cat([dataset.train.parts[0].images, dataset.test.parts[0].images])
+    assert images.shape == (1797, 1, 8, 8) and (images.min(), images.max()) == (0, 255)
+    shares = dataset.test.counts(10) / (dataset.train.counts(10) + dataset.test.counts(10))
+    torch.testing.assert_close(shares, torch.full((10,), 0.25), atol=0.005, rtol=0)
+    assert (dataset.channels, dataset.image_size, dataset.augmentation) == (1, 8, "none")
+
+
+def test_digits_split_is_the_same_at_every_load():
+    assert torch.equal(load_dataset("digits").test.labels, load_dataset("DIGITS").test.labels)
+
+
+@pytest.fixture
+def downloaded(monkeypatch):
+    """torchvision as if CIFAR-100 were there: 4 training and 2 test images."""
+
+    def dataset(root, train, download):
+        count = 4 if train else 2
+        data = np.arange(count * 32 * 32 * 3).reshape(count, 32, 32, 3).astype(np.uint8)
+        return SimpleNamespace(data=data, targets=list(range(count // 2)) * 2, classes=["apple", "bear"])
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", dataset)
+
+
+def test_torchvisions_arrays_become_one_tensor_of_the_border_format(downloaded, tmp_path):
+    dataset = load_dataset("cifar100", tmp_path, offline=True)
+    assert dataset.train.parts[0].images[1, 2, 3, 4] == (1 * 3072 + 3 * 96 + 4 * 3 + 2) % 256
+    assert (dataset.train.labels.tolist(), dataset.channels) == ([0, 1, 0, 1], 3)
+    assert "torchvision's CIFAR100" in dataset.source and "4 training and 2 test" in dataset.source
+
+
+def test_class_folders_win_over_a_download(downloaded, tmp_path):
+    write_folders(tmp_path / "cifar100", classes=["a", "b", "c"])
+    assert load_dataset("cifar100", tmp_path).class_names == ["a", "b", "c"]
+
+
+def test_pilots_cifar_is_stored_at_32_and_fed_at_224_without_normalisation(downloaded, tmp_path):
+    dataset = load_dataset("cifar224", tmp_path)
+    assert dataset.train.parts[0].images.shape[2:] == (32, 32)
+    assert (dataset.image_size, dataset.augmentation, dataset.mean, dataset.std) == (224, "asp", (0,) * 3, (1,) * 3)
+
+
+def test_a_failed_download_says_what_to_put_where_and_why_it_failed(monkeypatch, tmp_path):
+    def fail(*args, **settings):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", fail)
+    with pytest.raises(DataError, match=r"looked for .*mnist; put .*Downloading it failed: no route to host"):
+        load_dataset("mnist", tmp_path)
+    with pytest.raises(DataError, match="without --offline it would be downloaded"):
+        load_dataset("mnist", tmp_path, offline=True)
+
+
+def test_every_known_data_set_can_be_asked_for_without_reading_it(tmp_path):
+    found = {name: find_dataset(name, tmp_path) for name in DATASETS.names()}
+    assert [name for name in found if found[name].present] == ["digits"]
+    fetchable = ["cifar10", "cifar100", "cifar224", "fashion_mnist", "food101", "mnist"]
+    assert [name for name in found if found[name].fetchable] == fetchable
+    assert all(str(tmp_path) in found[name].text for name in found if name != "digits")
+
+
+def test_finding_a_folder_counts_its_classes_without_opening_an_image(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    (folder / "train" / "cat" / "broken.png").write_text("")
+    found = find_dataset("pets", tmp_path)
+    assert (found.present, found.num_classes) == (True, 2)
+    assert str(folder) in found.text
+
+
+def test_a_folder_without_train_and_test_says_what_is_missing(tmp_path):
+    write_image(tmp_path / "pets" / "cat" / "0.png")
+    assert not find_dataset("pets", tmp_path).present
+    with pytest.raises(DataError, match=r"put its images into .*pets/train/<class>/<image>"):
+        load_dataset("pets", tmp_path)
+
+
+def test_photographs_load_as_cifar100(photographs):
+    dataset = load_dataset("cifar100", photographs, offline=True)
+    assert dataset.train.counts(100).unique().tolist() == [100]
+    assert dataset.test.counts(100).unique().tolist() == [25]
+    assert dataset.train.parts[0].images.shape == (10_000, 3, 32, 32)
+    assert (dataset.class_names[0], dataset.class_names[99]) == ("apple", "worm")

@@ -1,0 +1,137 @@
+"""Images at every border: uint8 tensors or files, in parts, with labels."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from utils.data.images import ImageSet, decode_image
+from utils.run.errors import DataError
+
+
+def numbered(count, size=2, start=0, label=0) -> ImageSet:
+    """Grey images whose pixels are their number."""
+    pixels = torch.arange(start, start + count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, size, size)
+    return ImageSet.of(pixels, torch.full((count,), label))
+
+
+def numbers(images: ImageSet) -> list[int]:
+    return [int(images.image(position)[0, 0, 0]) for position in range(len(images))]
+
+
+def save(folder, name, array, mode=None) -> str:
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(folder / name)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"),
+    [("L", 1), ("1", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("LA", 3)],  # alpha is dropped
+)
+def test_a_file_is_grey_or_rgb(tmp_path, mode, channels):
+    array = np.random.default_rng(0).integers(256, size=(5, 4, 3), dtype=np.uint8)
+    pixels = decode_image(save(tmp_path, "image.png", array, mode))
+    assert pixels.shape == (channels, 5, 4)
+    assert pixels.dtype == torch.uint8
+
+
+def test_a_png_is_decoded_without_loss(tmp_path):
+    array = np.random.default_rng(0).integers(256, size=(5, 4, 3), dtype=np.uint8)
+    decoded = decode_image(save(tmp_path, "image.png", array))
+    assert_close(decoded, torch.from_numpy(array).permute(2, 0, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", ["absent", "empty", "text", "cut off"])
+def test_a_file_that_is_no_image_is_named(tmp_path, damage):
+    path = tmp_path / "bad.png"
+    if damage == "cut off":
+        save(tmp_path, "bad.png", np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage != "absent":
+        path.write_text("hello" if damage == "text" else "")
+    with pytest.raises(DataError, match=r"bad\.png"):
+        decode_image(path)
+
+
+def test_adding_concatenates_in_order_and_keeps_parts_of_their_own_size():
+    both = numbered(2) + numbered(3, size=4, start=10, label=1)
+    assert len(both) == 5
+    assert both.labels.tolist() == [0, 0, 1, 1, 1]
+    assert numbers(both) == [0, 1, 10, 11, 12]
+    assert [part.images.shape[-1] for part in both.parts] == [2, 4]
+
+
+def test_empty_parts_leave_no_trace():
+    assert (ImageSet() + numbered(0)).parts == ()
+    assert len(ImageSet()) == 0
+    assert ImageSet().labels.dtype == torch.int64
+    assert ImageSet().classes == []
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ([3, 0, 3], [0, 10, 10]),  # part by part; one may come twice
+        ([1, 0], [1, 0]),  # in the order asked for inside one part
+        ([], []),
+        (range(2), [0, 1]),
+        (torch.tensor([3, 4]), [10, 11]),
+    ],
+)
+def test_take_picks_positions(positions, expected):
+    images = numbered(3) + numbered(2, start=10)
+    assert numbers(images.take(positions)) == expected
+
+
+def test_select_keeps_the_stored_order_across_parts():
+    images = numbered(2, label=1) + numbered(2, start=10, label=0) + numbered(1, start=20, label=1)
+    assert numbers(images.select([1])) == [0, 1, 20]
+    assert numbers(images.select([5])) == []
+    assert images.classes == [0, 1]
+    assert images.counts(3).tolist() == [2, 3, 0]
+
+
+def test_relabelling_moves_labels_across_part_borders():
+    images = (numbered(2) + numbered(1, start=10)).relabelled(torch.tensor([4, 5, 6]))
+    assert images.labels.tolist() == [4, 5, 6]
+    assert numbers(images) == [0, 1, 10]
+    assert images.parts[1].labels.tolist() == [6]
+
+
+def test_files_and_tensors_hold_the_same_image(tmp_path):
+    array = np.random.default_rng(0).integers(256, size=(3, 6, 6, 3), dtype=np.uint8)
+    paths = [save(tmp_path, f"{i}.png", image) for i, image in enumerate(array)]
+    files = ImageSet.of(paths, torch.arange(3))
+    assert_close(files.image(2), torch.from_numpy(array[2]).permute(2, 0, 1), rtol=0, atol=0)
+    assert_close(files.decoded().parts[0].images, torch.from_numpy(array).permute(0, 3, 1, 2), rtol=0, atol=0)
+    assert files.take([1]).parts[0].images == (paths[1],)
+
+
+def test_decoding_files_of_two_sizes_into_one_part_names_the_odd_one(tmp_path):
+    paths = [save(tmp_path, f"{size}.png", np.zeros((size, size, 3), np.uint8)) for size in (4, 5)]
+    with pytest.raises(DataError, match=r"5\.png has shape \(3, 5, 5\)"):
+        ImageSet.of(paths, torch.zeros(2, dtype=torch.int64)).decoded()
+
+
+def test_bytes_are_pixels_of_tensors_and_sizes_of_files(tmp_path):
+    path = save(tmp_path, "a.png", np.zeros((4, 4, 3), np.uint8))
+    files = ImageSet.of([path], torch.tensor([0]))
+    assert numbered(3, size=4).nbytes == 48
+    assert (numbered(3, size=4) + files).nbytes == 48 + (tmp_path / "a.png").stat().st_size
+
+
+def test_a_position_behind_the_last_image_is_an_error():
+    with pytest.raises(IndexError):
+        numbered(2).image(2)
+
+
+def test_neighbours_of_one_kind_are_merged_and_nothing_changes_its_place():
+    small, large = torch.arange(3 * 4).to(torch.uint8).view(3, 1, 2, 2), torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    label = torch.tensor([0])
+    parts = [ImageSet.of(small[:1], label), ImageSet.of(small[1:], torch.tensor([1, 2])), ImageSet.of(large, label + 3)]
+    images = sum([*parts, ImageSet.of(["a.png"], label + 4), ImageSet.of(["b.png"], label + 5)], ImageSet())
+    merged = images.merged()
+    assert [len(part.labels) for part in merged.parts] == [3, 1, 2] and merged.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(merged.parts[0].images, small) and merged.parts[2].images == ("a.png", "b.png")

@@ -1,0 +1,354 @@
+"""From uint8 to what a network wants, checked against torchvision, PIL and loops over single images."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close
+from torchvision import transforms as tv
+from torchvision.transforms.v2 import functional as tv2
+
+from utils.data.augment import auto_augment, erase, jiggle, rotate
+from utils.data.crops import crop_and_flip, crop_boxes, random_resized_crop, shift_and_flip
+from utils.data.images import ImageSet
+from utils.data.transforms import (
+    RECIPES,
+    ClassifierTransform,
+    DiffusionTransform,
+    Recipe,
+    classifier_transform,
+    match_channels,
+    normalise,
+    resize_and_crop,
+    stack,
+    to_uint8,
+    to_unit_range,
+)
+
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def generator(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_images(count=6, channels=3, height=8, width=8, seed=0):
+    return torch.randint(256, (count, channels, height, width), dtype=torch.uint8, generator=generator(seed))
+
+
+def image_set(*tensors) -> ImageSet:
+    return sum((ImageSet.of(tensor, torch.zeros(len(tensor), dtype=torch.int64)) for tensor in tensors), ImageSet())
+
+
+def as_pil(image) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def as_tensor(image: Image.Image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def transform(recipe=RECIPES["cifar"], size=8, in_memory=True) -> ClassifierTransform:
+    return ClassifierTransform(recipe, size, MEAN, STD, in_memory)
+
+
+# ---------------------------------------------------------------------- value ranges
+
+
+def test_all_256_grey_levels_survive_the_way_to_the_unit_range_and_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    unit = to_unit_range(levels)
+    assert (unit.min().item(), unit.max().item()) == (-1.0, 1.0)
+    assert_close(to_uint8(unit), levels, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "level"),
+    [(-1.5, 0), (1.5, 255), (-1.0, 0), (1.0, 255), (2 * 100.4 / 255 - 1, 100), (2 * 100.6 / 255 - 1, 101)],
+)
+def test_to_uint8_clamps_and_rounds_to_the_nearest_level(value, level):
+    assert to_uint8(torch.tensor([value])).tolist() == [level]
+
+
+def test_normalise_is_torchvisions():
+    images = torch.rand(3, 3, 5, 5, generator=generator())
+    assert_close(normalise(images, torch.tensor(MEAN), torch.tensor(STD)), tv.Normalize(MEAN, STD)(images))
+
+
+def test_one_grey_channel_becomes_three_normalised_ones():
+    images = noise_images(channels=1)
+    expected = tv.Normalize(MEAN, STD)(images.expand(-1, 3, -1, -1) / 255)
+    assert_close(transform(RECIPES["none"]).test(images), expected)
+
+
+# ---------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shift_and_flip_equals_a_loop_over_single_images(padding, flip, channels):
+    images = noise_images(20, channels, height=5, width=7)
+    result = shift_and_flip(images, padding, flip, generator(3))
+    draw, span = generator(3), 2 * padding + 1
+    tops = torch.randint(span, (20, 1), generator=draw)
+    lefts = torch.randint(span, (20, 1), generator=draw)
+    kept = torch.rand(20, 1, generator=draw) < 0.5 if flip else torch.ones(20, 1, dtype=torch.bool)
+    for image, top, left, keep, got in zip(images, tops, lefts, kept, result):
+        crop = F.pad(image, (padding,) * 4)[:, int(top) : int(top) + 5, int(left) : int(left) + 7]
+        assert_close(got, crop if keep else crop.flip(-1), rtol=0, atol=0)
+
+
+def test_shifts_reach_every_corner_and_half_of_the_images_are_mirrored():
+    image = torch.zeros(1, 1, 5, 5, dtype=torch.uint8)
+    image[..., 2, 2] = 1
+    spots = shift_and_flip(image.expand(4000, -1, -1, -1), 2, False, generator()).flatten(1).float().mean(0)
+    assert_close(spots, torch.full((25,), 1 / 25), rtol=0, atol=0.015)
+    image[..., 2, 2], image[..., 2, 0] = 0, 1
+    mirrored = shift_and_flip(image.expand(4000, -1, -1, -1), 0, True, generator())[:, 0, 2, 4].float().mean().item()
+    assert mirrored == pytest.approx(0.5, abs=0.03)
+
+
+def test_brightness_multiplies_each_image_by_its_own_factor_in_range():
+    recipe = Recipe(brightness=63 / 255)
+    images = torch.full((2000, 1, 2, 2), 100, dtype=torch.uint8)
+    plain = ClassifierTransform(recipe, 2, (0.0,) * 3, (1.0,) * 3, True).train(images, generator())
+    factors = plain[:, 0, 0, 0] * 255 / 100
+    assert_close(plain, factors.view(-1, 1, 1, 1).expand_as(plain) * 100 / 255)
+    assert factors.min() == pytest.approx(1 - 63 / 255, abs=0.003)
+    assert factors.max() == pytest.approx(1 + 63 / 255, abs=0.003)
+    assert factors.mean() == pytest.approx(1, abs=0.01)
+
+
+def test_brightness_never_leaves_the_range_of_an_image():
+    images = torch.full((50, 3, 2, 2), 255, dtype=torch.uint8)
+    pixels = ClassifierTransform(Recipe(brightness=0.5), 2, (0.0,) * 3, (1.0,) * 3, True).train(images, generator())
+    assert pixels.max().item() == 1.0
+
+
+def test_training_and_test_batches_are_float_with_three_channels_in_channels_last_order():
+    for batch in (transform().train(noise_images(channels=1), generator()), transform().test(noise_images())):
+        assert batch.shape == (6, 3, 8, 8)
+        assert batch.dtype == torch.float32
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_augmentation_depends_on_its_generator_alone():
+    batches = [transform().train(noise_images(), generator(seed)) for seed in (1, 1, 2)]
+    assert_close(batches[0], batches[1], rtol=0, atol=0)
+    assert not torch.equal(batches[0], batches[2])
+
+
+@pytest.mark.parametrize(("flip", "changed"), [(True, True), (False, False)])
+def test_generators_see_flips_only_where_the_data_set_has_them(flip, changed):
+    images = noise_images(16)
+    batch = DiffusionTransform(8, flip).train(images, generator())
+    mirrored = to_unit_range(images).flip(-1)
+    same, other = (batch == to_unit_range(images)).flatten(1).all(1), (batch == mirrored).flatten(1).all(1)
+    assert torch.all(same | other)
+    assert bool(other.any()) is changed
+    assert_close(DiffusionTransform(8, flip).test(images), to_unit_range(images), rtol=0, atol=0)
+
+
+def test_guide_shifts_flips_turns_jiggles_and_erases_one_after_the_other():
+    images, draw = noise_images(40), generator(5)
+    pixels = shift_and_flip(images, 4, True, draw) / 255
+    pixels = jiggle(rotate(pixels, 30, 0.5, draw), 0.1, draw)
+    pixels = erase(pixels, 0.5, (0.1, 0.5), (0.3, 3.3), draw)
+    guide = ClassifierTransform(RECIPES["guide"], 8, (0.5,) * 3, (0.5,) * 3, True)
+    assert_close(guide.train(images, generator(5)), pixels * 2 - 1)
+    assert_close(guide.test(images), to_unit_range(images))
+
+
+def test_escort_crops_flips_brightens_and_auto_augments_one_image_after_the_other():
+    images, draw, expected = noise_images(20, height=60, width=50), generator(5), []
+    for image in images:
+        image = random_resized_crop(image, 24, (0.08, 1.0), draw)
+        image = image.flip(-1) if torch.rand((), generator=draw) < 0.5 else image
+        factor = torch.empty(()).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw).item()
+        expected.append(auto_augment((image * factor).clamp(0, 255).to(torch.uint8), draw))
+    escort, same = transform(RECIPES["escort"], 24, in_memory=False), generator(5)
+    loaded = torch.stack([escort.load_train(image, same) for image in images])
+    assert_close(loaded, torch.stack(expected), rtol=0, atol=0)
+
+
+def test_what_escorts_workers_leave_to_the_device_is_the_normalisation_alone():
+    images, draw = noise_images(4, height=24, width=24), generator(5)
+    batch = transform(RECIPES["escort"], 24, in_memory=False).train(images, draw)
+    assert_close(batch, tv.Normalize(MEAN, STD)(images / 255))
+    assert torch.equal(draw.get_state(), generator(5).get_state())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_escort_sees_small_images_in_memory_as_it_sees_files(channels):
+    images, draw = noise_images(8, channels, 8, 8), generator(3)
+    small = transform(RECIPES["escort"], 24)
+    files = transform(RECIPES["escort"], 24, in_memory=False)
+    loaded = torch.stack([files.load_train(image, draw) for image in images])
+    assert_close(small.train(small.keep(images, training=True), generator(3)), files.train(loaded, draw))
+    assert_close(small.test(images), files.test(torch.stack([files.load_test(image) for image in images])))
+
+
+def test_a_flip_before_a_rotation_is_one_after_the_opposite_rotation():
+    image, bilinear = noise_images(1)[0] / 255, tv.InterpolationMode.BILINEAR
+    assert_close(tv2.rotate(image.flip(-1), 20, bilinear), tv2.rotate(image, -20, bilinear).flip(-1))
+
+
+def test_steps_that_a_recipe_leaves_out_draw_nothing():
+    images, draw, same = noise_images(), generator(5), generator(5)
+    pixels = shift_and_flip(images, 4, True, draw) / 255
+    pixels = (pixels * torch.empty(6, 1, 1, 1).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw)).clamp(0, 1)
+    expected = normalise(pixels, torch.tensor(MEAN), torch.tensor(STD))
+    assert_close(transform(RECIPES["cifar"]).train(images, same), expected, rtol=0, atol=0)
+    assert torch.equal(draw.get_state(), same.get_state())
+
+
+def test_a_learner_may_ask_for_another_recipe_mean_and_deviation_than_the_data_set():
+    dataset = SimpleNamespace(augmentation="cifar", image_size=8, mean=MEAN, std=STD, in_memory=True)
+    own, images = classifier_transform(dataset), noise_images()
+    assert own.recipe == RECIPES["cifar"]
+    assert_close(own.test(images), tv.Normalize(MEAN, STD)(images / 255))
+    guide = classifier_transform(dataset, recipe="guide", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert guide.recipe == RECIPES["guide"]
+    assert_close(guide.test(images), to_unit_range(images))
+
+
+# ---------------------------------------------------------------------- sizes and channels
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (64, 64), (8, 90)])
+def test_a_resized_crop_has_the_asked_size_whatever_the_image(height, width):
+    image = noise_images(1, 3, height, width)[0]
+    crops = [random_resized_crop(image, 32, (0.08, 1.0), generator(seed)) for seed in range(5)]
+    assert all(crop.shape == (3, 32, 32) and crop.dtype == torch.uint8 for crop in crops)
+
+
+def test_a_resized_crop_keeps_area_and_aspect_in_range_and_lies_anywhere():
+    top, left, h, w = crop_boxes(4000, 100, 120, (0.2, 0.6), generator())
+    areas, ratios = h * w / 12000, w / h
+    assert 0.19 < areas.min() < 0.22 and 0.57 < areas.max() < 0.61
+    assert 0.73 < ratios.min() < 0.77 and 1.3 < ratios.max() < 1.36
+    assert areas.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert ratios.log().mean().item() == pytest.approx(0, abs=0.01)  # 3/4 is as likely as 4/3
+    assert (top.min(), left.min(), (top + h).max(), (left + w).max()) == (0, 0, 100, 120)
+    assert ((top + h / 2).mean() / 100).item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 32), (7, 9)])
+@pytest.mark.parametrize("size", [32, 224])
+def test_a_batch_is_cropped_as_torchvision_crops_its_images_one_by_one(height, width, size):
+    images = noise_images(12, 3, height, width)
+    top, left, h, w = crop_boxes(12, height, width, (0.05, 1.0), generator(4))
+    crops = crop_and_flip(images.float(), size, (0.05, 1.0), False, generator(4))
+    expected = [
+        tv2.resized_crop(image, *box, [size, size], antialias=True)
+        for image, *box in zip(images, *(numbers.tolist() for numbers in (top, left, h, w)))
+    ]
+    assert_close(crops, torch.stack(expected).float(), rtol=0, atol=1)
+    assert crops.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_of_the_cropped_images_are_mirrored_and_the_rest_are_not():
+    images = noise_images(1, 3, 16, 16).float().expand(400, -1, -1, -1)
+    crops = crop_and_flip(images, 16, (1.0, 1.0), True, generator())  # of a square only the whole has its full area
+    mirrored = (crops == images.flip(-1)).flatten(1).all(1)
+    assert_close(crops[~mirrored], images[~mirrored], rtol=0, atol=0)
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["asp", "imagenet_jitter"])
+def test_a_cropped_training_batch_stays_in_range_and_is_normalised(recipe):
+    kept = ClassifierTransform(RECIPES[recipe], 32, MEAN, STD, True)
+    plain = ClassifierTransform(RECIPES[recipe], 32, (0.0,) * 3, (1.0,) * 3, True)
+    images = noise_images(6)
+    batch = plain.train(images, generator(2))
+    assert batch.shape == (6, 3, 32, 32) and batch.min() >= 0 and batch.max() <= 1
+    assert_close(kept.train(images, generator(2)), tv.Normalize(MEAN, STD)(batch))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 32)])
+def test_small_images_are_tested_as_pil_would_enlarge_them(height, width):
+    images = noise_images(3, 3, height, width)
+    batch = ClassifierTransform(RECIPES["asp"], 224, (0.0,) * 3, (1.0,) * 3, True).test(images)
+    view = tv.Compose([tv.Resize(256, tv.InterpolationMode.BICUBIC), tv.CenterCrop(224)])
+    expected = torch.stack([as_tensor(view(as_pil(image))) for image in images])
+    assert_close(batch * 255, expected.float(), rtol=0, atol=1)
+    assert_close(batch * 255, resize_and_crop(images, 224, "bicubic").float())
+
+
+def test_an_image_too_long_for_any_crop_gives_its_middle_as_pil_resizes_it():
+    image = noise_images(1, 3, 40, 160)[0]
+    middle = as_pil(image).crop((60, 0, 100, 40)).resize((16, 16), Image.BILINEAR)
+    crop = random_resized_crop(image, 16, (0.9, 1.0), generator())
+    assert_close(crop, as_tensor(middle), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (500, 333), (256, 256), (100, 120)])
+def test_the_test_view_is_torchvisions_resize_and_centre_crop_of_a_pil_image(height, width):
+    image = noise_images(1, 3, height, width)[0]
+    for resize, mode in (("bilinear", tv.InterpolationMode.BILINEAR), ("bicubic", tv.InterpolationMode.BICUBIC)):
+        view = tv.Compose([tv.Resize(256, mode), tv.CenterCrop(224)])
+        assert_close(resize_and_crop(image, 224, resize), as_tensor(view(as_pil(image))), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize(("mode", "filtering"), [("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)])
+def test_replay_is_resized_with_antialiasing_as_pil_does(mode, filtering):
+    pixels = noise_images(1, 3, 64, 64)
+    expected = as_tensor(as_pil(pixels[0]).resize((16, 16), filtering))
+    assert_close(stack(image_set(pixels), 16, mode)[0], expected, rtol=0, atol=1)
+
+
+def test_stack_resizes_other_sizes_repeats_grey_and_leaves_the_rest_alone():
+    small, colour, grey = noise_images(2), noise_images(1, 3, 16, 16), noise_images(3, 1)
+    stacked = stack(image_set(small, colour, grey), 8)
+    assert stacked.shape == (6, 3, 8, 8)
+    assert stacked.dtype == torch.uint8
+    assert_close(stacked[:2], small, rtol=0, atol=0)
+    assert_close(stacked[3:], grey.expand(-1, 3, -1, -1), rtol=0, atol=0)
+
+
+def test_stack_keeps_one_channel_where_all_images_are_grey():
+    assert stack(image_set(noise_images(2, 1), noise_images(2, 1, 4, 4)), 8, "nearest").shape == (4, 1, 8, 8)
+
+
+def test_grey_is_repeated_to_three_equal_channels():
+    grey = noise_images(2, 1)
+    assert_close(match_channels(grey, 3), torch.cat([grey] * 3, 1), rtol=0, atol=0)
+    assert match_channels(grey, 1) is grey
+
+
+@pytest.mark.parametrize(
+    ("recipe", "side", "training", "kept"),
+    [
+        ("cifar", 8, True, 8),
+        ("cifar", 4, True, 32),  # without a crop, other sizes are brought to the network's
+        ("asp", 8, True, 8),  # with one, small images are enlarged per batch
+        ("asp", 8, False, 8),
+        ("asp", 40, True, 32),
+        ("asp", 40, False, 32),
+    ],
+)
+def test_images_are_kept_small_where_every_batch_is_cropped_anew(recipe, side, training, kept):
+    size = 8 if (recipe, side) == ("cifar", 8) else 32
+    pixels = transform(RECIPES[recipe], size).keep(noise_images(2, 3, side, side), training)
+    assert pixels.shape == (2, 3, kept, kept)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_only_small_images_are_augmented_as_a_batch(in_memory):
+    assert all(transform(recipe, in_memory=in_memory).whole_batch is in_memory for recipe in RECIPES.values())
+
+
+def test_large_images_beside_small_ones_are_tested_by_their_middle():
+    image = noise_images(1, 3, 60, 80)
+    kept = transform(RECIPES["asp"], 32).keep(image, training=False)
+    assert_close(kept, resize_and_crop(image, 32, "bicubic"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["none", "imagenet"])
+def test_workers_turn_large_grey_images_into_three_channels_of_the_networks_size(recipe):
+    image, large = noise_images(1, 1, 50, 40)[0], transform(RECIPES[recipe], size=24, in_memory=False)
+    assert large.load_train(image, generator()).shape == large.load_test(image).shape == (3, 24, 24)

@@ -1,0 +1,146 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import stdev
+
+import pytest
+
+from utils.results.compare import main
+
+ROOT = Path(__file__).parents[3]
+
+
+def write_run(root, name, finals, **facts):
+    """A run folder; a final accuracy of None stands for a seed that has only begun."""
+    (root / name).mkdir(parents=True)
+    (root / name / "config.json").write_text(json.dumps({"model_name": "wa", "dataset": "digits"}))
+    for seed, final in finals.items():
+        folder = root / name / f"seed_{seed}"
+        folder.mkdir()
+        results = {"model_name": "wa", "source": "ddpm", "dataset": "digits", "task_sizes": [2, 2]}
+        results |= {"accuracy_matrix": [[90.0], [80.0, 70.0]], "final_accuracy": final, "forgetting": 10.0}
+        results |= {"average_incremental_accuracy": 88.5, "seconds": {"total": 90.0}}
+        results |= {"memory_bytes": {"exemplars": 1024, "bank": 512, "source": None, "network": 10**9}}
+        if final is not None:
+            (folder / "results.json").write_text(json.dumps(results | facts))
+    return str(root / name)
+
+
+def table_of(capsys, *arguments):
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def csv_of(capsys, *arguments):
+    return list(csv.DictReader(table_of(capsys, *arguments, "--format", "csv").splitlines()))
+
+
+def test_seeds_are_averaged_with_their_sample_deviation(tmp_path, capsys):
+    run = write_run(tmp_path, "cifar_wa", {1: 50.0, 2: 53.0, 10: 55.0})
+    (row,) = csv_of(capsys, run)
+    assert row["seeds"] == "1 2 10"
+    assert float(row["final_accuracy_mean"]) == pytest.approx(158 / 3)
+    assert float(row["final_accuracy_std"]) == pytest.approx(stdev([50, 53, 55]))
+
+
+def test_replay_memory_is_exemplars_bank_and_source(tmp_path, capsys):
+    run = write_run(tmp_path, "cifar_wa", {1: 50.0})
+    assert float(csv_of(capsys, run)[0]["replay_memory_bytes_mean"]) == 1536
+    assert "1.5 KiB" in table_of(capsys, run)
+
+
+def few_shot(base, novel):
+    """The figures of two sessions, the last ones given."""
+    return {"fscil": {"base": [90.0, base], "novel": [None, novel], "harmonic_mean": [None, 60.0],
+                      "performance_drop": [0.0, 12.5]}}  # fmt: skip
+
+
+def test_few_shot_runs_have_columns_of_their_last_session(tmp_path, capsys):
+    run = write_run(tmp_path, "asp", {1: 50.0}, **few_shot(80.0, 48.0))
+    head, _, row = table_of(capsys, run).splitlines()
+    assert head.endswith("base (%)  novel (%)  harmonic mean (%)  drop (pts)")
+    assert row.split()[-4:] == ["80.00", "48.00", "60.00", "12.50"]
+
+
+def test_runs_without_few_shots_beside_few_shot_runs_leave_these_columns_empty(tmp_path, capsys):
+    write_run(tmp_path, "a_asp", {1: 50.0, 2: 50.0}, **few_shot(80.0, 48.0))
+    write_run(tmp_path, "b_wa", {1: 50.0})
+    asp, wa = csv_of(capsys, str(tmp_path))
+    assert (asp["base_mean"], asp["novel_std"], wa["base_mean"]) == ("80.0", "0.0", "")
+
+
+def test_one_seed_has_no_deviation(tmp_path, capsys):
+    run = write_run(tmp_path, "cifar_wa", {1: 50.0})
+    assert csv_of(capsys, run)[0]["final_accuracy_std"] == ""
+    assert "±" not in table_of(capsys, run)
+
+
+@pytest.mark.parametrize("results", [None, {"accuracy_matrix": [[90.0]], "task_sizes": [2, 2], "final_accuracy": 1.0}])
+def test_unfinished_seeds_are_marked_and_left_out_of_the_means(tmp_path, capsys, results):
+    run = write_run(tmp_path, "cifar_wa", {1: 50.0, 2: None})
+    if results:
+        (tmp_path / "cifar_wa" / "seed_2" / "results.json").write_text(json.dumps(results))
+    (row,) = csv_of(capsys, run)
+    assert (row["seeds"], row["unfinished_seeds"], row["final_accuracy_mean"]) == ("1", "2", "50.0")
+    assert "1, 2*" in table_of(capsys, run)
+
+
+def test_a_run_that_has_only_begun_is_listed(tmp_path, capsys):
+    text = table_of(capsys, write_run(tmp_path, "begun", {1: None}))
+    assert "begun" in text and "wa" in text and "1*" in text
+
+
+def test_text_columns_are_aligned(tmp_path, capsys):
+    write_run(tmp_path, "a", {1: 5.0})
+    write_run(tmp_path, "long_name", {1: 100.0, 2: 90.0})
+    write_run(tmp_path, "other", {1: 10.0, 2: 30.0})
+    head, rule, *rows = table_of(capsys, str(tmp_path)).splitlines()
+    starts = [i for i in range(len(rule)) if rule[i] == "-" and rule[i - 1 : i] in ("", " ")]
+    assert all(line[start - 1] == " " for line in (head, *rows) for start in starts[1:])
+    assert rows[1].index("±") == rows[2].index("±")
+
+
+def test_other_folders_and_files_are_skipped_quietly(tmp_path, capsys):
+    (tmp_path / "syn_image_cifar_seed1" / "task_0").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("")
+    write_run(tmp_path, "cifar_wa", {1: 50.0})
+    rows = csv_of(capsys, *sorted(map(str, tmp_path.iterdir())))
+    assert [row["run"] for row in rows] == ["cifar_wa"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("folder", ["empty", "absent"])
+def test_without_any_run_the_message_names_the_folder_and_the_code_is_2(tmp_path, capsys, folder):
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / folder)]) == 2
+    assert folder in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_is_named(tmp_path, capsys, content):
+    run = write_run(tmp_path, "cifar_wa", {1: 50.0})
+    (tmp_path / "cifar_wa" / "seed_1" / "results.json").write_text(content)
+    assert main([run]) == 2
+    assert "results.json" in capsys.readouterr().err
+
+
+def test_latex_has_booktabs_rules_and_escapes(tmp_path, capsys):
+    write_run(tmp_path, "cifar_wa", {1: 50.0, 2: 52.0})
+    text = table_of(capsys, str(tmp_path), "--format", "latex")
+    assert r"cifar\_wa & wa & ddpm" in text and r"$51.00 \pm 1.41$" in text and r"(\%)" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") for line in rows} == {9}
+
+
+def test_upper_bounds_say_so(tmp_path, capsys):
+    assert "upper bound" in table_of(capsys, write_run(tmp_path, "joint", {1: 90.0}, upper_bound=True))
+
+
+def test_the_table_can_go_to_a_file_by_the_command_line(tmp_path):
+    run = write_run(tmp_path, "cifar_wa", {1: 50.0})
+    command = [sys.executable, "-m", "utils.results.compare", run, "--output", str(tmp_path / "out" / "table.txt")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b""
+    assert "cifar_wa" in (tmp_path / "out" / "table.txt").read_text()

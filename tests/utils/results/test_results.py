@@ -1,0 +1,96 @@
+"""One seed's numbers as they grow session by session, and what several seeds have in common."""
+
+import logging
+
+import pytest
+import torch
+
+from tests.support.toy import toy_dataset
+from utils.data.manager import DataManager
+from utils.results.results import Results, summarise
+
+LOG = logging.getLogger("reprise")
+# Right answers among the four test images of each class, after each of three sessions of two classes.
+RIGHT = [[4, 3], [3, 3, 2, 2], [2, 2, 1, 1, 3, 1]]
+
+
+def results_of(sessions, few_shot=True, results=None):
+    data = DataManager(toy_dataset(), init_cls=2, increment=2, shuffle=False, kshot=2 if few_shot else 0)
+    results = results or Results({"seed": 7}, data, few_shot, long_tailed=False)
+    for index in sessions:
+        labels = torch.arange(2 * index + 2).repeat_interleave(4)
+        right = torch.arange(4).repeat(2 * index + 2) < torch.tensor(RIGHT[index]).repeat_interleave(4)
+        answers = labels.where(right, (labels + 1) % (2 * index + 2))
+        scores = torch.nn.functional.one_hot(answers, 2 * index + 2).float()
+        results.add(data.task(index), {"cnn": scores}, labels)
+    return results
+
+
+def final(results):
+    return results.to_dict({}, {}, {})
+
+
+def test_few_shot_figures_are_those_of_the_sessions():
+    fscil = final(results_of([0, 1, 2]))["fscil"]
+    assert fscil["base"] == [87.5, 75.0, 50.0]
+    assert fscil["novel"] == [None, 50.0, 37.5]  # of four novel classes in the last session
+    assert fscil["harmonic_mean"] == [None, 60.0, pytest.approx(2 * 50 * 37.5 / 87.5)]
+    assert fscil["performance_drop"] == pytest.approx([0.0, 25.0, 87.5 - 100 * 10 / 24])
+    assert fscil["asp_new"] == [None, 50.0, 37.5]  # where groups are equally large, ASP's means are the same
+
+
+def test_every_few_shot_session_is_logged_in_one_line(monkeypatch):
+    lines = []
+    monkeypatch.setattr(LOG, "info", lambda text, *values: lines.append(text % values))
+    results_of([0, 1])
+    first, second = [line for line in lines if line.startswith("Few-shot session")]
+    assert first.startswith("Few-shot session 0: base 87.50, novel -, harmonic mean -, performance drop 0.00")
+    assert second.startswith("Few-shot session 1: base 75.00, novel 50.00, harmonic mean 60.00, performance drop 25.00")
+
+
+def test_a_run_without_few_shots_has_no_such_figures():
+    assert final(results_of([0, 1], few_shot=False))["fscil"] is None
+
+
+def test_results_that_were_stored_in_between_end_alike():
+    first = results_of([0, 1])
+    copy = results_of([])
+    copy.load(first.state())
+    assert final(results_of([2], results=copy)) == final(results_of([0, 1, 2]))
+
+
+def test_the_forgetting_of_classes_comes_from_every_tasks_class_accuracies():
+    # Classes 0 to 3 end at 2, 2, 1 and 1 of 4 right; at best they had 4, 3, 2 and 2.
+    assert final(results_of([0, 1, 2]))["class_forgetting"] == pytest.approx(25 * (2 + 1 + 1 + 1) / 4)
+    assert final(results_of([0]))["class_forgetting"] == 0.0
+
+
+def seed_results(seed, novel, few_shot=True):
+    figures = {
+        "base": [90.0, 80.0],
+        "novel": [None, novel],
+        "harmonic_mean": [None, 50.0],
+        "performance_drop": [0.0, 9.0],
+    }
+    headline = dict.fromkeys(
+        ("final_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer"), 70.0
+    )
+    return {"seed": seed, **headline, "fscil": figures if few_shot else None}
+
+
+def test_seeds_are_summarised_by_the_last_sessions_mean_and_deviation():
+    summary = summarise([seed_results(1, 40.0), seed_results(2, 44.0)])
+    assert summary["seeds"] == [1, 2]
+    assert summary["fscil"]["novel"] == {"mean": 42.0, "std": pytest.approx(8**0.5)}
+    assert summary["fscil"]["base"] == {"mean": 80.0, "std": 0.0}
+    assert summary["final_accuracy"] == {"mean": 70.0, "std": 0.0}
+
+
+def test_a_single_session_has_no_novel_figures_to_summarise():
+    only = seed_results(1, 40.0)
+    only["fscil"] = {name: values[:1] for name, values in only["fscil"].items()}
+    assert set(summarise([only])["fscil"]) == {"base", "performance_drop"}
+
+
+def test_runs_without_few_shots_are_summarised_without_them():
+    assert "fscil" not in summarise([seed_results(1, 40.0, few_shot=False)])

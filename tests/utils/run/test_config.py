@@ -1,0 +1,425 @@
+"""Experiment files as users of PyCIL, PILOT and the forks write them, and what is said of a mistake."""
+
+import json
+
+import pytest
+from pydantic import Field
+
+from learners.run.configure import build_config
+from utils.run.config import BaseConfig, RunConfig
+from utils.run.errors import ConfigError
+from utils.run.words import apply_overrides, gather_keys, merge_aliases, read_experiment
+
+
+class Example(BaseConfig):
+    rate: float = Field(0.1, gt=0, description="learning rate")
+    epochs: int = Field(5, ge=1, description="passes over the data")
+    flip: bool = False
+    words: list[str] = ["a"]
+    numbers: list[int] = [1]
+    maybe: int | None = None
+
+
+BASE = {"dataset": "digits", "init_cls": 2, "increment": 2, "model_name": "finetune"}
+DDPM = {"name": "ddpm"}
+
+
+def run_config(**changes) -> RunConfig:
+    return RunConfig.parse({**BASE, **changes})
+
+
+# ---------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "read"),
+    [
+        ("rate", None, 0.1),  # null is the default
+        ("rate", 1, 1.0),  # an integer is a number
+        ("rate", "1e-3", 1e-3),  # numbers as text, as argparse leaves them
+        ("epochs", "7", 7),
+        ("epochs", 7.0, 7),
+        ("maybe", "3", 3),
+        ("flip", "true", True),
+        ("flip", "False", False),
+        ("words", "x", ["x"]),  # a scalar fills a list
+        ("words", "x, y", ["x", "y"]),  # so does a comma string
+        ("numbers", 4, [4]),
+        ("numbers", "4,5", [4, 5]),
+        ("numbers", ["4", 5], [4, 5]),
+        ("numbers", [], []),
+    ],
+)
+def test_values_are_read_as_pycils_users_write_them(key, written, read):
+    value = getattr(Example.parse({key: written}), key)
+    assert value == read
+    assert type(value) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "said"),
+    [
+        ("epochs", True, "a boolean is not a number"),
+        ("numbers", [1, False], "a boolean is not a number"),
+        ("rate", True, "a boolean is not a number"),
+        ("flip", 1, "true or false"),
+        ("epochs", 0, "greater than or equal to 1"),
+        ("rate", 0.0, "greater than 0"),
+        ("rate", float("nan"), "finite"),
+        ("rate", float("inf"), "finite"),
+        ("epochs", 2.5, "integer"),
+        ("epochs", "many", "integer"),
+        ("numbers", "4,five", "integer"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_what_is_allowed(key, written, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        Example.parse({key: written})
+    assert str(caught.value).startswith(key)
+    shown = "five" if key == "numbers" and isinstance(written, str) else str(written)
+    assert shown in str(caught.value) or isinstance(written, list)
+
+
+def test_all_wrong_values_are_named_at_once():
+    with pytest.raises(ConfigError, match=r"rate=-1.*; epochs=0"):
+        Example.parse({"rate": -1, "epochs": 0})
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"), [("epoch", "; did you mean 'epochs'?"), ("numbrs", "; did you mean 'numbers'?"), ("zzz", "")]
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest(key, hint):
+    with pytest.raises(ConfigError) as caught:
+        Example.parse({key: 1})
+    assert str(caught.value) == f"unknown key {key!r}{hint}"
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ConfigError, match="the key 'dataset' is missing"):
+        RunConfig.parse({key: value for key, value in BASE.items() if key != "dataset"})
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(Exception, match="frozen"):
+        Example().rate = 1.0
+
+
+@pytest.mark.parametrize("dataset", ["/data/cifar", "../cifar", "", ".hidden"])
+def test_a_dataset_is_a_name_and_not_a_path(dataset):
+    with pytest.raises(ConfigError, match="give a name, not a path"):
+        run_config(dataset=dataset)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, [1993, -5]])
+def test_a_seed_that_numpy_cannot_take_is_a_config_error(seed):
+    with pytest.raises(ConfigError, match=r"seed\.\d="):
+        run_config(seed=seed)
+
+
+def test_every_key_has_a_one_line_description():
+    texts = [field.description or "" for field in RunConfig.model_fields.values()]
+    assert all(text and "\n" not in text for text in texts)
+
+
+# ---------------------------------------------------------------------- files, overrides, aliases
+
+
+def test_a_json_mistake_is_named_with_its_line(tmp_path):
+    (tmp_path / "broken.json").write_text('{\n "dataset": "digits",\n "init_cls" 2\n}')
+    with pytest.raises(ConfigError, match=r"broken\.json, line 3, column 13"):
+        read_experiment(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"[1]", "one JSON object, not a list"), (b"", "line 1"), (b"\xff", "cannot read")]
+)
+def test_a_file_that_holds_no_object_is_named(tmp_path, content, said):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_experiment(path)
+    assert "file.json" in str(caught.value)
+
+
+def test_an_absent_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"no experiment file .*absent\.json"):
+        read_experiment(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["a=2"], {"a": 2, "synth": {"name": "x"}}),
+        (["a=2", "a=3"], {"a": 3, "synth": {"name": "x"}}),  # the last one counts
+        (["b=1e-3", "c=[1, 2]"], {"a": 1, "b": 1e-3, "c": [1, 2], "synth": {"name": "x"}}),
+        (["a=0,1"], {"a": "0,1", "synth": {"name": "x"}}),  # no JSON: text
+        (["a=k=v"], {"a": "k=v", "synth": {"name": "x"}}),  # the first sign counts
+        (["synth.steps=5", "synth.name=y"], {"a": 1, "synth": {"name": "y", "steps": 5}}),  # dots reach inside
+        (["new.deep.key=true"], {"a": 1, "synth": {"name": "x"}, "new": {"deep": {"key": True}}}),
+        (["synth=null"], {"a": 1, "synth": None}),
+    ],
+)
+def test_overrides_are_put_in_one_after_the_other(overrides, expected):
+    raw = {"a": 1, "synth": {"name": "x"}}
+    assert apply_overrides(raw, overrides) == expected
+    assert raw == {"a": 1, "synth": {"name": "x"}}
+
+
+@pytest.mark.parametrize("override", ["a", "=3", ""])
+def test_an_override_without_key_and_sign_is_an_error(override):
+    with pytest.raises(ConfigError, match="write --set key=value"):
+        apply_overrides({}, [override])
+
+
+@pytest.mark.parametrize("key", ["backbone_type", "convnet_type"])
+@pytest.mark.parametrize("override", ["backbone_type", "convnet_type"])
+def test_pilots_backbone_type_is_convnet_type_in_file_and_override(key, override):
+    assert merge_aliases({key: "resnet20"}) == {"convnet_type": "resnet20"}
+    assert merge_aliases(apply_overrides({key: "resnet20"}, [f"{override}=vit"])) == {"convnet_type": "vit"}
+
+
+def test_two_spellings_of_one_key_must_agree():
+    assert merge_aliases({"backbone_type": "a", "convnet_type": "a"}) == {"convnet_type": "a"}
+    assert merge_aliases({"backbone_type": None, "convnet_type": "a"}) == {"convnet_type": "a"}
+    assert merge_aliases({"backbone_type": "a", "convnet_type": None}) == {"convnet_type": "a"}
+    with pytest.raises(ConfigError, match="are one key"):
+        merge_aliases({"backbone_type": "a", "convnet_type": "b"})
+
+
+# ---------------------------------------------------------------------- flat keys of the originals
+
+
+@pytest.mark.parametrize(
+    ("flat", "synth"),
+    [
+        ({"need_syn_imgs": True}, {"name": "ldm", "need_syn_imgs": True}),
+        ({"need_syn_imgs": "true"}, {"name": "ldm", "need_syn_imgs": "true"}),
+        ({"ldm_ckpt": "a.ckpt", "config": "a.yaml"}, {"name": "ldm", "ldm_ckpt": "a.ckpt", "yaml": "a.yaml"}),
+        (
+            {"syn_image_path": "bank", "need_syn_imgs": False},
+            {"name": "ldm", "syn_image_path": "bank", "need_syn_imgs": False},
+        ),
+        ({"need_syn_imgs": True, "syn_image_path": None}, {"name": "ldm", "need_syn_imgs": True}),
+        ({"need_syn_imgs": False}, None),  # no images wanted, none named
+        ({"need_syn_imgs": "false"}, None),
+        ({"syn_image_path": None, "config": None}, None),
+        ({"ldm_ckpt": "a", "synth": {"guidance": 3}}, {"name": "ldm", "guidance": 3, "ldm_ckpt": "a"}),
+        ({"ldm_ckpt": "a", "synth": {"name": "LDM", "ldm_ckpt": "a"}}, {"name": "LDM", "ldm_ckpt": "a"}),  # they agree
+        ({"need_syn_imgs": True, "synth": {"need_syn_imgs": "true"}}, {"name": "ldm", "need_syn_imgs": True}),
+        ({"need_syn_imgs": False, "synth": DDPM}, {"name": "ddpm", "need_syn_imgs": False}),  # every source has it
+        ({"synth": DDPM}, DDPM),
+    ],
+)
+def test_flat_keys_of_the_originals_move_into_a_source(flat, synth):
+    moved = merge_aliases({"dataset": "digits", **flat})
+    assert moved.get("synth") == synth
+    assert synth is None or set(moved) == {"dataset", "synth"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({"ldm_ckpt": "a", "synth": {"name": "ldm", "ldm_ckpt": "b"}}, ["ldm_ckpt='a'", "synth.ldm_ckpt='b'"]),
+        ({"config": "a", "synth": {"name": "ldm", "yaml": "b"}}, ["config='a'", "synth.yaml='b'"]),
+        ({"need_syn_imgs": True, "synth": {"need_syn_imgs": False}}, ["need_syn_imgs=T", "synth.need_syn_imgs=F"]),
+        ({"ldm_ckpt": "a", "synth": DDPM}, ["ldm_ckpt='a'", "synth.name='ddpm'"]),
+    ],
+)
+def test_a_flat_key_that_contradicts_the_source_is_named_with_what_it_contradicts(raw, named):
+    with pytest.raises(ConfigError) as caught:
+        merge_aliases(raw)
+    assert all(words in str(caught.value) for words in named)
+
+
+@pytest.mark.parametrize(
+    ("raw", "overrides", "synth"),
+    [
+        ({"ldm_ckpt": "a"}, ["ldm_ckpt=b"], {"name": "ldm", "ldm_ckpt": "b"}),
+        ({"ldm_ckpt": "a"}, ["synth.ldm_ckpt=b"], {"name": "ldm", "ldm_ckpt": "b"}),
+        ({"need_syn_imgs": "true"}, ["need_syn_imgs=false"], {"name": "ldm", "need_syn_imgs": False}),
+        ({}, ["need_syn_imgs=true", "config=x.yaml"], {"name": "ldm", "need_syn_imgs": True, "yaml": "x.yaml"}),
+        ({"synth": DDPM}, ["syn_image_path=x"], {"name": "ddpm", "syn_image_path": "x"}),
+        ({"ldm_ckpt": "a"}, ["synth=null"], None),
+        ({"need_syn_imgs": False}, [], None),
+    ],
+)
+def test_an_override_of_a_flat_key_wins_over_the_file_in_either_spelling(raw, overrides, synth):
+    assert apply_overrides(raw, overrides).get("synth") == synth
+
+
+ESCORT_OFF = {"memory_per_class": 20, "real_per_class": 18, "syn_per_class": 0, "augmentation_prob": 0,
+              "augmentations_per_image": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"memory_per_class": 18}),
+        (["seed=[1]"], {"memory_per_class": 18, "seed": [1]}),
+        (["syn_per_class=48"], {"memory_per_class": 20, "synth": {"name": "controlnet", **{
+            key: value for key, value in ESCORT_OFF.items() if key != "memory_per_class"}, "syn_per_class": 48}}),
+    ],
+)  # fmt: skip
+def test_escorts_method_can_be_switched_on_over_its_own_file(overrides, expected):
+    assert apply_overrides(gather_keys(ESCORT_OFF), overrides) == expected
+
+
+def test_need_syn_imgs_written_as_text_is_a_boolean_of_the_source():
+    config, _ = build_config({**BASE, "need_syn_imgs": "false", "synth": DDPM})
+    assert config.synth.need_syn_imgs is False
+    assert build_config({**BASE, "synth": DDPM})[0].synth.need_syn_imgs is True
+
+
+def test_flat_keys_that_are_off_without_a_source_are_listed_as_unused():
+    config, unused = build_config({**BASE, "need_syn_imgs": "false"})
+    assert (config.synth, unused) == (None, ["need_syn_imgs"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"dataset": "cub"}, "cub"),
+        ({"dataset": "CUB", "cub_split": "official"}, "cub_official"),
+        ({"dataset": "cifar224", "cub_split": "official"}, "cifar224"),
+    ],
+)
+def test_the_split_of_cub_picks_the_data_set(keys, name):
+    assert run_config(**keys).data_name == name
+
+
+# ---------------------------------------------------------------------- identity and seeds
+
+
+def test_place_machine_and_seed_are_no_part_of_the_identity():
+    elsewhere = run_config(seed=[1, 2], device="cpu", num_workers=3, data_dir="x", output_dir="y", offline=True)
+    assert elsewhere.identity() == run_config().identity()
+    assert elsewhere.identity_hash() == run_config().identity_hash()
+
+
+@pytest.mark.parametrize("change", [{"init_cls": 3}, {"precision": "fp32"}, {"class_order_seed": 1}, {"stem": "cifar"}])
+def test_every_other_key_is_part_of_the_identity(change):
+    assert run_config(**change).identity_hash() != run_config().identity_hash()
+
+
+def test_the_sources_own_keys_are_part_of_the_identity():
+    build = [build_config({**BASE, "synth": {**DDPM, "num_steps": steps}})[0] for steps in (5, 6)]
+    assert build[0].identity()["synth"]["num_steps"] == 5
+    assert build[0].identity_hash() != build[1].identity_hash()
+
+
+@pytest.mark.parametrize(
+    ("keys", "order_seed", "train_seed", "tag"),
+    [
+        ({}, 7, 7, "seed_7"),
+        ({"class_order_seed": 1993}, 1993, 7, "seed_7"),
+        ({"model_seed": 4}, 7, 4, "seed_7_4"),  # ESCORT: seed is the class order's
+    ],
+)
+def test_seeds_of_class_order_and_training(keys, order_seed, train_seed, tag):
+    config = run_config(**keys)
+    assert (config.order_seed(7), config.train_seed(7), config.seed_tag(7)) == (order_seed, train_seed, tag)
+
+
+# ---------------------------------------------------------------------- learner and source
+
+
+def test_keys_that_only_another_learner_knows_are_unused_and_listed():
+    config, unused = build_config({**BASE, "T": 3.0, "lamda": 2, "debug": True, "init_epoch": 4})
+    assert unused == ["T", "debug", "lamda"]
+    assert config.init_epoch == 4
+
+
+def test_an_unused_key_may_hold_anything():
+    assert build_config({**BASE, "T": "hot"})[1] == ["T"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"init_epochs": 5}, "unknown key 'init_epochs'; did you mean 'init_epoch'"),
+        ({"model_name": "icrl"}, "unknown learner 'icrl'; did you mean 'icarl'"),
+        ({"model_name": "zzzz"}, r"unknown learner 'zzzz'\. Known: .*finetune"),
+        ({"model_name": None}, "'model_name' is missing: choose one of .*finetune"),
+        ({"model_name": "generative_replay"}, '"synth": .* with one of .*ddpm'),  # nothing to replay
+        ({"model_name": "joint", "synth": DDPM}, "'ddpm' makes images, which the learner 'joint' cannot replay"),
+        ({"synth": {"name": "dpm"}}, "unknown source 'dpm'; did you mean 'ddpm'"),
+        ({"synth": {"num_steps": 5}}, "must be an object with a name"),
+        ({"synth": "ddpm"}, "synth='ddpm': must be an object with a name"),
+        ({"synth": {**DDPM, "num_step": 5}}, "unknown key 'synth.num_step'; did you mean 'num_steps'"),
+        ({"synth": {**DDPM, "num_steps": 0}}, "synth.num_steps=0: .*greater than or equal to 1"),
+        ({"scheduler": "stepl"}, "scheduler='stepl'"),
+    ],
+)
+def test_a_mistake_in_the_experiment_is_one_config_error(change, said):
+    with pytest.raises(ConfigError, match=said):
+        build_config({**BASE, **change})
+
+
+def test_learner_and_source_names_may_be_written_in_capitals():
+    config, _ = build_config({**BASE, "model_name": "Generative_Replay", "synth": {"name": "DDPM"}})
+    assert (config.model_name, config.synth.name) == ("generative_replay", "ddpm")
+
+
+def test_a_pycil_file_runs_unchanged(tmp_path):
+    pycil = {
+        "prefix": "reproduce", "dataset": "cifar100", "memory_size": 2000, "memory_per_class": 20,
+        "fixed_memory": False, "shuffle": True, "init_cls": 10, "increment": 10, "model_name": "icarl",
+        "convnet_type": "resnet32", "device": ["0", "1", "2", "3"], "seed": [1993],
+    }  # fmt: skip
+    (tmp_path / "icarl.json").write_text(json.dumps(pycil))
+    config, unused = build_config(read_experiment(tmp_path / "icarl.json"))
+    assert unused == []
+    assert {key: getattr(config, key) for key in pycil} == pycil
+
+
+ESCORT = {
+    "dataset": "Food101", "augmentation_prob": 0.0, "augmentations_per_image": 1, "memory_per_class": 20,
+    "real_per_class": 18, "syn_per_class": 0, "init_cls": 51, "increment": 5, "memory_size": None,
+    "fixed_memory": True, "shuffle": True, "model_name": "der", "convnet_type": "resnet18", "device": ["0", "1"],
+    "seed": [1993], "model_seed": 1, "batch_size": 128, "num_workers": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["der", "icarl", "wa", "memo"])
+def test_an_escort_file_without_generated_images_is_the_plain_learner_with_its_real_exemplars(name):
+    config, unused = build_config({**ESCORT, "model_name": name})
+    assert unused == [] and config.synth is None
+    assert (config.memory_per_class, config.fixed_memory, config.model_seed) == (18, True, 1)
+    assert (config.dataset, config.convnet_type) == ("Food101", "resnet18")
+
+
+@pytest.mark.parametrize("name", ["controlnet", "small_controlnet"])
+def test_escorts_keys_of_generated_images_are_those_of_its_source(name):
+    given = {"augmentation_prob": 0.4, "augmentations_per_image": 5, "syn_per_class": 48}
+    synth = None if name == "controlnet" else {"name": name}  # implied, or one that takes the same keys
+    config, unused = build_config({**ESCORT, **given, "synth": synth})
+    assert unused == [] and (config.synth.name, config.memory_per_class) == (name, 20)
+    assert (config.synth.real_per_class, config.synth.syn_per_class) == (18, 48)
+    assert (config.synth.augmentation_prob, config.synth.augmentations_per_image) == (0.4, 5)
+
+
+def test_escorts_file_with_its_method_off_takes_any_other_source():
+    config, unused = build_config({**ESCORT, "synth": {"name": "ddpm"}})
+    assert unused == [] and config.synth.name == "ddpm" and config.memory_per_class == 18
+
+
+def test_escorts_keys_do_not_go_to_a_source_that_has_none_of_them():
+    with pytest.raises(ConfigError, match=r"augmentation_prob=0\.4 is of the source 'controlnet'"):
+        build_config({**ESCORT, "augmentation_prob": 0.4, "synth": {"name": "ddpm"}})
+
+
+def test_an_asp_file_with_the_flat_keys_of_generated_replay_runs_unchanged():
+    asp = {
+        "prefix": "asp", "model_prefix": "asp", "dataset": "cifar224", "memory_size": 0, "shuffle": False,
+        "init_cls": 60, "increment": 5, "kshot": 5, "model_name": "asp", "backbone_type": "pretrained_vit_b16_224_vpt",
+        "device": ["0"], "seed": [2024], "vpt_type": "Deep", "prompt_token_num": 6, "TIP_init": "zero",
+        "avg_alpha": 0.8, "EMA_beta": 0.99, "perturb_var": 1, "anchor_lambda": 0.1, "kl_weight": 0.001,
+        "optimizer": "sgd", "init_lr": 0.01, "min_lr": 0, "weight_decay": 0.0005, "tuned_epoch": 20, "fs_epoch": 0,
+        "batch_size": 48, "fs_batch_size": 16, "fs_lr": 0.001, "top_k": 5, "base_model_path": "none",
+    }  # fmt: skip
+    flat = {"need_syn_imgs": "true", "syn_image_path": None, "ldm_ckpt": "model.ckpt", "config": "ldm.yaml"}
+    config, unused = build_config({**asp, **flat})
+    assert unused == ["base_model_path", "model_prefix", "top_k"]
+    assert config.convnet_type == "pretrained_vit_b16_224_vpt"
+    source = config.synth
+    assert (source.name, source.need_syn_imgs, source.ldm_ckpt, source.yaml) == ("ldm", True, "model.ckpt", "ldm.yaml")

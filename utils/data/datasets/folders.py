@@ -1,0 +1,220 @@
+"""Class folders: `<train|test>/<class>/<image>`, the layout of torchvision's ImageFolder.
+
+Small images of one size are decoded at once and stay in memory; of large ones only the headers are read, so that a
+broken file is named before hours of training and not after them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.data.datasets.base import Images
+from utils.data.images import IMAGE_SUFFIXES, ImageSet, decode_image
+from utils.run.errors import DataError
+
+SMALL_SIDE = 64  # pixels; images up to this side live in memory
+CHUNK = 256  # files per job: a job for each file would cost more than reading its header
+ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet as published names the classes of its test images in this file
+
+
+class Header(NamedTuple):
+    width: int
+    height: int
+    grey: bool
+
+
+def list_class_names(split: Path) -> list[str]:
+    """Names of the class folders in ``split``: by number where all are numbers, else as ImageFolder sorts them."""
+    names = [entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith(".")]
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def read_folders(
+    folder: Path,
+    test_folders: Sequence[str],
+    class_names: list[str] | None = None,
+    left_out: Sequence[str] = (),
+) -> Images:
+    """Read ``folder/train`` and the first of ``test_folders`` that holds the same classes.
+
+    Args:
+        folder: holds train and test folders.
+        test_folders: names to try for the test images.
+        class_names: read these classes only; None: all.
+        left_out: class folders that are passed over, in either split.
+
+    Raises:
+        DataError: if test images are missing, the two splits have other classes, a class has no image, or an image
+            is broken. The message names the folder or file.
+    """
+    test_folder = _pick_test_folder(folder, test_folders)
+    train = _without(left_out, _class_files(folder / "train", class_names))
+    test = _without(left_out, _class_files(test_folder, class_names))
+    _check_same_classes(folder / "train", list(train), test_folder, list(test))
+    _check_not_empty(folder / "train", train)
+    _check_not_empty(test_folder, test)
+    source = f"class folders in {folder}{describe_left_out(folder, left_out)}"
+    return read_files(train, {name: test[name] for name in train}, source)
+
+
+def describe_left_out(folder: Path, left_out: Sequence[str]) -> str:
+    """Which of ``left_out`` are class folders of ``folder/train``: " without a, b", or nothing where none is."""
+    present = [name for name in left_out if (folder / "train" / name).is_dir()]
+    return f" without {', '.join(present)}" if present else ""
+
+
+def read_files(train: dict[str, list[str]], test: dict[str, list[str]], source: str) -> Images:
+    """Both splits from the files of every class: small images of one size in memory, others by their paths.
+
+    Args:
+        train, test: paths by class name, the same names in the same order.
+        source: what is read, in words.
+
+    Raises:
+        DataError: if an image is broken.
+    """
+    splits = [_flat(train), _flat(test)]
+    paths = [path for split_paths, _ in splits for path in split_paths]
+    headers = set(_in_threads(_read_header, paths, "checking images"))
+    channels = 1 if all(header.grey for header in headers) else 3
+    sizes = {(header.width, header.height) for header in headers}
+    if len(sizes) == 1 and max(sizes.pop()) <= SMALL_SIDE:
+        splits = [(_decode(split_paths, channels), labels) for split_paths, labels in splits]
+    counts = f"{len(splits[0][1])} training and {len(splits[1][1])} test images, {len(train)} classes"
+    sets = [ImageSet.of(images, labels) for images, labels in splits]
+    return Images(*sets, list(train), channels, f"{source} ({counts})")
+
+
+def read_through(images: Images, view: Callable[[Tensor], Tensor]) -> Images:
+    """The same images in memory, each decoded once and changed by ``view``; see ``Recipe``.
+
+    Raises:
+        DataError: if an image is broken.
+    """
+
+    def read(split: ImageSet) -> ImageSet:
+        stored = split.parts[0].images
+        pixels = view(stored) if isinstance(stored, Tensor) else _decode(list(stored), images.channels, view)
+        return ImageSet.of(pixels.contiguous(), split.labels)
+
+    return images._replace(train=read(images.train), test=read(images.test))
+
+
+def _pick_test_folder(folder: Path, names: Sequence[str]) -> Path:
+    present = [folder / name for name in names if (folder / name).is_dir()]
+    if not present:
+        raise DataError(
+            f"{folder} has training images but no folder {' or '.join(names)}: "
+            f"put test images into {folder / names[0]}/<class>/<image>"
+        )
+    # ImageNet's `test` comes without classes; its `val` is what everybody tests on.
+    train_classes = list_class_names(folder / "train")
+    same = [path for path in present if (path / ANNOTATIONS).is_file() or list_class_names(path) == train_classes]
+    return (same or present)[0]
+
+
+def _class_files(split: Path, class_names: list[str] | None) -> dict[str, list[str]]:
+    """Paths of the images of every class, sorted."""
+    if (split / ANNOTATIONS).is_file():
+        files = _annotated_files(split)
+        return {name: files.get(name, []) for name in class_names or sorted(files)}
+    return {name: _image_files(split / name) for name in class_names or list_class_names(split)}
+
+
+def _without(left_out: Sequence[str], files: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {name: paths for name, paths in files.items() if name not in left_out}
+
+
+def _image_files(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        os.path.join(root, name)
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+    )
+
+
+def _annotated_files(split: Path) -> dict[str, list[str]]:
+    """Tiny-ImageNet's `val`: lines of file name, class and box, divided by tabs."""
+    files: dict[str, list[str]] = {}
+    for line in sorted((split / ANNOTATIONS).read_text(encoding="utf-8").splitlines()):
+        file, name = line.split("\t")[:2]
+        files.setdefault(name, []).append(str(split / "images" / file))
+    return files
+
+
+def _check_same_classes(train: Path, train_classes: list[str], test: Path, test_classes: list[str]) -> None:
+    only_train = [name for name in train_classes if name not in set(test_classes)]
+    only_test = [name for name in test_classes if name not in set(train_classes)]
+    if only_train or only_test:
+        raise DataError(
+            f"{train} and {test} must hold the same classes. Only in {train.name}: {_listed(only_train)}; "
+            f"only in {test.name}: {_listed(only_test)}. Add or remove these folders"
+        )
+
+
+def _check_not_empty(split: Path, files: dict[str, list[str]]) -> None:
+    if not files:
+        raise DataError(f"{split} holds no class folder: put images into {split}/<class>/<image>")
+    empty = [name for name, paths in files.items() if not paths]
+    if empty:
+        raise DataError(
+            f"no image in the class folders {_listed(empty)} of {split}: put images "
+            f"({', '.join(IMAGE_SUFFIXES)}) there, or remove these folders from train and test"
+        )
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most]) or "none"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def _flat(files: dict[str, list[str]]) -> tuple[list[str], Tensor]:
+    """All paths, class by class, and their labels, int64 (N,)."""
+    counts = torch.tensor([len(paths) for paths in files.values()])
+    return [path for paths in files.values() for path in paths], torch.arange(len(files)).repeat_interleave(counts)
+
+
+def _read_header(path: str) -> Header:
+    try:
+        with Image.open(path) as image:
+            return Header(*image.size, image.mode in ("1", "L"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
+
+
+def _decode(paths: list[str], channels: int, view: Callable[[Tensor], Tensor] = lambda image: image) -> Tensor:
+    """uint8 (N, C, H, W), each image through ``view``; grey files are repeated where the set has colour."""
+
+    def read(path: str) -> Tensor:
+        return view(decode_image(path)).expand(channels, -1, -1).contiguous()
+
+    return torch.stack(_in_threads(read, paths, "reading images"))
+
+
+def _in_threads(function: Callable[[str], Any], paths: list[str], description: str) -> list[Any]:
+    """``function`` of every path, in order; the first error ends the work at once."""
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    results: list[Any] = []
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=description, delay=2, leave=False) as bar:
+        try:
+            for done in pool.map(lambda chunk: [function(path) for path in chunk], chunks):
+                results += done
+                bar.update(len(done))
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results

@@ -1,0 +1,172 @@
+"""Which classes come when, and which images of them are used: pure functions of labels and seeds.
+
+The references draw from one global generator; here every draw has a generator of its own, which gives the same
+numbers where parity asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.run.errors import ConfigError, DataError
+from utils.training.seeding import numpy_generator
+
+
+def class_order(num_classes: int, shuffle: bool, seed: int) -> list[int]:
+    """Original class ids in the order of learning: PyCIL's permutation, or the identity without ``shuffle``.
+
+    Raises:
+        ConfigError: if NumPy's legacy generator cannot take the seed.
+    """
+    if not shuffle:
+        return list(range(num_classes))
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"the class order's seed={seed} must lie in 0..{2**32 - 1}")
+    return np.random.RandomState(seed).permutation(num_classes).tolist()
+
+
+def task_sizes(num_classes: int, init_cls: int, increment: int, dataset: str = "the data set") -> list[int]:
+    """New classes per task: ``init_cls``, then ``increment`` while they last, then the rest. They sum to all classes.
+
+    Raises:
+        ConfigError: if there are fewer than ``init_cls`` classes.
+    """
+    if not 1 <= init_cls <= num_classes:
+        raise ConfigError(
+            f"init_cls={init_cls}, but {dataset} has only {num_classes} classes: use a value from 1 to {num_classes}"
+        )
+    full, rest = divmod(num_classes - init_cls, increment)
+    return [init_cls] + [increment] * full + [rest] * (rest > 0)
+
+
+def long_tail_counts(
+    num_images: int, num_classes: int, imb_factor: float, kind: Literal["exp", "step"] = "exp"
+) -> list[int]:
+    """Images per class of a long-tailed set, by label index (Cao et al., LDAM, 2019; TDFA card, 1.1).
+
+    Args:
+        num_images: N, of a balanced set; class 0 keeps N / K of them.
+        imb_factor: smallest over largest class, in (0, 1].
+        kind: "exp" falls from class to class, "step" gives the second half of the classes the smallest count.
+    """
+    most = num_images / num_classes
+    if kind == "step":
+        head = num_classes // 2
+        return [int(most)] * head + [int(most * imb_factor)] * (num_classes - head)
+    # int() truncates; rounding would change CIFAR-100's total from 10847 to 10899.
+    return [int(most * imb_factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
+
+
+def long_tail_indices(
+    labels: Tensor, num_classes: int, imb_factor: float, kind: Literal["exp", "step"] = "exp", seed: int = 0
+) -> Tensor:
+    """Positions of the images that a long-tailed set keeps, class by class in label order (TDFA card, 1.1 and 9.2).
+
+    Args:
+        labels: int64 (N,), original class ids: class 0 is the head, whatever the order of learning.
+        seed: the reference always uses 0, so all runs share one set.
+
+    Returns:
+        int64 (M,).
+
+    Raises:
+        ConfigError: if a class would keep no image.
+    """
+    stream, labels_array, kept = np.random.RandomState(seed), labels.numpy(), []
+    counts = long_tail_counts(len(labels_array), num_classes, imb_factor, kind)
+    if min(counts) < 1:
+        raise ConfigError(
+            f"imb_factor={imb_factor} leaves class {counts.index(min(counts))} no image: "
+            f"use at least {math.ceil(num_classes / len(labels_array) * 1e6) / 1e6:g}"
+        )
+    for label, count in enumerate(counts):
+        positions = np.flatnonzero(labels_array == label)
+        stream.shuffle(positions)
+        kept.append(positions[:count])
+    return torch.from_numpy(np.concatenate(kept))
+
+
+def few_shot_indices(
+    labels: Tensor,
+    sessions: Sequence[Sequence[int]],
+    kshot: int,
+    seed: int,
+    draw: Literal["own", "reference"] = "own",
+    class_names: Sequence[str] | None = None,
+) -> dict[int, list[int]]:
+    """K images for each class of the sessions after the first.
+
+    Args:
+        labels: int64 (N,), in learning order.
+        sessions: the new classes of every few-shot session, sessions in order, without the first task.
+        kshot: K, images per class.
+        draw: "own" draws every class by itself; "reference" is ASP's stream of Python's generator, in which each
+            session is drawn twice and the second draw counts (ASP card, 2.3).
+        class_names: for messages.
+
+    Returns:
+        Per class, K positions within the class: 0 is its first image in ``labels``.
+
+    Raises:
+        DataError: if a class has fewer than K images.
+    """
+    counts = torch.bincount(labels, minlength=1 + max((max(session) for session in sessions), default=0)).tolist()
+    stream, chosen = random.Random(seed), {}
+    for session in sessions:
+        sizes = {label: counts[label] for label in sorted(session)}
+        _check_shots(sizes, kshot, class_names)
+        if draw == "reference":
+            _shuffled_positions(sizes, stream)  # the draw of ASP's unused augmented data
+            shuffled = _shuffled_positions(sizes, stream)
+        else:
+            shuffled = {label: _own_permutation(size, seed, label) for label, size in sizes.items()}
+        chosen |= {label: positions[:kshot] for label, positions in shuffled.items()}
+    return chosen
+
+
+def _check_shots(sizes: dict[int, int], kshot: int, class_names: Sequence[str] | None) -> None:
+    for label, size in sizes.items():
+        if size < kshot:
+            name = repr(class_names[label]) if class_names else label
+            raise DataError(
+                f"kshot={kshot}, but class {name} has only {size} training images: "
+                f"use kshot of at most {size}, or add images"
+            )
+
+
+def _own_permutation(size: int, seed: int, label: int) -> list[int]:
+    return numpy_generator(seed, "few_shot", label).permutation(size).tolist()
+
+
+def _shuffled_positions(sizes: dict[int, int], stream: random.Random) -> dict[int, list[int]]:
+    positions = {label: list(range(size)) for label, size in sizes.items()}
+    for items in positions.values():
+        stream.shuffle(items)
+    return positions
+
+
+def split_validation(labels: Tensor, share: float, *key: int | str) -> tuple[Tensor, Tensor]:
+    """Cut every class into training and validation images.
+
+    Args:
+        labels: int64 (N,).
+        share: of every class that is held out, in [0, 1), rounded; at least one training image stays.
+        key: what the draw depends on.
+
+    Returns:
+        Ascending positions of the training and of the validation images, int64.
+    """
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist() if share > 0 else ():
+        positions = (labels == label).nonzero().flatten()
+        count = min(round(share * len(positions)), len(positions) - 1)
+        shuffled = numpy_generator(*key, "validation", label).permutation(len(positions))
+        held_out[positions[shuffled[:count]]] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()

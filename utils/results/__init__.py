@@ -1,0 +1,1 @@
+"""What a run has reached: metrics, results.json, the report, tables over runs."""

@@ -1,0 +1,232 @@
+"""What an experiment is judged by: pure functions from scores and accuracy tables to plain Python floats, in percent.
+
+An accuracy matrix is a lower-triangular list of rows: A[i][j] is the percentage of task j's test images that were
+right after task i (j <= i), with the argmax over all classes seen by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from statistics import fmean
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.run.errors import DataError
+
+Array = Tensor | np.ndarray
+Matrix = Sequence[Sequence[float]]
+
+
+def accuracy_row(scores: Array, labels: Array, task_sizes: Sequence[int]) -> list[float]:
+    """One row of the accuracy matrix: the accuracy on every task so far, by the argmax over all scores.
+
+    Args:
+        scores: (N, C), the larger the likelier; C may exceed the classes seen (GUIDE scores all classes).
+        labels: (N,) integers in learning order.
+        task_sizes: classes of each task so far.
+
+    Returns:
+        One percentage per task.
+
+    Raises:
+        DataError: if a task has no test image.
+    """
+    labels = torch.as_tensor(labels)
+    correct = torch.as_tensor(scores).argmax(dim=1) == labels  # (N,)
+    row = []
+    for first, last in _spans(task_sizes):
+        inside = (labels >= first) & (labels <= last)
+        if not inside.any():
+            raise DataError(f"task {len(row)} (classes {first} to {last}) has no test image: its accuracy is undefined")
+        row.append(_percent(correct[inside]))
+    return row
+
+
+def topk(scores: Array, labels: Array, k: int) -> float:
+    """Percentage of images whose label is among the k largest scores; k is capped at the number of classes.
+
+    Ties go to the lower class, as in argmax, so ``topk(.., 1)`` is the accuracy. NaN never counts as right.
+
+    Args:
+        scores: (N, C).
+        labels: (N,) integers in [0, C).
+    """
+    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    own = scores.gather(1, labels[:, None])  # (N, 1)
+    before = ~(scores <= own) | ((scores == own) & (columns < labels[:, None]))  # (N, C); a NaN comes before all
+    return _percent(before.sum(dim=1) < min(k, scores.shape[1]))
+
+
+def per_class_accuracy(predictions: Array, labels: Array, num_classes: int) -> list[float | None]:
+    """Percentage right of each class's test images; None for a class that has none.
+
+    Args:
+        predictions, labels: (N,) integers in learning order.
+    """
+    predictions, labels = torch.as_tensor(predictions), torch.as_tensor(labels)
+    totals = torch.bincount(labels, minlength=num_classes).tolist()
+    rights = torch.bincount(labels[predictions == labels], minlength=num_classes).tolist()
+    return [100 * right / total if total else None for right, total in zip(rights, totals)]
+
+
+def group_accuracies(predictions: Array, labels: Array, num_old: int, groups: Sequence[int] | int) -> dict[str, float]:
+    """PyCIL's table of one phase: total, then groups of classes (``00-09``, ...), then old and new.
+
+    Groups come in numeric order, also over 100 classes, and one without any test image is left out. The last class
+    of a group of fixed width is nominal: 15 classes in tens give ``10-19``.
+
+    Args:
+        predictions, labels: (N,) integers in learning order.
+        num_old: classes known before this phase; 0 in phase 0, where ``old`` is 0.0 as in PyCIL.
+        groups: the real task sizes so far, or one width: 10 is what PyCIL prints whatever the tasks are.
+
+    Returns:
+        Percentages, rounded to two decimals.
+    """
+    predictions, labels = torch.as_tensor(predictions), torch.as_tensor(labels)
+    if isinstance(groups, int):
+        groups = [groups] * -(-(int(labels.max()) + 1) // groups)
+    members = {"total": labels >= 0}
+    members |= {f"{first:02d}-{last:02d}": (labels >= first) & (labels <= last) for first, last in _spans(groups)}
+    members |= {"old": labels < num_old, "new": labels >= num_old}
+    correct = predictions == labels
+    table = {}
+    for name, inside in members.items():
+        if inside.any():
+            table[name] = float(np.round(_percent(correct[inside]), 2))  # np.round, for PyCIL's way with ties
+        elif name == "old" and num_old == 0:
+            table[name] = 0.0
+    return table
+
+
+def average_incremental_accuracy(curve: Sequence[float]) -> float:
+    """Mean of the accuracy over all seen classes after every task, the first included (Rebuffi et al., iCaRL, 2017)."""
+    return fmean(curve)
+
+
+def average_task_accuracy(row: Sequence[float]) -> float:
+    """Unweighted mean over tasks of one row of the accuracy matrix (GUIDE's average accuracy)."""
+    return fmean(row)
+
+
+def forgetting_per_task(matrix: Matrix) -> list[float]:
+    """Percentage points that each task but the last has lost since its best; negative where it improved."""
+    last = len(matrix) - 1
+    return [max(matrix[k][j] for k in range(j, last)) - matrix[last][j] for j in range(last)]
+
+
+def forgetting(matrix: Matrix) -> float:
+    """Mean over earlier tasks of max_{k<T} A[k][j] - A[T][j], T the last task; not clipped, 0.0 after one task.
+
+    Chaudhry et al., "Riemannian Walk", ECCV 2018, Section 3; the definition of GUIDE, and of PyCIL where its groups
+    are the tasks.
+    """
+    return fmean(forgetting_per_task(matrix) or [0.0])
+
+
+def class_forgetting(rows: Sequence[Sequence[float | None]]) -> float:
+    """DDDR's forgetting measure: the mean loss of every class of earlier tasks since its best; 0.0 after one task.
+
+    Liang et al., ECCV 2024, arXiv:2409.01128. The last evaluation may be the best, so that it is never negative.
+
+    Args:
+        rows: accuracy per class after every task, each row as long as the classes seen by then; None (a class
+            without test images) is left out.
+    """
+    lost = []
+    for label in range(len(rows[-2]) if len(rows) > 1 else 0):
+        values = [row[label] for row in rows if label < len(row) and row[label] is not None]
+        lost += [max(values) - values[-1]] if values else []
+    return fmean(lost or [0.0])
+
+
+def backward_transfer(matrix: Matrix) -> float:
+    """Mean over earlier tasks of A[T][j] - A[j][j]; 0.0 after one task (Lopez-Paz and Ranzato, GEM, 2017, Eq. 3)."""
+    return fmean([matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)] or [0.0])
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """2 b n / (b + n): high only if base and novel classes both are; 0.0 where both are 0."""
+    return 2 * base * novel / (base + novel) if base + novel else 0.0
+
+
+def fscil(matrix: Matrix, test_counts: Sequence[int]) -> dict[str, list[float | None]]:
+    """Few-shot figures after every session; session 0 teaches the base classes, all later ones the novel classes.
+
+    The mean runs over test images, as in FSCIL-ASP's groups; ASP then averages over groups, which is the same
+    wherever all groups have equally many test images.
+
+    Args:
+        matrix: accuracy matrix, T rows.
+        test_counts: test images of each task, at least T.
+
+    Returns:
+        Lists of T percentages: ``base``, ``novel`` and ``harmonic_mean`` (both None in session 0), and
+        ``performance_drop``: points that the accuracy over all seen classes lies below session 0's.
+    """
+    base = [float(row[0]) for row in matrix]
+    novel = [_weighted(row[1:], test_counts[1:]) if row[1:] else None for row in matrix]
+    overall = [_weighted(row, test_counts) for row in matrix]
+    return {
+        "base": base,
+        "novel": novel,
+        "harmonic_mean": [None if n is None else harmonic_mean(b, n) for b, n in zip(base, novel)],
+        "performance_drop": [overall[0] - value for value in overall],
+    }
+
+
+def asp_averages(predictions: Array, labels: Array, init_cls: int, increment: int) -> dict[str, float | None]:
+    """FSCIL-ASP's Old, New and HAcc: means over groups of ``increment`` classes instead of over test images.
+
+    As in its code, a group is old if it ends below ``init_cls`` and new if it ends above, so that one which ends
+    there (``increment`` 1) is neither. The base classes of a session are one task here, but many groups.
+
+    Args:
+        predictions, labels: (N,) integers in learning order.
+        init_cls: classes of the first task.
+        increment: classes of every later task.
+
+    Returns:
+        Percentages ``old``, ``new``, ``harmonic_mean``; None where there is no group.
+    """
+    table = group_accuracies(predictions, labels, init_cls, increment)
+    ends = {int(name.split("-")[1]): value for name, value in table.items() if "-" in name}
+    old = [value for end, value in ends.items() if end < init_cls]
+    new = [value for end, value in ends.items() if end > init_cls]
+    old, new = fmean(old) if old else None, fmean(new) if new else None
+    both = None if old is None or new is None else harmonic_mean(old, new)
+    return {"old": old, "new": new, "harmonic_mean": both}
+
+
+def many_medium_few(accuracies: Sequence[float | None], counts: Sequence[int]) -> dict[str, float | None]:
+    """Mean class accuracy over classes with many (> 100), medium and few (< 20) training images; None if empty.
+
+    Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, Section 4.
+
+    Args:
+        accuracies: percentage per class; None (a class without test images) is left out.
+        counts: training images per class.
+    """
+    groups: dict[str, list[float]] = {"many": [], "medium": [], "few": []}
+    for accuracy, count in zip(accuracies, counts, strict=True):
+        if accuracy is not None:
+            groups["many" if count > 100 else "few" if count < 20 else "medium"].append(accuracy)
+    return {name: fmean(members) if members else None for name, members in groups.items()}
+
+
+def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last class of each group."""
+    return [(end - size, end - 1) for size, end in zip(sizes, accumulate(sizes))]
+
+
+def _percent(correct: Tensor) -> float:
+    return 100 * int(correct.sum()) / correct.numel()
+
+
+def _weighted(values: Sequence[float], counts: Sequence[int]) -> float:
+    weights = counts[: len(values)]
+    return sum(value * weight for value, weight in zip(values, weights)) / sum(weights)

@@ -1,0 +1,116 @@
+"""Panels: small tables of pictures that a learner or a source makes while it works, kept for the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from utils.data.images import decode_image, encode_image
+from utils.run.errors import CheckpointError
+from utils.training.checkpoint import atomic_write, write_json
+
+INDEX = "panel.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture, uint8 (C, H, W) with C = 1 or 3, and the words below it; a line break in them is kept."""
+
+    image: Tensor
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class PanelRow:
+    """The pictures of one thing, such as a class: one cell per column, None where there is none."""
+
+    name: str
+    cells: Sequence[Cell | None]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A table of pictures with words.
+
+    Args:
+        title: of its section in the report; panels of the same title and note that follow each other share one.
+        note: one or two sentences on what is to be seen.
+        columns: their names, at least one.
+        rows: each as long as ``columns``.
+        part: what this panel shows of the section, such as "Task 3".
+    """
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[PanelRow]
+    part: str = ""
+
+    def __post_init__(self):
+        lengths = [len(row.cells) for row in self.rows]
+        assert lengths == [len(self.columns)] * len(self.rows), f"{len(self.columns)} columns, cells per row {lengths}"
+
+
+class Panels:
+    """Panels on disk, `<folder>/<name>/panel.json` with its PNG files beside it.
+
+    Args:
+        folder: where they lie; it need not exist.
+        enabled: whether this process writes; of several only the main one does.
+    """
+
+    def __init__(self, folder: str | Path, enabled: bool = True):
+        self.folder, self.enabled = Path(folder), enabled
+
+    def write(self, name: str, panel: Panel) -> None:
+        """Store a panel in place of the one of this name; a number in the name, as in `guided_10`, orders them.
+
+        A resumed run writes the same panels again.
+        """
+        if not self.enabled:
+            return
+        rows = [
+            {"name": row.name, "cells": [self._store(name, i, j, cell) for j, cell in enumerate(row.cells)]}
+            for i, row in enumerate(panel.rows)
+        ]
+        words = {"title": panel.title, "part": panel.part, "note": panel.note, "columns": list(panel.columns)}
+        # Last, because a panel without it does not count: one that was cut off is never read.
+        write_json(self.folder / name / INDEX, words | {"rows": rows})
+
+    def _store(self, name: str, row: int, column: int, cell: Cell | None) -> dict[str, str] | None:
+        if cell is None:
+            return None
+        file = f"{row}-{column}.png"
+        atomic_write(self.folder / name / file, encode_image(cell.image.cpu(), ".png"), sync=False)
+        return {"image": file, "caption": cell.caption}
+
+    def read(self) -> list[Panel]:
+        """All panels in the order of their names, in which numbers count as numbers.
+
+        Raises:
+            CheckpointError: if a `panel.json` is damaged.
+            DataError: if an image cannot be read.
+        """
+        return [_read(path) for path in sorted(self.folder.glob(f"*/{INDEX}"), key=_natural)]
+
+
+def _natural(path: Path) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.parent.name)]
+
+
+def _read(path: Path) -> Panel:
+    try:
+        words = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; delete its folder, and the report does without") from error
+    rows = [PanelRow(row["name"], [_load(path.parent, cell) for cell in row["cells"]]) for row in words.pop("rows")]
+    return Panel(**words, rows=rows)
+
+
+def _load(folder: Path, cell: dict[str, str] | None) -> Cell | None:
+    return None if cell is None else Cell(decode_image(folder / cell["image"]), cell["caption"])

@@ -1,0 +1,216 @@
+"""The keys of an experiment, in PyCIL's words, checked as a whole before any data is read.
+
+The base class owns the keys of the run, the data, the memory and the network; every learner and every source adds
+its own. `learners/configure.py` puts the pieces together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator
+
+from utils.run.errors import ConfigError
+from utils.run.registry import nearest
+
+# Two settings that differ only in these are the same experiment; of a source_dir, each may hold other weights.
+NOT_IDENTITY = (
+    "seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every", "synth.keep_sources",
+    "init_from",
+)  # fmt: skip
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's legacy generator takes, which orders PyCIL's classes
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation itself."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return get_args(annotation)
+    return (annotation,)
+
+
+class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False):
+    """A frozen set of keys that reads JSON as PyCIL's users write it."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_as_written(cls, value: Any, info) -> Any:
+        """A scalar or a comma string fills a list; "true" is a boolean; a boolean is never a number."""
+        annotations = _choices(cls.model_fields[info.field_name].annotation)
+        origins = [get_origin(annotation) or annotation for annotation in annotations]
+        if list in origins and not isinstance(value, list) and value is not None:
+            value = [item.strip() for item in value.split(",")] if isinstance(value, str) else [value]
+        if str in origins and int not in origins and type(value) in (int, float):
+            value = str(value)  # a data set may be called 101
+        if bool in origins and isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool) != (bool in origins) and isinstance(item, (bool, int, float)):
+                raise ValueError("a boolean is not a number" if isinstance(item, bool) else "use true or false")
+        return value
+
+    @classmethod
+    def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """The keys with an original's words replaced by ours; default: there are none."""
+        return raw
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], where: str = ""):
+        """Build from a dictionary; null means the default.
+
+        Raises:
+            ConfigError: for an unknown key (names the nearest known one), a missing key, or a wrong value (names
+                key, value and what is allowed).
+        """
+        given = {key: value for key, value in cls.translate(raw).items() if value is not None}
+        for key in given:
+            if key not in cls.model_fields:
+                raise ConfigError(f"unknown key {where + key!r}{nearest(key, cls.model_fields)}")
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(where, item) for item in error.errors())) from error
+
+    def dump_without(self, keys: Iterable[str]) -> dict[str, Any]:
+        """All resolved keys but these, as JSON has them; dots reach into nested objects."""
+        exclude: dict[str, Any] = {}
+        for key in keys:
+            outer, _, inner = key.partition(".")
+            exclude[outer] = {*exclude.get(outer, ()), inner} if inner else True
+        return self.model_dump(mode="json", exclude=exclude)
+
+
+def _explain(where: str, item: dict[str, Any]) -> str:
+    key = where + ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if not item["loc"]:  # of several keys together, which the message names
+        return message
+    if item["type"] == "missing":
+        return f"the key {key!r} is missing"
+    return f"{key}={item['input']!r}: {message}"
+
+
+class SourceConfig(BaseConfig):
+    """Keys of every replay source: the nested object `synth`."""
+
+    name: str = Field(description="which source: see `python main.py --list`")
+    replay: Literal["keep", "redraw"] = Field(
+        "keep", description="keep: draw each class once and store it; redraw: draw all old classes before every task"
+    )
+    syn_per_class: int | None = Field(
+        None, ge=1, description="replay images per class; null: as many as the class's task has real images per class"
+    )
+    need_syn_imgs: bool = Field(
+        True, description="false: use the images that are there, fail if a class has too few; fit and draw nothing"
+    )
+    syn_image_path: str | None = Field(None, description="folder of the images; null: syn_image_<run>_seed<seed>")
+    adopt_syn_images: bool = Field(False, description="take over a folder of images that has no manifest")
+    image_format: Literal["auto", "png", "jpg"] = Field("auto", description="auto: png up to 64 px, jpg above")
+    sample_batch: int = Field(128, ge=1, description="images drawn at once; a pixel may move by one grey level with it")
+    fit_after_last_task: bool = Field(False, description="also fit the source on the last task, which nobody replays")
+    keep_sources: bool = Field(False, description="keep it as it is after every task, in sources/task_<t>")
+    source_dir: str | None = Field(None, min_length=1, description="folder of kept sources to take; null: train")
+
+
+class RunConfig(BaseConfig):
+    """Keys of the run, the data, the memory and the network, shared by all learners."""
+
+    prefix: str = Field("", description="free tag, first part of the run's name")
+    model_name: str = Field(description="which learner: see `python main.py --list`")
+    seed: list[Seed] = Field([1993], min_length=1, description="one full run per entry; also the class order's seed")
+    class_order_seed: Seed | None = Field(None, description="seed of the class order alone; null: the seed")
+    model_seed: Seed | None = Field(None, description="if given, `seed` is the class order's and this the training's")
+    device: list[int | str] = Field(["auto"], description='GPU ids, "cpu", -1 (the CPU) or "auto"')
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is fast at it")
+    num_workers: int = Field(-1, ge=-1, description="processes that decode large images; -1: by the machine")
+    checkpoint_every: int = Field(500, ge=1, description="training steps between two checkpoints inside a training")
+    data_dir: str = Field("data", description="where data sets lie")
+    output_dir: str = Field("outputs", description="where results go")
+    offline: bool = Field(False, description="fetch nothing from a network")
+
+    dataset: str = Field(description="a known data set or the name of a folder in data_dir")
+    cub_split: Literal["asp80", "official"] = Field(
+        "asp80", description="of dataset cub: ASP's class folders (about 80 % to train), or the split it came with"
+    )
+    shuffle: bool = Field(True, description="permute the class order with the seed")
+    init_cls: int = Field(ge=1, description="classes in the first task")
+    increment: int = Field(ge=1, description="classes in every later task; the last one may be smaller")
+    limit_tasks: int | None = Field(
+        None, ge=1, description="learn only so many tasks, as if the classes of the others did not exist; null: all"
+    )
+    kshot: int = Field(0, ge=0, description="images per class after the first task; 0: all")
+    few_shot_draw: Literal["own", "reference"] = Field("own", description="reference: the draw of ASP's code")
+    imb_factor: float = Field(1.0, gt=0, le=1, description="smallest over largest class; 1: balanced")
+    imb_type: Literal["exp", "step"] = Field("exp", description="shape of the long tail")
+    val_share: float = Field(0.0, ge=0, lt=1, description="share of every class's training images held out")
+
+    memory_size: int = Field(2000, ge=0, description="exemplars in all, shared by the seen classes")
+    memory_per_class: int = Field(20, ge=0, description="exemplars per class, used when fixed_memory is true")
+    fixed_memory: bool = Field(False, description="true: a fixed number per class; false: a fixed total")
+
+    memory_budget_mb: float | None = Field(
+        None, gt=0, description="megabytes (10^6 bytes) that may be carried to the next task, all told; null: no limit"
+    )
+    memory_drop: Literal["generated", "real"] = Field(
+        "generated", description="which kind of images goes first where memory_budget_mb is too small for all"
+    )
+
+    convnet_type: str = Field("resnet32", description="a backbone of ours or any timm model with its weight tag")
+    stem: Literal["auto", "cifar", "imagenet", "imagenet_small"] = Field("auto", description="first layers of a ResNet")
+    pretrained: bool = Field(True, description="load the weights that a timm name stands for")
+    backbone_weights: str | None = Field(None, description="a local weight file for the backbone")
+    backbone_args: dict[str, Any] = Field(
+        {}, description="arguments of a timm model from scratch or from a local file: patch_size, embed_dim, depth, ..."
+    )
+    init_from: str | None = Field(
+        None, min_length=1, description="folder of a run, or of its seed, whose first task is taken; null: train it"
+    )
+    replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field(
+        "bicubic", description="resizing of replay images kept in memory"
+    )
+
+    synth: SerializeAsAny[SourceConfig] | None = Field(None, description="the replay source and its keys")
+
+    @field_validator("seed")
+    @classmethod
+    def _each_seed_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("a seed stands there twice; each gets one run")
+        return value
+
+    @field_validator("dataset")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not value or "/" in value or value.startswith("."):
+            raise ValueError("give a name, not a path; data_dir says where the folder lies")
+        return value
+
+    @property
+    def data_name(self) -> str:
+        """The data set as `utils.data.datasets` knows it: splits of one data set are data sets of their own."""
+        official = self.dataset.lower() == "cub" and self.cub_split == "official"
+        return "cub_official" if official else self.dataset
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same experiment: every resolved key but the ones that name a place or a machine."""
+        return self.dump_without(NOT_IDENTITY)
+
+    def identity_hash(self) -> str:
+        """Six hexadecimal digits of the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:6]
+
+    def order_seed(self, seed: int) -> int:
+        """The seed of the class order in the run of this seed."""
+        return seed if self.class_order_seed is None else self.class_order_seed
+
+    def train_seed(self, seed: int) -> int:
+        """The seed of weights, batches and replay in the run of this seed."""
+        return seed if self.model_seed is None else self.model_seed
+
+    def seed_tag(self, seed: int) -> str:
+        """The name of this seed's folder; with a model_seed it carries both."""
+        return f"seed_{seed}" if self.model_seed is None else f"seed_{seed}_{self.model_seed}"

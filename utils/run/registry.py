@@ -1,0 +1,72 @@
+"""Names in the experiment file -> classes or functions. A new method is one new file with one decorator."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from utils.run.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'icarl'?`, or an empty string if nothing is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name; the modules of a package are imported when a name is first asked for.
+
+    Args:
+        kind: what is registered, for error messages: "learner", "source", ...
+        package: the package whose modules register things, by its import name.
+    """
+
+    def __init__(self, kind: str, package: str):
+        self.kind = kind
+        self.package = package
+        self._entries: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, *names: str) -> Callable[[T], T]:
+        """Decorator: make a class or function known under these names. A name taken twice is our own mistake."""
+
+        def add(entry: T) -> T:
+            for name in names:
+                assert name not in self._entries, f"{self.kind} {name!r} is registered twice"
+                self._entries[name] = entry
+            return entry
+
+        return add
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        return sorted(self._load())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._load()
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of this name.
+
+        Raises:
+            ConfigError: if nothing has this name; the message holds the nearest name and all of them.
+        """
+        entries = self._load()
+        if name not in entries:
+            raise ConfigError(
+                f"unknown {self.kind} {name!r}{nearest(name, entries) or '.'} Known: {', '.join(sorted(entries))}"
+            )
+        return entries[name]
+
+    def _load(self) -> dict[str, T]:
+        if not self._loaded:
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+            self._loaded = True
+        return self._entries

@@ -1,0 +1,269 @@
+"""The one training loop of the project: classifiers and generators, one step at a time, resumable at any step."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from utils.data.batches import Batch, Batches
+from utils.run.errors import TrainingError
+from utils.training import seeding
+from utils.training.checkpoint import Checkpoints
+from utils.training.run import Run
+
+log = logging.getLogger("reprise")
+LossFunction = Callable[[Batch], dict[str, Tensor]]  # named scalar terms
+LOG_EVERY = 50  # steps between two looks at the loss; looking synchronises a GPU
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What one training needs to know. Exactly one of ``epochs`` and ``steps`` is given."""
+
+    lr: float
+    epochs: int | None = None
+    steps: int | None = None
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "step", "cosine", "linear"] = "constant"
+    milestones: tuple[int, ...] = ()  # epochs after which "step" multiplies the rate by lr_decay
+    lr_decay: float = 0.1
+    min_lr: float = 0.0  # where "cosine" and "linear" end
+    cosine_length: int | None = None  # epochs or steps until "cosine" ends, then it rises again; None: the length
+    hold: int = 0  # steps that share a rate where the length is in steps, as GUIDE's epochs do; 0: none do
+    warmup_steps: int = 0
+    clip_norm: float = 0.0  # of the whole gradient; 0 turns it off
+    ema_decay: float = 0.0  # per step, constant from the first; 0 keeps no average
+
+    def __post_init__(self):
+        assert (self.epochs is None) != (self.steps is None), "give epochs or steps"
+        assert not (self.hold and self.epochs), "hold counts steps: give the length in steps"
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Length of the training in steps."""
+        return self.steps if self.epochs is None else self.epochs * steps_per_epoch
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The rate of a step, a function of position alone so that it needs no state.
+
+        With ``epochs`` it moves once per epoch, as PyCIL's schedulers do; with ``steps`` at every step, or with
+        ``hold`` whenever the number of the step, counted from 1, is a multiple of it.
+        """
+        position = step // steps_per_epoch if self.epochs is not None else step
+        if self.hold:
+            position = (step + 1) // self.hold * self.hold
+        length = self.epochs if self.epochs is not None else self.steps
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.schedule == "step":
+            return warm * self.lr * self.lr_decay ** sum(milestone <= position for milestone in self.milestones)
+        if self.schedule == "cosine":
+            length = self.cosine_length or length
+            return warm * (self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * position / length)) / 2)
+        if self.schedule == "linear":
+            return warm * (self.lr + (self.min_lr - self.lr) * position / length)
+        return warm * self.lr
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, fused=True)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=True)
+
+
+class Progress:
+    """Where a training stands: everything that a checkpoint inside it must hold."""
+
+    def __init__(self, module: nn.Module, config: TrainConfig, stateful: dict[str, object]):
+        self.module, self.stateful, self.step = module, stateful, 0
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = config.make_optimizer(self.parameters)
+        self.ema = None
+        if config.ema_decay:
+            self.ema = copy.deepcopy(module).eval().requires_grad_(False)
+
+    def update_ema(self, decay: float) -> None:
+        averages, values = list(self.ema.parameters()), list(self.module.parameters())
+        torch._foreach_lerp_(averages, [value.detach() for value in values], 1 - decay)
+        for average, value in zip(self.ema.buffers(), self.module.buffers()):
+            average.copy_(value)
+
+    def save(self, checkpoints: Checkpoints, losses: LossLog, run: Run) -> None:
+        """Write a checkpoint, after a look at the losses: one that is not finite must not be kept."""
+        losses.flush()
+        if not run.runtime.is_main:
+            return
+        optimizer, numbers = {}, {}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    optimizer[f"{index}.{name}"] = value
+                else:
+                    numbers[f"{index}.{name}"] = value
+        tensors = {"module": self.module.state_dict(), "optimizer": optimizer}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
+        state = {"step": self.step, "optimizer": numbers, "json": {}}
+        for name, thing in self.stateful.items():
+            values = thing.state_dict()
+            tensors[f"of_{name}"] = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+            state["json"][name] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        checkpoints.save(self.step, tensors, state)
+
+    def load(self, checkpoints: Checkpoints) -> bool:
+        """Continue from the newest checkpoint that is whole, if there is one."""
+        found = checkpoints.load_newest(log)
+        if found is None:
+            return False
+        _, tensors, state = found
+        self.module.load_state_dict(tensors["module"])
+        if self.ema is not None:
+            self.ema.load_state_dict(tensors["ema"])
+        values: dict[int, dict] = {}
+        for name, value in [*tensors["optimizer"].items(), *state["optimizer"].items()]:
+            index, key = name.split(".", 1)
+            values.setdefault(int(index), {})[key] = self._like_parameter(int(index), value)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": values, "param_groups": groups})
+        for name, thing in self.stateful.items():
+            thing.load_state_dict({**tensors[f"of_{name}"], **state["json"][name]})
+        self.step = state["step"]
+        return True
+
+    def _like_parameter(self, index: int, value):
+        # In the parameter's own memory order: another order takes another kernel, and so other last bits.
+        parameter = self.parameters[index]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            return torch.empty_like(parameter, requires_grad=False).copy_(value)
+        return value
+
+
+class LossLog:
+    """Keeps the last loss terms on the device and looks at them now and then."""
+
+    def __init__(self, run: Run, task: int, purpose: str):
+        self.run, self.task, self.purpose = run, task, purpose
+        self.kept: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.latest = ""
+
+    def add(self, step: int, rate: float, terms: dict[str, Tensor]) -> None:
+        self.kept.append((step, rate, {name: term.detach() for name, term in terms.items()}))
+
+    def flush(self) -> None:
+        """Write the means of the kept terms to metrics.jsonl.
+
+        Raises:
+            TrainingError: if a term is not finite; names step, terms and learning rate.
+        """
+        if not self.kept:
+            return
+        # A step may lack a term, such as distillation where a batch holds no replay: it then adds nothing.
+        names = list(dict.fromkeys(name for _, _, terms in self.kept for name in terms))
+        zero = torch.zeros((), device=self.run.device)
+        rows = [torch.stack([terms.get(name, zero).float() for name in names]) for _, _, terms in self.kept]
+        values = torch.stack(rows).cpu()
+        for (step, rate, _), row in zip(self.kept, values):
+            if not row.isfinite().all():
+                terms = ", ".join(f"{name}={value:g}" for name, value in zip(names, row.tolist()))
+                raise TrainingError(
+                    f"the loss is not finite in {self.purpose} of task {self.task}, step {step}: {terms}, "
+                    f"learning rate {rate:g}. Try a smaller rate, clip_norm, or precision=fp32"
+                )
+        step, rate, _ = self.kept[-1]
+        means = dict(zip(names, values.mean(0).tolist()))
+        place = {"task": self.task, "purpose": self.purpose, "step": step + 1, "lr": rate}
+        self.run.metrics.write(**place, **{"loss": sum(means.values()), **means})
+        self.latest = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        self.kept = []
+
+
+def fit(
+    module: nn.Module, batches: Batches, loss_fn: LossFunction, config: TrainConfig, *,
+    run: Run, task: int, purpose: str,
+    before_epoch: Callable[[int], None] | None = None, after_backward: Callable[[Batch], None] | None = None,
+    after_step: Callable[[int], None] | None = None, stateful: dict[str, object] | None = None,
+) -> nn.Module | None:  # fmt: skip
+    """Train a module, from its newest checkpoint if this training was cut off.
+
+    Every step reseeds the global random generators from (seed, task, purpose, step), so a loss may draw from them.
+
+    Args:
+        module: its parameters that require gradients are trained; it is in train mode at every step.
+        batches: see `utils.data.batches.Batches`; saved with every checkpoint.
+        loss_fn: one batch to named scalar terms, which are summed.
+        config: optimiser, schedule, length.
+        run: device, log, checkpoints, random keys.
+        task, purpose: name this training: it must be the only one of its kind in the run.
+        before_epoch: called with the epoch's number before its first step, not again when resumed inside it.
+        after_backward: called with the batch; gradients are reduced over processes and not yet clipped.
+        after_step: called with the number of steps done.
+        stateful: further things with state_dict / load_state_dict that a checkpoint must hold.
+
+    Returns:
+        The exponential moving average of the module, or None without ``ema_decay``.
+
+    Raises:
+        TrainingError: if the loss is NaN or infinite.
+    """
+    progress = Progress(module, config, {"batches": batches, **(stateful or {})})
+    checkpoints, losses = run.fit_checkpoints(task, purpose), LossLog(run, task, purpose)
+    per_epoch = len(batches)
+    total = config.num_steps(per_epoch)
+    if progress.load(checkpoints):
+        log.info("Task %d: %s continues at step %d of %d", task, purpose, progress.step, total)
+    run.metrics.rewind(task, purpose, progress.step)  # also of a training that was cut off before its first checkpoint
+    rank = run.runtime.shard[0]
+    bar = run.bar(total, f"task {task} {purpose}", progress.step)
+    while progress.step < total:
+        epoch, start = divmod(progress.step, per_epoch)
+        if before_epoch is not None and start == 0:
+            before_epoch(epoch)
+        module.train()
+        for batch in islice(batches.epoch(epoch, start), total - progress.step):
+            rate = config.learning_rate(progress.step, per_epoch)
+            seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))  # own noise
+            losses.add(progress.step, rate, train_step(progress, batch, loss_fn, config, rate, run, after_backward))
+            progress.step += 1
+            bar.update()
+            if after_step is not None:
+                after_step(progress.step)
+            if progress.step % LOG_EVERY == 0:
+                bar.set_postfix_str(losses.flush(), refresh=False)
+            if progress.step % run.checkpoint_every == 0:
+                progress.save(checkpoints, losses, run)
+    bar.close()
+    run.runtime.share_buffers(module)
+    if checkpoints.numbers()[:1] != [total]:
+        progress.save(checkpoints, losses, run)
+    module.eval()
+    return progress.ema
+
+
+def train_step(
+    progress: Progress, batch: Batch, loss_fn: LossFunction, config: TrainConfig, rate: float, run: Run, after_backward
+) -> dict[str, Tensor]:
+    """Forward, backward, clip, step, average. Returns the named terms of the loss."""
+    for group in progress.optimizer.param_groups:
+        group["lr"] = rate
+    run.runtime.share_buffers(progress.module)
+    with run.runtime.autocast():
+        terms = loss_fn(batch)
+    progress.optimizer.zero_grad(set_to_none=True)
+    run.runtime.accelerator.backward(sum(terms.values()))
+    run.runtime.average_gradients(progress.parameters)
+    if after_backward is not None:
+        after_backward(batch)
+    if config.clip_norm:
+        torch.nn.utils.clip_grad_norm_(progress.parameters, config.clip_norm)
+    progress.optimizer.step()
+    if progress.ema is not None:
+        progress.update_ema(config.ema_decay)
+    return terms
