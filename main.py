@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 DEFAULT_CONFIG = "exps/digits.json"
@@ -29,15 +30,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one message about a mistake that the user can repair."""
+    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
     args = parse_args(argv)
     from utils.run.command import exit_code
 
-    return exit_code(run, args)
+    return exit_code(start, args)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Everything is checked, and the data read, before anything is written."""
+def start(args: argparse.Namespace) -> int:
+    """Do what the command line asks for; everything is checked, and the data read, before anything is written."""
     if args.offline:
         args.overrides = [*args.overrides, "offline=true"]
     if args.list:
@@ -45,13 +46,12 @@ def run(args: argparse.Namespace) -> int:
 
         print(describe_all())
         return 0
-    from learners.run.configure import build_config
-    from utils.run.words import apply_overrides, read_experiment
+    from learners.run.configure import read_config
 
-    config, unused = build_config(apply_overrides(read_experiment(args.config), args.overrides))
+    config, unused = read_config(args.config, args.overrides)
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # said in the file, it must reach the hub's own code as well
-    name = checked_name(args.name) if args.name else run_name(args.config, config, args.overrides)
+    name = checked_name(args.name or run_name(args.config, config, args.overrides))
     if args.plan:
         from learners.run.plan import describe_run
 
@@ -61,18 +61,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def checked_name(name: str) -> str:
-    """A name that is one folder below output_dir, so that --overwrite can never delete anything else."""
+    """Return a name that is one folder below output_dir, so that --overwrite can never delete anything else."""
     from utils.run.errors import ConfigError
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
-        raise ConfigError(
-            f"--name {name!r}: use letters, digits, '_', '-', '+' and '.', beginning with one of the first two"
-        )
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ConfigError(f"the run's name {name!r}: give --name with letters, digits, '_', '-', '+' and '.', "
+                          "beginning with one of the first three")  # fmt: skip
     return name
 
 
 def run_name(path: str, config, overrides: list[str]) -> str:
-    """Prefix and file name; a short hash tells apart runs whose keys were overridden."""
+    """Join prefix and file name; a short hash tells apart runs whose keys were overridden."""
     from utils.run.config import NOT_IDENTITY
 
     changed = any(override.partition("=")[0].strip() not in NOT_IDENTITY for override in overrides)
@@ -81,33 +80,57 @@ def run_name(path: str, config, overrides: list[str]) -> str:
 
 
 def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
-    """One full run per seed, then mean and spread."""
+    """Run every seed in full, then write mean and spread."""
+    from utils.run.folder import locked
+    from utils.run.log import log_to_console
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    log_to_console(is_main)
+    folder = Path(config.output_dir) / name
+    with ExitStack() as owned:
+        known = folder.exists()
+        if known:  # who owns it is said at once
+            owned.enter_context(locked(folder, is_main))
+        experiments = check_seeds(config, name, unused, overwrite)
+        if not known:
+            owned.enter_context(locked(folder, is_main))
+        return learn_seeds(experiments, folder, overwrite)
+
+
+def check_seeds(config, name: str, unused: list[str], overwrite: bool) -> list:
+    """Make an experiment of every seed, of which what does not fit is said before anything is written."""
     from learners.run.experiment import Experiment, find_needs
-    from utils.results.results import summarise
-    from utils.run.folder import claim_folder, claim_machine, finished_results
-    from utils.training.checkpoint import write_json
-    from utils.training.run import log, log_to_console
     from utils.training.runtime import Runtime
 
-    log_to_console(is_main=os.environ.get("RANK", "0") == "0")
     runtime = Runtime(config.device, config.precision)
     with runtime.accelerator.main_process_first():  # one process downloads
         dataset = find_needs(config)
     experiments = [Experiment(config, name, seed, dataset, runtime, unused) for seed in config.seed]
     for experiment in experiments:
         if overwrite or experiment.finished() is None:
-            experiment.check()
+            experiment.check(anew=overwrite)
             if config.init_from is None and (config.synth is None or config.synth.source_dir is None):
                 break  # the others differ in their seed alone, and what another run kept is looked up by seed
+    return experiments
+
+
+def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> int:
+    """Learn the seeds that are not finished, then write mean and spread."""
+    from utils.results.results import summarise
+    from utils.run.files import write_json
+    from utils.run.folder import claim_folder, claim_machine, finished_results
+    from utils.run.log import log
+
+    config, runtime = experiments[0].config, experiments[0].runtime
     with runtime.accelerator.main_process_first():
-        folder = claim_folder(config, name, overwrite and runtime.is_main)
+        claim_folder(config, folder.name, overwrite and runtime.is_main)
         claim_machine(folder, runtime)
     results = []
     for experiment in experiments:
         done = experiment.finished()
         if done is not None:
             log.info("Seed %d is finished: %s (--overwrite repeats it)", experiment.seed, experiment.folder)
-        results.append(done or experiment.run())
+        results.append(done or experiment.learn_all())
     if runtime.is_main:
         write_json(folder / "summary.json", summarise(finished_results(folder)))
     final = ", ".join(f"{result['final_accuracy']:.2f}" for result in results)

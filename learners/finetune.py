@@ -29,5 +29,5 @@ class Finetune(PyCILLearner):
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         logits = self.network(batch.images)  # (B, num_seen)
-        first = 0 if self.config.loss_over == "all" or len(self.replay) else task.num_old
+        first = 0 if self.config.loss_over == "all" or len(self.past) else task.num_old
         return {"cross_entropy": cross_entropy_from(first, logits, batch.labels)}

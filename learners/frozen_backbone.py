@@ -17,16 +17,17 @@ from models.frozen import Frozen
 from models.heads import CosineHead, LinearHead
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone, has_weights
-from utils.data.batches import Batch
+from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.data.transforms import classifier_transform
+from utils.data.transforms import ClassifierTransform, classifier_transform
+from utils.run.carried import Carried
 from utils.run.config import RunConfig
 from utils.training import seeding
-from utils.training.fit import TrainConfig, fit
+from utils.training.fit import TrainConfig, Training, fit
 
 log = logging.getLogger("reprise")
-NORMALIZE = {"none": (0.0, 1.0), "0.5": (0.5, 0.5)}
+NORMALIZE = {"none": ((0.0,) * 3, (1.0,) * 3), "0.5": ((0.5,) * 3, (0.5,) * 3)}
 
 
 class FrozenBackboneLearner(Learner):
@@ -35,7 +36,7 @@ class FrozenBackboneLearner(Learner):
     class Config(RunConfig):
         shuffle: bool = Field(False, description="permute the class order with the seed")
         normalize: Literal["none", "0.5", "dataset"] = Field(
-            "none", description="pixels: none: in [0, 1], as in ASP's code; 0.5: in [-1, 1]; dataset: by its own mean"
+            "none", description="pixels: none: in [0, 1]; 0.5: in [-1, 1]; dataset: by its own mean"
         )
         batch_size: int = Field(48, ge=1, description="images per step of the first task")
         pretrain_epochs: int = Field(0, ge=0, description="epochs that train the backbone on the first task; 0: none")
@@ -45,21 +46,15 @@ class FrozenBackboneLearner(Learner):
 
     head = "cosine"
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.transform = self._transform()
-
-    def _transform(self):
-        transform = classifier_transform(self.data.dataset, self.config.replay_resize)
-        if self.config.normalize in NORMALIZE:
-            mean, std = NORMALIZE[self.config.normalize]
-            transform.mean, transform.std = torch.full((3,), mean), torch.full((3,), std)
-        return transform
+    def build_transform(self) -> ClassifierTransform:
+        """Normalise as the backbone's weights want it."""
+        mean, std = NORMALIZE.get(self.config.normalize, (None, None))
+        return classifier_transform(self.data.dataset, self.config.replay_resize, mean=mean, std=std)
 
     def build_network(self) -> IncrementalNet:
         seeding.seed_everything(self.run.seed, "network")
         network = build_backbone(self.config.convnet_type, backbone_options(self.config, self.data.dataset))
-        self.frozen = Frozen(network.to(self.run.device), learned=self.saves_backbone(self.config))
+        self.frozen = Frozen(network.to(self.run.device), learned=self.learns_backbone)
         if not self.config.pretrain_epochs:
             self.frozen.freeze(self.run.runtime.bf16)
         backbone = self.build_backbone(self.frozen)
@@ -82,30 +77,29 @@ class FrozenBackboneLearner(Learner):
         head = LinearHead(backbone.num_features)
         head.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "pretrain-head"))
         module = IncrementalNet(backbone, head).to(self.run.device)
-        batches = self.make_batches(
-            task, self.data.train_images(task), ImageSet(), "pretrain", config.pretrain_batch_size
-        )
+        loading = self.run.loading(self.transform, config.pretrain_batch_size, task.index, "pretrain")
+        batches = ImageBatches(self.present, None, loading)
         train_config = TrainConfig(
             epochs=config.pretrain_epochs, lr=config.pretrain_lr, optimizer="adamw", schedule="cosine",
             weight_decay=config.pretrain_weight_decay,
         )  # fmt: skip
         with self.run.timed("train"):
-            fit(module, batches, partial(_classify, module), train_config, run=self.run, task=task.index,
-                purpose="pretrain")  # fmt: skip
+            fit(module, batches, partial(_classify, module), train_config, Training(self.run, task, "pretrain"))
         self.frozen.freeze(self.run.runtime.bf16)
 
-    @classmethod
-    def saves_backbone(cls, config) -> bool:
-        """Where its weights are nowhere else: trained here, or drawn at random."""
-        return config.pretrain_epochs > 0 or not has_weights(config.convnet_type, weight_options(config))
+    @property
+    def learns_backbone(self) -> bool:
+        """Whether its weights are nowhere else, trained here or drawn at random, so that checkpoints hold them."""
+        return self.config.pretrain_epochs > 0 or not has_weights(self.config.convnet_type, weight_options(self.config))
 
-    def frozen_bytes(self) -> int:
-        """Of the backbone, unless it was learned here."""
-        return 0 if self.frozen.learned else self.frozen.nbytes()
+    def carried(self) -> list[Carried]:
+        """Name the backbone apart unless it was learned here."""
+        nbytes = 0 if self.frozen.learned else self.frozen.nbytes()
+        return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
 
     @torch.no_grad()
     def set_prototypes(self, images: ImageSet) -> None:
-        """Give the classes of these images their mean feature as class vector (not normalised before the mean)."""
+        """Give the classes of these images their mean feature, not normalised before, as class vector."""
         features = self.extract_features(images)
         for label in images.classes:
             self.network.head.weight[label] = features[images.labels == label].mean(0).to(self.run.device)

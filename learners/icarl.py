@@ -38,5 +38,5 @@ class ICaRL(PyCILLearner):
         return {"cross_entropy": cross_entropy, "distill": distill}
 
     def after_training(self, task: Task) -> None:
-        self.keep_herded_exemplars(task)
+        self.keep_exemplars(task)
         self.update_class_means()

@@ -6,7 +6,6 @@ from pydantic import Field
 
 from learners import LEARNERS
 from learners.pycil import PyCILLearner
-from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.training import seeding
 from utils.training.fit import TrainConfig
@@ -26,9 +25,6 @@ class Joint(PyCILLearner):
         if not self.config.warm_start:
             self.network = self.build_network()
         self.network.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "grow"))
-
-    def current_images(self, task: Task) -> ImageSet:
-        return self.data.all_seen_images(task)
 
     def train_config(self, task: Task) -> TrainConfig:
         """A new network takes the first task's schedule every time."""

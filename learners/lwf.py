@@ -34,5 +34,5 @@ class LearningWithoutForgetting(PyCILLearner):
         with torch.no_grad():
             old_logits = self.old_network(batch.images)  # (B, num_old)
         distill = self.config.lamda * distillation_loss(logits[:, : task.num_old], old_logits, self.config.T)
-        first = 0 if len(self.replay) else task.num_old
+        first = 0 if len(self.past) else task.num_old
         return {"cross_entropy": cross_entropy_from(first, logits, batch.labels), "distill": distill}

@@ -1,11 +1,21 @@
-"""Exemplars: which real images of the past are kept, and how many (PyCIL's meaning of ``memory_*``)."""
+"""Exemplars: which images of the past are kept, and how many (PyCIL's meaning of ``memory_*``)."""
 
 from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from synth.replay import Replay
 from utils.data.images import ImageSet, Part
+from utils.data.manager import DataManager, Task
+from utils.run.config import RunConfig
+from utils.run.errors import ConfigError
+
+log = logging.getLogger("reprise")
 
 
 def herding(features: Tensor, num_picks: int) -> list[int]:
@@ -59,21 +69,22 @@ def reservoir_slots(num_seen: int, num_new: int, capacity: int, generator: torch
 
 
 class ExemplarMemory:
-    """Real images of the past in order of importance per class.
+    """Images of the past in order of importance per class.
 
     Args:
         size: images in all.
         per_class: images per class.
         fixed: True keeps ``per_class`` of each class, so that the total grows; False shares ``size`` over all seen
             classes. The name of PyCIL's key, ``fixed_memory``, says the opposite of what many read.
+        handed: exemplars per class that go to the source in its own form, beside those kept here.
     """
 
-    def __init__(self, size: int, per_class: int, fixed: bool):
-        self.size, self.per_class, self.fixed = size, per_class, fixed
+    def __init__(self, size: int, per_class: int, fixed: bool, handed: int = 0):
+        self.size, self.per_class, self.fixed, self.handed = size, per_class, fixed, handed
         self.images = ImageSet()
 
     def budget(self, num_seen: int) -> int:
-        """Exemplars of each class when ``num_seen`` classes are known."""
+        """Return the exemplars of each class when ``num_seen`` classes are known."""
         return self.per_class if self.fixed else self.size // num_seen
 
     def trim(self, budget: int) -> None:
@@ -82,11 +93,11 @@ class ExemplarMemory:
         self.images = sum(kept, ImageSet())
 
     def counts(self) -> dict[int, int]:
-        """Exemplars of every class that has some."""
+        """Count the exemplars of every class that has some."""
         return {label: int((self.images.labels == label).sum()) for label in self.images.classes}
 
     def drop_last(self, label: int) -> int:
-        """Give up the least important exemplar of a class that has some; returns its bytes, its label's among them."""
+        """Give up the least important exemplar of a class that has some; return its bytes, its label's among them."""
         position = int((self.images.labels == label).nonzero()[-1])
         freed = self.images.take([position]).nbytes + self.images.labels.element_size()
         self.images = self.images.take((torch.arange(len(self.images)) != position).nonzero().flatten())
@@ -96,21 +107,103 @@ class ExemplarMemory:
         """Append images of new classes, best first."""
         self.images = self.images + images
 
-    def state(self) -> tuple[dict[str, Tensor], list]:
-        """Pixels and labels as tensors, and file paths as JSON, in few parts, for each has a header on disk."""
+    def state(self, data_dir: str) -> tuple[dict[str, Tensor], list]:
+        """Return pixels and labels as tensors, and file paths as JSON, in few parts, for each has a header on disk.
+
+        Args:
+            data_dir: paths are kept relative to it, so that the data may be moved.
+        """
         tensors, layout = {}, []
         for index, part in enumerate(self.images.merged().parts):
-            tensors[f"labels_{index}"] = part.labels
+            tensors |= {f"labels_{index}": part.labels}
+            tensors |= {f"{name}_{index}": column for name, column in part.columns.items()}
             if isinstance(part.images, Tensor):
                 tensors[f"images_{index}"] = part.images
                 layout.append(None)
             else:
-                layout.append(list(part.images))
+                layout.append([os.path.relpath(path, data_dir) for path in part.images])
         return tensors, layout
 
-    def load(self, tensors: dict[str, Tensor], layout: list) -> None:
+    def load(self, tensors: dict[str, Tensor], layout: list, data_dir: str) -> None:
         """Take over what ``state`` gave."""
         self.images = ImageSet(
-            Part(tensors[f"images_{index}"] if paths is None else tuple(paths), tensors[f"labels_{index}"])
+            Part(
+                tensors[f"images_{index}"] if paths is None else tuple(str(Path(data_dir, path)) for path in paths),
+                tensors[f"labels_{index}"],
+                {name.rpartition("_")[0]: column for name, column in tensors.items()
+                 if name.endswith(f"_{index}") and not name.startswith(("labels_", "images_"))},
+            )
             for index, paths in enumerate(layout)
+        )  # fmt: skip
+
+
+def make_memory(config: RunConfig, data: DataManager, replay: Replay, uses_exemplars: bool) -> ExemplarMemory:
+    """Make room for exemplars, less what the replay takes of it.
+
+    Raises:
+        ConfigError: if the replay wants more than there is room for, or more exemplars than a class has images.
+    """
+    real, handed = replay.divide(config.memory_per_class if uses_exemplars else None)
+    if replay.source is None or not (handed or (uses_exemplars and real != config.memory_per_class)):
+        return ExemplarMemory(config.memory_size, config.memory_per_class, config.fixed_memory)
+    if uses_exemplars and not config.fixed_memory:
+        raise ConfigError(
+            f"the source {config.synth.name!r} takes its share of a fixed number of exemplars per class, but "
+            "fixed_memory=false shares memory_size over all classes: set fixed_memory=true, and memory_per_class"
         )
+    counts = data.class_counts
+    if real + handed > min(counts):
+        label = counts.index(min(counts))
+        raise ConfigError(
+            f"real_per_class + syn_per_class = {real} + {handed}, but class {data.class_names[label]!r} has only "
+            f"{counts[label]} training images: lower one of them"
+        )
+    return ExemplarMemory(config.memory_size, real, config.fixed_memory, handed)
+
+
+class ExemplarKeeper:
+    """The part of a learner that chooses exemplars among what stands for the present.
+
+    Each class is herded once per task: the first picks stay images, the next ones are handed to the source.
+    """
+
+    memory: ExemplarMemory
+    present: ImageSet
+
+    def choose(self, task: Task, label: int, own: ImageSet) -> list[int]:
+        """Return positions of a new class's exemplars among its images, ``own``, best first.
+
+        The network herds as it is at the first call of a task.
+        """
+        if label not in self.choices:
+            count = (self.memory.budget(task.num_seen) if self.uses_exemplars else 0) + self.memory.handed
+            self.choices[label] = herding(self.extract_features(own), count)
+        return self.choices[label]
+
+    def keep_exemplars(self, task: Task) -> None:
+        """Trim old classes to their share and add the best of the new ones (PyCIL 4.1)."""
+        budget = self.memory.budget(task.num_seen)
+        if not self.memory.fixed:
+            self.memory.trim(budget)
+        for label in task.classes:
+            own = self.present.select([label])
+            if len(own) < budget and label == task.classes[0]:
+                log.info("Class %d has %d images, fewer than its share of %d: such classes keep all",
+                         label, len(own), budget)  # fmt: skip
+            self.memory.add(own.take(self.choose(task, label, own)[:budget]))
+
+    def handed_exemplars(self, task: Task) -> ImageSet:
+        """Return the images of the new classes that the source is to keep in its own form, best first."""
+        chosen = ImageSet()
+        for label in task.classes if self.memory.handed else ():
+            own = self.present.select([label])
+            chosen = chosen + own.take(self.choose(task, label, own)[-self.memory.handed :])
+        return chosen
+
+    def update_class_means(self) -> None:
+        """Compute nearest-mean prototypes of all classes from their exemplars, by the present network.
+
+        A class whose exemplars a budget took has none: its old mean is of another network.
+        """
+        own = {label: self.memory.images.select([label]) for label in self.memory.images.classes}
+        self.class_means = {label: class_mean(self.extract_features(images)) for label, images in own.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field
@@ -34,14 +35,22 @@ class PyCILLearner(Learner):
         momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
         clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: any")
 
-    first_loss = "cross_entropy"  # and nothing else: each may start where another's first task ended (`init_from`)
+    # Set by whoever runs it: the first task's training is cross-entropy alone, so it may be another learner's.
+    first_training: Callable[[Task, Callable[[Task], None]], None] | None = None
+
+    def train(self, task: Task) -> None:
+        """Train; the first task may also be taken from another run (`init_from`)."""
+        if task.index == 0 and self.first_training is not None:
+            self.first_training(task, super().train)
+        else:
+            super().train(task)
 
     def train_config(self, task: Task) -> TrainConfig:
-        """The first task's schedule, or the later tasks'."""
+        """Return the first task's schedule, or the later tasks'."""
         return self.schedule(first=task.num_old == 0)
 
     def schedule(self, first: bool) -> TrainConfig:
-        """One of the two schedules."""
+        """Return one of the two schedules."""
         config = self.config
         return TrainConfig(
             epochs=config.init_epoch if first else config.epochs,

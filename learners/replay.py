@@ -16,7 +16,7 @@ from utils.training import seeding
 
 
 @LEARNERS.register("replay")
-class Replay(PyCILLearner):
+class ExperienceReplay(PyCILLearner):
     """Cross-entropy over all seen classes on new images and exemplars.
 
     Exemplars are herded (PyCIL; with nearest-mean predictions) or a reservoir sample of all images seen
@@ -35,36 +35,29 @@ class Replay(PyCILLearner):
         self.num_offered = 0  # images that the reservoir has seen
 
     def after_training(self, task: Task) -> None:
-        if self.config.selection == "herding":
-            self.keep_herded_exemplars(task)
-            self.update_class_means()
-        elif self.config.fixed_memory:
-            self._keep_random_exemplars(task)
-        else:
+        if self.config.selection == "reservoir" and not self.config.fixed_memory:
             self._offer_to_reservoir(task)
-
-    def _keep_random_exemplars(self, task: Task) -> None:
-        """A reservoir of its own for every class: a fixed number of its images, each equally likely."""
-        images = self.data.train_images(task)
-        for label in task.classes:
-            own = images.select([label])
-            self.memory.add(own.take(self.picks(task, label, own)[: self.memory.per_class]))
-
-    def picks(self, task: Task, label: int, own: ImageSet) -> list[int]:
-        """Herded, or with a reservoir in random order."""
+            return
+        self.keep_exemplars(task)
         if self.config.selection == "herding":
-            return super().picks(task, label, own)
+            self.update_class_means()
+
+    def choose(self, task: Task, label: int, own: ImageSet) -> list[int]:
+        """Herd, or with a reservoir give every image of a class the same chance."""
+        if self.config.selection == "herding":
+            return super().choose(task, label, own)
         order = torch.randperm(len(own), generator=seeding.generator(self.run.seed, label, "reservoir")).tolist()
-        return order[: self.memory.per_class + self.num_compressed]
+        return order[: self.memory.per_class + self.memory.handed]
 
     def _offer_to_reservoir(self, task: Task) -> None:
-        images = self.data.train_images(task)
+        images, memory = self.present, self.memory
         generator = seeding.generator(self.run.seed, task.index, "reservoir")
         order = torch.randperm(len(images), generator=generator).tolist()
-        kept = list(range(len(self.memory.images)))  # positions in memory and new images, one behind the other
+        kept = list(range(len(memory.images)))  # positions in memory and new images, one behind the other
         for item, slot in reservoir_slots(self.num_offered, len(images), self.config.memory_size, generator):
-            kept[slot : slot + 1] = [len(self.memory.images) + order[item]]
-        self.memory.images = (self.memory.images + images).take(kept)
+            # A slot at the end appends, for a slice past the end is empty; any other slot is replaced.
+            kept[slot : slot + 1] = [len(memory.images) + order[item]]
+        memory.images = (memory.images + images).take(kept)
         self.num_offered += len(images)
 
     def extra_state(self) -> dict[str, torch.Tensor]:

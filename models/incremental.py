@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.heads import Head
+from utils.data.batches import Mixed
 
 
 class IncrementalNet(nn.Module):
@@ -34,8 +35,13 @@ class IncrementalNet(nn.Module):
         """Add outputs up to a total of ``num_classes``; old rows keep every bit. See `models.heads`."""
         self.head.grow(num_classes, generator)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Images, float (B, 3, H, W) as the backbone wants them, to features (B, D)."""
+    def features(self, x: Tensor | Mixed) -> Tensor:
+        """Map images, float (B, 3, H, W) as the backbone wants them, to features (B, D).
+
+        Features among the images (`Mixed`) pass by the backbone.
+        """
+        if isinstance(x, Mixed):
+            return torch.cat([self.backbone(x.images), x.features]) if len(x.images) else x.features
         return self.backbone(x)
 
     def forward(self, x: Tensor) -> Tensor:

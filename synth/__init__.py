@@ -10,7 +10,8 @@ SOURCES: Registry = Registry("source", __name__)
 
 
 def build_source_config(raw: Any) -> SourceConfig:
-    """The checked Config of the source that `synth.name` picks."""
+    """Build the checked Config of the source that `synth.name` picks."""
     if not isinstance(raw, dict) or "name" not in raw:
         raise ConfigError(f"synth={raw!r}: must be an object with a name, one of {', '.join(SOURCES.names())}")
-    return SOURCES[str(raw["name"]).lower()].Config.parse({**raw, "name": str(raw["name"]).lower()}, where="synth.")
+    name = str(raw["name"]).lower()
+    return SOURCES[name].Config.parse({**raw, "name": name}, where="synth.")

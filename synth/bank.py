@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,35 +10,19 @@ from typing import Any
 import torch
 
 from synth.base import ReplaySource
-from synth.drawing import (
-    MANIFEST,
-    damaged_files,
-    delete_images,
-    draw_missing,
-    file_hashes,
-    images_in,
-    preview,
-    require_same,
-    save_image,
-    short,
-)  # fmt: skip
+from synth.drawing import ImageFolder, found_images
 from synth.requests import Requests
-from utils.data.images import IMAGE_SUFFIXES, ImageSet, encode_image
-from utils.data.manager import DataManager, Task
-from utils.run.config import SourceConfig
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager
 from utils.run.errors import BankError
-from utils.training.checkpoint import atomic_write, write_json
-from utils.training.run import Run
+from utils.run.files import file_hash
+from utils.run.folder import replay_manifest
+from utils.run.manifest import shorten
 
 log = logging.getLogger("reprise")
 LABEL_FIELDS = ("dataset", "class_order", "classes")  # what must fit of images that this run does not draw itself
-# Keys that say where images lie or how much is asked for, not what they look like.
-NOT_SETTINGS = {
-    "need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task", "keep_sources",
-    "source_dir", "real_per_class", "augmentation_prob", "augmentations_per_image", "prepare",
-}  # fmt: skip
-DRAWN = "drawn"  # folder of what a learner drew in its training
 REMEDY = "Give another --name or syn_image_path, or delete the folder"
+REDRAW = "redraw_"  # folders of images that were drawn again for a later task
 
 
 class Bank:
@@ -48,249 +30,206 @@ class Bank:
 
     Args:
         root: folder of the images.
-        config: of the source.
+        source: draws them; its config says how many.
         data: class order, names, counts.
-        run: random keys, log.
     """
 
-    def __init__(self, root: Path, config: SourceConfig, data: DataManager, run: Run):
-        self.root, self.config, self.data, self.run = Path(root), config, data, run
-        self._verified: set[Path] = set()  # folders whose files have the hashes that they were drawn with
-        self._required: set[Path] = set()  # folders that hold what ``need_syn_imgs: false`` relies on
+    def __init__(self, root: Path, source: ReplaySource, data: DataManager):
+        self.root, self.source, self.data = Path(root), source, data
+        self.config, self.run = source.config, source.run
+        self.folders: dict[Path, ImageFolder] = {}  # those that were claimed
         self.kept: dict[int, int] = {}  # class -> its first images that are left, where a budget took the others
         self.task_of: dict[int, int] = {}  # class -> the task that brought it
         for index, size in enumerate(data.task_sizes):
             self.task_of |= dict.fromkeys(range(len(self.task_of), len(self.task_of) + size), index)
 
-    def draw(self, source: ReplaySource, task: Task, classes: Iterable[int]) -> None:
-        """Draw a task's classes once, into `task_<t>`; with ``need_syn_imgs`` false see that they are there.
+    # ------------------------------------------------------------------ drawing and reading
+
+    def draw(self, index: int, classes: Iterable[int]) -> None:
+        """Draw classes of a task once, into `task_<t>`.
 
         Raises:
-            BankError: if the folder holds images of another run, or too few that nobody is to draw.
+            BankError: if the folder holds images of another run.
         """
-        key = (self.run.seed, self.config.name, task.index)
-        self._fill(source, self._folder(task.index), list(classes), key)
+        self._fill(self.root / f"task_{index}", list(classes), index)
 
-    def redraw(self, source: ReplaySource, task: Task) -> ImageSet:
-        """Draw all old classes anew from the newest source, into `task_<t of the class>/redraw_<u>`."""
-        key = (self.run.seed, self.config.name, task.index)
+    def redraw(self, index: int) -> ImageSet:
+        """Draw all classes before a task anew from the source as it is, into `task_<t of the class>/redraw_<index>`."""
         images = ImageSet()
-        for index in range(task.index):
-            folder = self._folder(index) / f"redraw_{task.index}"
-            self._fill(source, folder, self._classes(index), key)
-            images = images + self._read(folder, self._classes(index))
+        for earlier in range(index):
+            folder = self.root / f"task_{earlier}" / f"{REDRAW}{index}"
+            images = images + self._read(self._fill(folder, self.classes_of(earlier), index), self.classes_of(earlier))
         return images
 
     def stored(self, classes: Iterable[int]) -> ImageSet:
-        """The images of classes that were drawn before, as file paths.
+        """Return the images of classes that were drawn before, as file paths.
 
         Raises:
-            BankError: if a class has none, or too few that nobody is to draw.
+            BankError: if a class has none, or images are missing or damaged.
         """
         images = ImageSet()
         for label in classes:
             if self.kept.get(label) == 0:
                 continue
-            folder = self._folder(self.task_of[label])
-            if not self.config.need_syn_imgs:
-                self.require(self.task_of[label])
-            self._verify(folder)
-            images = images + self._read(folder, [label])
+            folder = self.root / f"task_{self.task_of[label]}"
+            if folder not in self.folders:
+                self._open(folder, self.task_of[label])
+            images = images + self._read(self.folders[folder], [label])
         return images
 
-    def show(self, task: Task, images: ImageSet) -> None:
-        """Lay images that a learner drew for itself while it learned a task into `task_<t>/drawn`, to be looked at."""
-        folder = self._folder(task.index) / DRAWN
-        if not self.run.runtime.is_main:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        rows = {label: images.select([label]) for label in images.classes}
-        for label, row in rows.items():
-            for copy in range(len(row)):
-                save_image(folder / str(label) / f"{label}-{copy}", row.image(copy), self.config)
-        atomic_write(folder / "preview.png", encode_image(preview(list(rows.values())), ".png"))
+    def newest(self, label: int) -> list[str]:
+        """Return paths of the last images drawn of a class; empty if none were."""
+        own = self.root / f"task_{self.task_of[label]}"
+        redrawn = [path for path in self.folders if path.parent == own]
+        for path in [*sorted(redrawn, key=lambda path: int(path.name.removeprefix(REDRAW)), reverse=True), own]:
+            if path in self.folders and (images := self.folders[path].of_class(label)):
+                return list(map(str, images))
+        return []
 
-    def require(self, index: int) -> None:
+    def adopt(self, index: int, may_adopt: bool) -> None:
         """See that a task's images, which nobody is to draw, are there, enough, and of this run's classes.
+
+        Args:
+            index: of the task.
+            may_adopt: take over a folder that has no manifest.
 
         Raises:
             BankError: if they are not.
         """
-        self._require(self._folder(index), self._classes(index))
-
-    def _folder(self, index: int) -> Path:
-        return self.root / f"task_{index}"
-
-    def _require(self, folder: Path, classes: list[int]) -> None:
-        if folder in self._required:
+        folder, classes = self.root / f"task_{index}", self.classes_of(index)
+        if folder in self.folders:
             return
-        counts, wanted = _counts(folder, classes), self._per_class(classes[0])
-        if min(counts.values()) < wanted:
+        place = self._place(folder, classes, index)
+        found = list(place.manifest.files()) or found_images(folder)
+        counts = {label: sum(name.startswith(f"{label}/") for name in found) for label in classes}
+        if min(counts.values()) < (wanted := self.per_class(classes[0])):
             raise BankError(
-                f"need_syn_imgs=false, but {folder} has {short(counts)} images per class, {wanted} are wanted: name "
+                f"need_syn_imgs=false, but {folder} has {shorten(counts)} images per class, {wanted} are wanted: name "
                 "another folder with syn_image_path, lower syn_per_class, or set need_syn_imgs=true"
             )
-        manifest = self._manifest(None, classes, (self.run.seed, self.config.name, self.task_of[classes[0]]))
+        if not place.manifest.exists:
+            self._take_over(place, found, may_adopt)
+        place.claim(LABEL_FIELDS)
+        self.folders[folder] = place
+
+    def _fill(self, folder: Path, classes: list[int], index: int) -> ImageFolder:
+        """Bring a folder to its full count."""
+        requests = Requests.of_classes(classes, self.per_class(classes[0]), self.key(index))
+        place = self._place(folder, classes, index)
+        if self.config.syn_image_path is None and self.run.runtime.is_main:
+            replay_manifest(self.root).claim()
+        if not place.manifest.exists and self.config.adopt_syn_images and (found := found_images(folder)):
+            self._take_over(place, found, may_adopt=True)
+        adopted = place.manifest.exists and place.manifest.read().get("adopted")
+        place.claim(LABEL_FIELDS if adopted else None)
+        self.folders[folder] = place
+        if not adopted and place.lacks([requests]):
+            place.draw(self.source, [requests])
+            place.write_preview([self._read(place, [label]) for label in classes])
+        return place
+
+    def _open(self, folder: Path, index: int) -> None:
+        """Take a folder that was filled in an earlier process, whole."""
+        place = self._place(folder, self.classes_of(index), index)
+        content = place.manifest.verify()
+        place.files = content["files"]
+        self.folders[folder] = place
+
+    def _take_over(self, place: ImageFolder, found: list[str], may_adopt: bool) -> None:
+        """Write the manifest of images that another program left without one."""
+        folder = place.folder
+        if not may_adopt:
+            raise BankError(
+                f"{folder} holds images but no manifest.json, so nobody knows whose classes they are: set "
+                "synth.adopt_syn_images=true if they are of this data set, in this class order, or name another folder"
+            )
+        wanted, own = place.manifest.identity["per_class"], place.manifest.identity["classes"]
+        counts = {label: sum(name.startswith(f"{label}/") for name in found) for label in own}
+        if min(counts.values()) < wanted:
+            raise BankError(f"cannot adopt {folder}: it has {counts} images, {wanted} per class are wanted")
+        log.info("Adopted %d images in %s, taken to be in this run's class order", len(found), folder)
         with self.run.runtime.accelerator.main_process_first():
-            if (folder / MANIFEST).exists():
-                require_same(folder, json.loads((folder / MANIFEST).read_text()), manifest, LABEL_FIELDS, REMEDY)
-            else:
-                self._adopt(folder, manifest, classes)
-        self._required.add(folder)
+            if self.run.runtime.is_main:
+                hashes = {name: file_hash(folder / name) for name in found}
+                place.manifest.store(hashes, weights=None, adopted=True)
 
-    def _verify(self, folder: Path) -> None:
-        """Compare a finished folder's files with their hashes, once per process."""
-        if folder in self._verified:
-            return
-        self._verified.add(folder)
-        path = folder / MANIFEST
-        files = json.loads(path.read_text())["files"] if path.exists() else {}
-        damaged = damaged_files(folder, files)
-        if damaged or not files:
-            what = f"{len(damaged)} images of {folder} have" if files else f"{folder} was never finished: its images"
-            raise BankError(f"{what} changed since they were drawn ({', '.join(damaged[:3])}); --overwrite draws anew")
+    def _place(self, folder: Path, classes: list[int], index: int) -> ImageFolder:
+        identity = self.identity(classes, self.key(index)) | {"per_class": self.per_class(classes[0])}
+        return ImageFolder(folder, self.run, identity, REMEDY)
 
-    def newest(self, label: int) -> list[str]:
-        """Paths of the last images drawn of a class; empty if none were."""
-        own = self._folder(self.task_of[label])
-        dated = [(-1, own)] + [(_number(path), path) for path in own.glob("redraw_*")]
-        dated += [(_number(path.parent), path) for path in self.root.glob(f"task_*/{DRAWN}")]
-        for _, folder in sorted(dated, reverse=True):
-            if images := images_in(folder / str(label)):
-                return list(map(str, images))
-        return []
-
-    def memory_bytes(self) -> int:
-        """Bytes of the stored images; 0 where images are redrawn, since they need not be carried from task to task."""
-        if self.config.replay == "redraw":
-            return 0
-        files = (path for path in self.root.glob("task_*/*/*") if path.suffix in IMAGE_SUFFIXES)
-        stored = sum(path.stat().st_size for path in files if path.parent.name.isdigit())
-        return stored - sum(path.stat().st_size for label in self.kept for path in self._images_of(label, False))
-
-    def counts(self) -> dict[int, int]:
-        """Images that `drop_last` may take, by class; none of a folder that the user named, which others may share."""
-        if self.config.syn_image_path is not None or not self.config.need_syn_imgs or not self.memory_bytes():
-            return {}
-        return {label: count for label in self.task_of if (count := len(self._images_of(label)))}
-
-    def drop_last(self, label: int) -> int:
-        """Give up the last image of a class, whose file goes with the next `prune`; returns its bytes."""
-        *rest, last = self._images_of(label)
-        self.kept[label] = len(rest)
-        return last.stat().st_size
-
-    def prune(self) -> None:
-        """Delete what was given up, once a checkpoint knows it: until then, a killed run repeats its task with all."""
-        for label in self.kept:
-            delete_images(self._folder(self.task_of[label]), self._images_of(label, False))
-
-    def _images_of(self, label: int, kept: bool = True) -> list[Path]:
-        """The stored images of a class that are kept, or those that are given up."""
-        found, count = images_in(self._folder(self.task_of[label]) / str(label)), self.kept.get(label)
-        return found[:count] if kept else found[count:]
-
-    def _classes(self, index: int) -> list[int]:
-        return [label for label, task in self.task_of.items() if task == index]
-
-    def _per_class(self, label: int) -> int:
-        if self.config.syn_per_class is not None:
-            return self.config.syn_per_class
-        counts = self.data.class_counts
-        own = [counts[other] for other in self._classes(self.task_of[label])]
-        return max(1, round(sum(own) / len(own)))
-
-    def _read(self, folder: Path, classes: list[int]) -> ImageSet:
-        """The first images of every class, as many as are wanted; a folder of another run may hold more."""
+    def _read(self, place: ImageFolder, classes: list[int]) -> ImageSet:
+        """Return the first images of every class, as many as are wanted; a folder of another run may hold more."""
         paths: list[str] = []
         labels: list[int] = []
         for label in classes:
-            found = images_in(folder / str(label))[: self.kept.get(label, self._per_class(label))]
+            found = place.of_class(label)[: self.kept.get(label, self.per_class(label))]
             if not found:
-                raise BankError(
-                    f"no replay images of class {label} in {folder / str(label)}: delete {folder} to redraw"
-                )
+                raise BankError(f"no replay images of class {label} in {place.folder}: delete {place.folder} to redraw")
             paths += map(str, found)
             labels += [label] * len(found)
         return ImageSet.of(paths, torch.tensor(labels, dtype=torch.int64))
 
-    def _fill(self, source: ReplaySource, folder: Path, classes: list[int], key: tuple[int | str, ...]) -> None:
-        """Bring a folder to its full count; chunks that are there already are left alone."""
-        if not self.config.need_syn_imgs:
-            self._require(folder, classes)
-            return
-        requests = Requests.of_classes(classes, self._per_class(classes[0]), key)
-        manifest = self._manifest(source, classes, key)
-        with self.run.runtime.accelerator.main_process_first():  # the main process lays the manifest, others find it
-            complete = self._check(folder, manifest, classes)
-        if complete:
-            return
-        draw_missing(source, folder, [requests])
-        if self.run.runtime.is_main:
-            manifest["files"] = file_hashes(folder, classes)
-            images = {label: self._read(folder, [label]) for label in classes}
-            atomic_write(folder / "preview.png", encode_image(preview(list(images.values())), ".png"))
-            write_json(folder / MANIFEST, manifest)
+    # ------------------------------------------------------------------ whose they are
 
-    def _manifest(self, source: ReplaySource | None, classes: list[int], key: tuple[int | str, ...]) -> dict[str, Any]:
-        """What must be equal for images to belong to this run, and what tells a reader what they are."""
+    def key(self, index: int) -> tuple[int | str, ...]:
+        """Return the random key of images that are drawn in the name of a task."""
+        return self.run.seed, self.config.name, index
+
+    def identity(self, classes: list[int], key: tuple[int | str, ...]) -> dict[str, Any]:
+        """Say what must be equal for images to belong to this run, and what tells a reader what they are."""
         names, order = self.data.class_names, self.data.class_order
         return {
             "dataset": self.data.dataset.name,
             "class_order": order,
             "source": self.config.name,
-            "settings": self.config.model_dump(mode="json", exclude=NOT_SETTINGS),
+            "settings": self.config.sample_settings(),
             "run_seed": self.run.seed,
-            "weights": None if source is None else source.fingerprint(),
-            "per_class": self._per_class(classes[0]),
+            "weights": self.source.fingerprint() if self.config.need_syn_imgs else None,
             "sample_key": list(key),
             "classes": {str(label): {"name": names[label], "original_id": order[label]} for label in classes},
-            "files": {},
         }
 
-    def _check(self, folder: Path, manifest: dict[str, Any], classes: list[int]) -> bool:
-        """Whether the folder is complete; an empty one gets a manifest to be filled.
+    def classes_of(self, index: int) -> list[int]:
+        return [label for label, task in self.task_of.items() if task == index]
 
-        Raises:
-            BankError: if the folder's images belong to another run; the first difference is named.
-        """
-        path = folder / MANIFEST
-        if not path.exists():
-            if any(images_in(folder / str(label)) for label in classes):
-                self._adopt(folder, manifest, classes)
-                return True
-            if self.run.runtime.is_main:
-                write_json(path, manifest)
-            return False
-        stored = json.loads(path.read_text())
-        fields = LABEL_FIELDS if stored.get("adopted") else [field for field in manifest if field != "files"]
-        require_same(folder, stored, manifest, fields, REMEDY)
-        damaged = damaged_files(folder, stored["files"])
-        for name in damaged:
-            log.warning("%s is missing or damaged: its chunk is drawn again", folder / name)
-            (folder / name).unlink(missing_ok=True)
-        return bool(stored["files"]) and not damaged
+    def per_class(self, label: int) -> int:
+        """Return how many images of a class are wanted."""
+        if self.config.syn_per_class is not None:
+            return self.config.syn_per_class
+        counts = self.data.class_counts
+        own = [counts[other] for other in self.classes_of(self.task_of[label])]
+        return max(1, round(sum(own) / len(own)))
 
-    def _adopt(self, folder: Path, manifest: dict[str, Any], classes: list[int]) -> None:
-        """Take over images that another program left without a manifest."""
-        counts = _counts(folder, classes)
-        if not self.config.adopt_syn_images:
-            raise BankError(
-                f"{folder} holds images but no manifest.json, so nobody knows whose classes they are: set "
-                "synth.adopt_syn_images=true if they are of this data set, in this class order, or name another folder"
-            )
-        if min(counts.values()) < manifest["per_class"]:
-            raise BankError(
-                f"cannot adopt {folder}: it has {counts} images, {manifest['per_class']} per class are wanted"
-            )
-        log.info("Adopted %d images in %s, taken to be in this run's class order", sum(counts.values()), folder)
-        hashes = file_hashes(folder, classes)
-        write_json(folder / MANIFEST, {**manifest, "weights": None, "adopted": True, "files": hashes})
+    # ------------------------------------------------------------------ what a budget takes
 
+    def nbytes(self) -> int:
+        """Add up the bytes of the stored images that are left."""
+        return sum(path.stat().st_size for label in self.task_of for path in self._images(label))
 
-def _number(folder: Path) -> int:
-    return int(folder.name.rpartition("_")[2])
+    def counts(self) -> dict[int, int]:
+        """Count the images that `drop_last` may take; none of a folder that the user named, which others may share."""
+        if self.config.syn_image_path is not None or not self.config.need_syn_imgs:
+            return {}
+        return {label: count for label in self.task_of if (count := len(self._images(label)))}
 
+    def drop_last(self, label: int) -> int:
+        """Give up the last image of a class, whose file goes with the next `prune`; return its bytes."""
+        *rest, last = self._images(label)
+        self.kept[label] = len(rest)
+        return last.stat().st_size
 
-def _counts(folder: Path, classes: list[int]) -> dict[int, int]:
-    return {label: len(images_in(folder / str(label))) for label in classes}
+    def prune(self) -> None:
+        """Delete what was given up, once a checkpoint knows it: until then, a killed run repeats its task with all."""
+        for label, count in self.kept.items():
+            if place := self._claimed(label):
+                place.forget(place.of_class(label)[count:])
+
+    def _claimed(self, label: int) -> ImageFolder | None:
+        folder = self.root / f"task_{self.task_of[label]}"
+        if folder not in self.folders and self._place(folder, [label], self.task_of[label]).manifest.files():
+            self._open(folder, self.task_of[label])
+        return self.folders.get(folder)
+
+    def _images(self, label: int) -> list[Path]:
+        place = self._claimed(label)
+        return [] if place is None else place.of_class(label)[: self.kept.get(label)]

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from synth.requests import Requests
-from utils.data.images import ImageSet
-from utils.data.manager import DataManager, Task
+from utils.data.datasets import Dataset
+from utils.data.images import ImageSet, Samples
+from utils.data.manager import Task
+from utils.run.carried import Carried
 from utils.run.config import SourceConfig
-from utils.run.errors import ConfigError, NotFittedError, WeightsError
-from utils.training.checkpoint import folder_bytes
+from utils.run.errors import NotFittedError, WeightsError
 from utils.training.run import Run
 
 log = logging.getLogger("reprise")
-
-
-@dataclass(frozen=True)
-class Guide:
-    """How a learner wants its samples drawn, where it does not leave that to the source.
-
-    Attributes:
-        timestep_respacing: the time steps of sampling, such as "ddim50".
-        sampler: "ddim" or "ddpm".
-        bend: the requests of one chunk to a function that sampling follows uphill: from clean predictions (B, C, H, W)
-            in [-1, 1] to one log-likelihood per image, (B,), times its scale. None: nothing bends it.
-    """
-
-    timestep_respacing: str
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    bend: Callable[[Requests], Callable[[Tensor], Tensor]] | None = None
 
 
 class ReplaySource(ABC):
@@ -54,20 +36,16 @@ class ReplaySource(ABC):
     class Config(SourceConfig):
         pass
 
-    kind = "images"  # or "features"
-    can_be_guided = False  # whether `generate` takes a guide
-    makes_copies = False  # whether its samples are copies of single images: see `synth/compression.py`
-    drawing_keys: frozenset[str] = frozenset()  # its own keys in which a run that takes its weights may differ
-    ledger_parts: dict[str, str] = {}  # file that `save` writes -> its kind in the ledger; others are "generator"
-    num_compressed = 0  # compressed exemplars kept, all classes together
-    nominal_share = 0.0  # of a raw image, what one of them takes by its method's own count
+    usual_replay: type | None = None  # kind of `synth.replay.Replay` that it needs; None: what its config says
+    samples = "images"  # or "features": what `generate` makes
+    wants_past = False  # whether `fit_after` looks at the samples of the past
 
-    def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset):
+    def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset: Dataset):
         self.config, self.run, self.num_classes = config, run, num_classes
         self.class_names, self.dataset = class_names, dataset
         self.fitted_classes: set[int] = set()
         self.chunk_size = config.sample_batch  # halved for good where the device's memory is too small for it
-        self.watcher: Callable[[int], None] | None = None  # looks on while it learns; see `let_watch`
+        self.watcher: Callable[[int], None] | None = None  # looks on while it learns; see `show_progress`
 
     @classmethod
     def check_weights(cls, config, offline: bool) -> None:
@@ -77,88 +55,27 @@ class ReplaySource(ABC):
             WeightsError: if not; it names them and where they go.
         """
 
-    def weights_place(self) -> str:
-        """Whether the weights that it starts from are on this machine, in words."""
-        try:
-            self.check_weights(self.config, offline=True)
-        except WeightsError:
-            return "not yet on this machine"
-        return "on this machine"
-
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Learn from the task's real images before the classifier trains. Default: nothing."""
 
-    def fit_after(
-        self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder: nn.Module
-    ) -> None:
+    def fit_after(self, task: Task, images: ImageSet, past: Samples, exemplars: ImageSet, encoder: nn.Module) -> None:
         """Learn after the classifier has trained. Default: nothing.
 
         Args:
             task: the task just learned.
             images: its real images.
-            replay: the generated images of old classes that the classifier was trained on.
-            exemplars: the herded images of the task that follow those that the learner keeps, best first within a
-                class, as many as ``split_memory`` gave to the source.
+            past: what stood for old classes in the classifier's training; empty unless ``wants_past``.
+            exemplars: of the task, best first within a class: those that the replay asked the learner for.
             encoder: the trained classifier.
         """
 
-    @classmethod
-    def learns_after(cls) -> bool:
-        """Whether it learns a task once the classifier has trained, in ``fit_after``; else it does before."""
-        return cls.fit_after is not ReplaySource.fit_after
-
-    @classmethod
-    def wants_replay(cls, config) -> bool:
-        """Whether ``fit_after`` looks at the replay that it is given."""
-        return cls.learns_after()
-
-    def split_memory(self, memory_per_class: int | None, data: DataManager) -> tuple[int, int]:
-        """How many exemplars per class the learner keeps, and how many more the source does, in its own form.
-
-        Args:
-            memory_per_class: images' worth per class; None: the learner keeps none.
-            data: for the sizes of its images.
-
-        Raises:
-            ConfigError: if what the config wants is more than that.
-        """
-        return memory_per_class or 0, 0
-
-    def require(self) -> None:
-        """See that all that it will learn from is there, beside its weights. Default: it needs nothing more."""
-
-    @classmethod
-    def training_settings(cls, config) -> dict[str, Any]:
-        """The keys that shape what is learned; sources that differ in others alone can take each other's weights.
-
-        The keys that all sources share say where samples lie, how many there are and how long they are kept.
-        """
-        return config.dump_without({*SourceConfig.model_fields, *cls.drawing_keys})
-
-    def first_task_settings(self) -> dict[str, Any]:
-        """The keys that shape the classifier's training of the first task, for `init_from`. Default: none does."""
-        return {}
-
     @abstractmethod
-    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
-        """One sample per request, in their order; see `Requests` for what makes it reproducible.
+    def generate(self, requests: Requests) -> Samples:
+        """Make one sample per request, in their order; see `Requests` for what makes it reproducible.
 
         Raises:
             NotFittedError: if a label was never learned.
         """
-
-    def check_guide(self, guide: Guide) -> None:
-        """See that `generate` can take this guide. Default: it cannot.
-
-        Raises:
-            ConfigError: if not.
-        """
-        raise ConfigError(f"the source {self.config.name!r} cannot be guided")
-
-    def generate_together(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
-        """`generate` with its chunks shared by all processes: each gets every sample, with the bits of one process."""
-        chunks = list(requests.chunks(self.config.sample_batch))
-        return sum(self.run.runtime.share(chunks, lambda chunk: self.generate(chunk, guide)), ImageSet())
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -168,50 +85,17 @@ class ReplaySource(ABC):
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
 
-    def memory_bytes(self) -> int:
-        """Bytes that ``save`` writes: the price of carrying this source to the next task."""
-        return self.saved_bytes() if self.fitted_classes else 0
-
-    def saved_bytes(self) -> int:
-        """Bytes that ``save`` writes at this moment."""
-        with tempfile.TemporaryDirectory() as directory:
-            self.save(Path(directory))
-            return folder_bytes(directory)
-
-    def compressed_counts(self) -> dict[int, int]:
-        """Compressed exemplars of every class that has some. Default: it keeps none."""
-        return {}
-
-    def drop_compressed(self, label: int) -> int:
-        """Give up the last compressed exemplar of a class, for a memory budget; returns the bytes freed, 0: none."""
-        return 0
-
-    def frozen_bytes(self) -> int:
-        """Bytes of weights that are used as they came and stay the same for every task."""
-        return 0
+    def carried(self) -> list[Carried]:
+        """Name what a run has to keep of it; its files lie in `source/` of a checkpoint."""
+        return [Carried("generator", ("source/*",))]
 
     def describe(self) -> str:
-        """One line for `--plan`: what will be trained, or which weights are needed."""
+        """Say in one line for `--plan` what will be trained, or which weights are needed."""
         return ""
 
     def fingerprint(self) -> str:
-        """A hash of the weights that generate; it changes whenever the images would."""
+        """Hash the weights that generate; the hash changes whenever the samples would."""
         return ""
-
-    def let_watch(self, task: Task, epoch: int, before: int = 0) -> None:
-        """Let the watcher see what would be drawn by now.
-
-        A source that learns calls it before every epoch and after the last one; ``generate`` must then draw with what
-        is learned so far.
-
-        Args:
-            task: that is being learned.
-            epoch: epochs of this training that are done.
-            before: epochs of earlier trainings of the task.
-        """
-        if self.watcher is not None:
-            self.fitted_classes |= set(task.classes)
-            self.watcher(before + epoch)
 
     def require_fitted(self, labels: Tensor) -> None:
         """Raise NotFittedError if a label was never learned."""
@@ -223,7 +107,7 @@ class ReplaySource(ABC):
             )
 
     def in_chunks(self, requests: Requests, draw: Callable[[Requests], Sequence[Tensor]]) -> list[Tensor]:
-        """Draw chunk by chunk, in order; where the device runs out of memory, on in chunks of half the size.
+        """Draw chunk by chunk, in order; where the device runs out of memory, go on in chunks of half the size.
 
         Args:
             requests: N of them.
@@ -253,10 +137,41 @@ class ReplaySource(ABC):
 
 
 def _if_it_fits(draw: Callable[[Requests], Sequence[Tensor]], chunk: Requests) -> Sequence[Tensor] | None:
-    """The drawn samples, or None where memory ran out; leaving this frame frees what the failed draw held."""
+    """Return the drawn samples, or None where memory ran out; leaving this frame frees what the failed draw held."""
     try:
         return draw(chunk)
     except torch.OutOfMemoryError:
         if len(chunk) == 1:
             raise
         return None
+
+
+def show_progress(source: ReplaySource, task: Task, epoch: int, before: int = 0) -> None:
+    """Let a source's watcher see what would be drawn by now.
+
+    A source that learns calls it before every epoch and after the last one; ``generate`` must then draw with what is
+    learned so far.
+
+    Args:
+        source: that learns.
+        task: that is being learned.
+        epoch: epochs of this training that are done.
+        before: epochs of earlier trainings of the task.
+    """
+    if source.watcher is not None:
+        source.fitted_classes |= set(task.classes)
+        source.watcher(before + epoch)
+
+
+def learns_after(source: ReplaySource) -> bool:
+    """Whether a source learns a task once the classifier has trained; else it does before."""
+    return type(source).fit_after is not ReplaySource.fit_after
+
+
+def weights_place(source: ReplaySource) -> str:
+    """Say whether the weights that a source starts from are on this machine."""
+    try:
+        source.check_weights(source.config, offline=True)
+    except WeightsError:
+        return "not yet on this machine"
+    return "on this machine"

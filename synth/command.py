@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +11,26 @@ from typing import Any
 import yaml
 from pydantic import Field, SerializeAsAny
 
-from synth import build_source_config
-from synth.drawing import damaged_files
+from synth import SOURCES, build_source_config
 from utils.data.datasets import Dataset
-from utils.data.images import ImageSet
 from utils.run.config import NOT_IDENTITY, RunConfig, SourceConfig
 from utils.run.errors import CheckpointError, ConfigError
-from utils.run.folder import DESCRIPTION
+from utils.run.files import read_json
+from utils.run.folder import CONFIG, DESCRIPTION, read_data, run_manifest
+from utils.run.manifest import MANIFEST, Manifest
 from utils.run.registry import nearest
-from utils.run.words import ALIASES, SOURCE_KEYS, apply_overrides, gather_keys, read_experiment
+from utils.run.words import ALIASES, apply_overrides, flat_keys, read_experiment, translate
 from utils.training.checkpoint import Checkpoints
 
-FITTED = "fitted.json"  # of a folder that synth.train has finished: the classes, and the files with their hashes
+FITTED = "fitted.json"  # manifest of a folder that synth.train has finished
 SECTION = "reprise"  # of a CompVis YAML: what such a file does not say, the data and the source
 # What an experiment file says of the classifier, its memory and the run's name: nothing that a source could see.
 OF_THE_CLASSIFIER = {
     "prefix", "model_name", "memory_size", "memory_per_class", "fixed_memory", "convnet_type", "stem", "pretrained",
     "backbone_weights", "backbone_args", "replay_resize",
 }  # fmt: skip
+# The commands fit and draw whatever the experiment does with stored images and sources, in folders of their own.
+OWN_FOLDERS = {"need_syn_imgs": True, "syn_image_path": None, "adopt_syn_images": False, "source_dir": None}
 
 
 class FitConfig(RunConfig):
@@ -43,18 +44,18 @@ class FitConfig(RunConfig):
     task: int | None = Field(None, ge=0, description="fit this task's classes alone; null: all tasks")
 
     def scheduled(self, num_classes: int) -> FitConfig:
-        """With the tasks said: without `init_cls` one of all classes, in the data set's own order."""
+        """Say the tasks: without `init_cls` one of all classes, in the data set's own order."""
         if self.init_cls is None:
             return self.model_copy(update={"init_cls": num_classes, "increment": num_classes, "shuffle": False})
         return self.model_copy(update={"increment": self.increment or self.init_cls})
 
     def identity(self) -> dict[str, Any]:
-        """What makes two fitted sources the same; the seed too, since a folder holds one."""
+        """Return what makes two fitted sources the same; the seed too, since a folder holds one."""
         return self.dump_without({*NOT_IDENTITY, *OF_THE_CLASSIFIER} - {"seed"})
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that both commands have."""
+    """Add the flags that both commands have."""
     parser.add_argument("--dataset", help="data set, where the file names none or for another one")
     parser.add_argument("--data_dir", help="where data sets lie (default: data, or what the file says)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -66,7 +67,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The keys of an experiment file, or of a CompVis YAML's section `reprise`.
+    """Read the keys of an experiment file, or of a CompVis YAML's section `reprise`.
 
     A YAML without that section describes a model and nothing else: the source "ldm" then reads it.
 
@@ -74,7 +75,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is absent, broken, or holds no object.
     """
     if Path(path).suffix not in (".yaml", ".yml"):
-        return _checked(path, gather_keys(read_experiment(path)))
+        return _checked(path, read_experiment(path))
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -92,8 +93,8 @@ def _checked(path: str | Path, keys: Any) -> dict[str, Any]:
     return keys
 
 
-def build_config(raw: dict[str, Any], args: argparse.Namespace, **flags: Any) -> FitConfig:
-    """The checked config of keys from a file under the shared flags.
+def build_fit_config(raw: dict[str, Any], args: argparse.Namespace, **flags: Any) -> FitConfig:
+    """Build the checked config of keys from a file under the shared flags.
 
     Args:
         raw: keys of an experiment file, whose learner's own keys are passed over, or of a section `reprise`.
@@ -104,13 +105,15 @@ def build_config(raw: dict[str, Any], args: argparse.Namespace, **flags: Any) ->
         ConfigError: for an unknown key, a wrong value, a source or data set that is not said, and for a learner's
             file that leaves the class order to the learner.
     """
+    SOURCES.names()  # every room registers its words
     for override in args.overrides:
         key = override.partition("=")[0].strip().split(".")[0]
-        if key not in {*FitConfig.model_fields, *SOURCE_KEYS, *ALIASES}:
+        if key not in {*FitConfig.model_fields, *flat_keys(), *ALIASES}:
             raise ConfigError(f"--set {override}: unknown key {key!r}{nearest(key, FitConfig.model_fields)}")
     flags |= {"dataset": args.dataset, "data_dir": args.data_dir, "seed": args.seed, "device": args.device}
     flags["offline"] = args.offline or None
-    raw = {**apply_overrides(raw, args.overrides), **{key: value for key, value in flags.items() if value is not None}}
+    raw = translate(apply_overrides(raw, args.overrides))
+    raw |= {key: value for key, value in flags.items() if value is not None}
     if raw.get("synth") is None:
         raise ConfigError('no replay source is named: add "synth": {"name": ...} to the file, or --set synth.name=ddpm')
     if raw.get("dataset") is None:
@@ -118,16 +121,12 @@ def build_config(raw: dict[str, Any], args: argparse.Namespace, **flags: Any) ->
     if raw.get("model_name"):
         _require_class_order(raw)
         raw = {key: value for key, value in raw.items() if key in FitConfig.model_fields}
-    synth = build_source_config(raw["synth"])
-    # The commands fit and draw whatever the experiment does with stored images and sources, in folders of their own.
-    own = {"need_syn_imgs": True, "syn_image_path": None, "adopt_syn_images": False, "source_dir": None}
-    synth = synth.model_copy(update=own)
-    return FitConfig.parse({**raw, "synth": synth})
+    return FitConfig.build({**raw, "synth": build_source_config(raw["synth"]).model_copy(update=OWN_FOLDERS)})
 
 
 def _require_class_order(raw: dict[str, Any]) -> None:
     """Learners have defaults of their own for these keys; a guess would give the classes other labels than the run."""
-    for key in ["shuffle"] + ["few_shot_draw"] * bool(raw.get("kshot")):
+    for key in ["shuffle", "few_shot_draw"] if raw.get("kshot") else ["shuffle"]:
         if raw.get(key) is None:
             raise ConfigError(
                 f"the file leaves {key!r} to the learner {raw['model_name']!r}, whose default is not known here: "
@@ -136,7 +135,7 @@ def _require_class_order(raw: dict[str, Any]) -> None:
 
 
 def pick_classes(wanted: Iterable[int | str], class_names: list[str], known: Iterable[int], what: str) -> list[int]:
-    """Labels of classes that are given as ids in learning order or as names, ascending.
+    """Find the labels of classes that are given as ids in learning order or as names, ascending.
 
     Args:
         wanted: empty for all of ``known``. What reads as a number is an id.
@@ -177,8 +176,13 @@ class FittedSource:
     class_order: list[int]
 
 
+def fitted_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a folder that `synth.train` has finished."""
+    return Manifest(folder, "fitted", {}, remedy="fit the source again with --overwrite", name=FITTED)
+
+
 def find_fitted(path: Path) -> FittedSource | None:
-    """The fitted source in a folder, or None where there is none.
+    """Find the fitted source in a folder; None where there is none.
 
     Args:
         path: of `synth.train`, finished or not; of a run's seed; `task_<t>` or `task_<t>/source` in its checkpoints.
@@ -189,31 +193,31 @@ def find_fitted(path: Path) -> FittedSource | None:
     folder = _source_folder(path.absolute())
     if folder is None:
         return None
-    home = next((parent for parent in (folder, *folder.parents) if (parent / DESCRIPTION).exists()), folder)
-    try:
-        described = json.loads((home / DESCRIPTION).read_text())
-        place = home if (home / "config.json").exists() else home.parent  # a run's seeds share one
-        raw = json.loads((place / "config.json").read_text())["config"]
-        if place != home:
-            raw["seed"] = [int(home.name.split("_")[1])]
-        dataset = Dataset(**described["dataset"], train=ImageSet(), test=ImageSet())
-        return FittedSource(folder, raw, dataset, described["class_names"], described["class_order"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder} lies in no folder of `python -m synth.train` or of a run: {error!r}"
-        ) from error
+    home = next((parent for parent in (folder, *folder.parents) if (parent / DESCRIPTION).exists()), None)
+    if home is None:
+        raise CheckpointError(f"{folder} lies in no folder of `python -m synth.train` or of a run")
+    place = home if (home / CONFIG).exists() else home.parent  # a run's seeds share one
+    raw = run_manifest(place, None).read()["config"]
+    if place != home:
+        raw["seed"] = [int(home.name.split("_")[1])]
+    return FittedSource(folder, raw, *read_data(home))
 
 
 def _source_folder(path: Path) -> Path | None:
+    """Return the folder that a source loads from; it is whole."""
     if (path / FITTED).exists():
-        damaged = damaged_files(path, json.loads((path / FITTED).read_text())["files"])
-        if damaged:
-            raise CheckpointError(f"{path / damaged[0]} is missing or damaged: fit the source again with --overwrite")
+        fitted_manifest(path).verify()
         return path
+    if (path / "source").is_dir() and path.name != "source":
+        path = path / "source"
     if path.name == "source" and path.is_dir():
+        remedy = "name another checkpoint, or repeat the run that wrote it"
+        kind = read_json(path.parent / MANIFEST, remedy).get("kind")
+        Manifest(path.parent, "source" if kind == "source" else "checkpoint", remedy=remedy).verify()
         return path
-    if (path / "source").is_dir():
-        return path / "source"
     checkpoints = Checkpoints(path / "checkpoints", "task")  # of a training or a run that goes on
-    found = [checkpoints.path(number) / "source" for number in checkpoints.numbers()]
-    return next((folder for folder in found if folder.is_dir()), None)
+    for number in checkpoints.numbers():
+        if (checkpoints.path(number) / "source").is_dir():
+            checkpoints.manifest(number).verify()
+            return checkpoints.path(number) / "source"
+    return None

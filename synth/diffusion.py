@@ -47,7 +47,10 @@ class Process:
 
 
 def linear_process(num_steps: int = 1000, beta_start: float = 1e-3, beta_end: float = 2e-2) -> Process:
-    """The linear schedule (Ho et al. 2020, arXiv:2006.11239, section 4) from GUIDE's start, ten times the usual one."""
+    """Make the linear schedule (Ho et al. 2020, arXiv:2006.11239, section 4).
+
+    Its start is ten times the usual one, as Cywinski et al. have it (2024, arXiv:2403.03938).
+    """
     betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
     return Process((1 - betas).cumprod(0), torch.arange(num_steps))
 
@@ -126,19 +129,20 @@ def classifier_free(conditional: Model, unconditional: Model, guidance: float) -
     return model
 
 
-def sample_ddim(model: Model, xt: Tensor, process: Process, bend: Bend | None = None) -> Tensor:
-    """Deterministic sampling (Song et al. 2021, arXiv:2010.02502, Eq. 12 with eta = 0), x0 clamped at every step.
+def sample_ddim(model: Model, xt: Tensor, process: Process, bend: Bend | None = None, clip: bool = True) -> Tensor:
+    """Sample without noise of its own (Song et al. 2021, arXiv:2010.02502, Eq. 12 with eta = 0).
 
     Args:
         xt: pure noise, (B, C, H, W).
-        bend: its gradient with respect to xt, through x0's clamp and the network, shifts eps (GUIDE,
+        bend: its gradient with respect to xt, through x0's clamp and the network, shifts eps (Cywinski et al. 2024,
             arXiv:2403.03938). The guided x0 is not clamped again.
+        clip: clamp the predicted x0 to [-1, 1] at every step.
 
     Returns:
         (B, C, H, W), about [-1, 1].
     """
     for t, alpha_bar, alpha_bar_prev in _backwards(process):
-        x0, shift = _denoise(model, xt, t, alpha_bar, bend)
+        x0, shift = _denoise(model, xt, t, alpha_bar, bend, clip)
         eps = predict_eps(xt, x0, alpha_bar)
         if shift is not None:
             eps = eps - (1 - alpha_bar) ** 0.5 * shift
@@ -148,18 +152,20 @@ def sample_ddim(model: Model, xt: Tensor, process: Process, bend: Bend | None = 
 
 
 def sample_ddpm(
-    model: Model, xt: Tensor, process: Process, step_noise: Callable[[], Tensor], bend: Bend | None = None
-) -> Tensor:
-    """Ancestral sampling with variance beta (DDPM, Algorithm 2), x0 clamped at every step.
+    model: Model, xt: Tensor, process: Process, step_noise: Callable[[], Tensor], bend: Bend | None = None,
+    clip: bool = True,
+) -> Tensor:  # fmt: skip
+    """Sample by ancestors, with variance beta (DDPM, Algorithm 2).
 
     Args:
         xt: pure noise, (B, C, H, W).
         step_noise: gives fresh noise of xt's shape; not called for the last step.
         bend: its gradient with respect to xt, times the variance, shifts the mean (Dhariwal and Nichol 2021,
             arXiv:2105.05233, Algorithm 1); in the last step, which has no noise, with the variance of the one before.
+        clip: clamp the predicted x0 to [-1, 1] at every step.
     """
     for t, alpha_bar, alpha_bar_prev in _backwards(process):
-        x0, shift = _denoise(model, xt, t, alpha_bar, bend)
+        x0, shift = _denoise(model, xt, t, alpha_bar, bend, clip)
         beta = 1 - alpha_bar / alpha_bar_prev
         xt = (
             alpha_bar_prev**0.5 * beta / (1 - alpha_bar) * x0
@@ -172,15 +178,18 @@ def sample_ddpm(
     return xt
 
 
-def _denoise(model: Model, xt: Tensor, t: Tensor, alpha_bar: float, bend: Bend | None) -> tuple[Tensor, Tensor | None]:
-    """The clamped x0 and, where sampling is guided, the gradient of ``bend`` with respect to xt.
+def _denoise(
+    model: Model, xt: Tensor, t: Tensor, alpha_bar: float, bend: Bend | None, clip: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Predict x0 and, where sampling is guided, the gradient of ``bend`` with respect to xt.
 
     The graph is that of this one step: xt itself has none.
     """
     with torch.set_grad_enabled(bend is not None):
         xt = xt.detach().requires_grad_(bend is not None)
         eps = model(xt, t.expand(len(xt)).to(xt.device)).float()
-        x0 = predict_x0(xt, eps, alpha_bar).clamp(-1, 1)
+        x0 = predict_x0(xt, eps, alpha_bar)
+        x0 = x0.clamp(-1, 1) if clip else x0
         shift = None if bend is None else torch.autograd.grad(bend(x0).sum(), xt)[0]
     return x0.detach(), shift
 

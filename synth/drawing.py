@@ -1,8 +1,10 @@
-"""A folder of drawn images, `<class>/<class>-<i>.png`: what is missing is drawn, what is there is found and shown."""
+"""A folder of drawn images, `<class>/<class>-<i>.png`, known by its manifest: what is missing is drawn."""
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,114 +14,188 @@ from torch import Tensor
 
 from synth.base import ReplaySource
 from synth.requests import Requests
-from utils.data.images import IMAGE_SUFFIXES, ImageSet, encode_image
+from utils.data.images import ImageSet, encode_image
 from utils.data.transforms import stack
 from utils.run.config import SourceConfig
 from utils.run.errors import BankError
-from utils.training.checkpoint import atomic_write, file_hash, write_json
+from utils.run.files import atomic_write, file_hash
+from utils.run.manifest import Manifest
+from utils.training.run import Run
 
-MANIFEST = "manifest.json"
+log = logging.getLogger("reprise")
+# Copies of an item carry its number in hexadecimal and their own behind it.
+NAME = re.compile(r"(?P<label>\d+)/(?P=label)-(?P<number>\d+|(?P<item>[0-9a-f]{12})_seed\d+)\.(png|jpe?g)")
 LARGEST_PNG = 64  # pixels; larger images are stored as JPEG
 PREVIEW_COLUMNS = 10
 LARGEST_PREVIEW = 128  # pixels of an image in it
 
 
-def draw_missing(source: ReplaySource, folder: Path, requests: list[Requests]) -> None:
-    """Draw every chunk of which an image is absent; several processes share the chunks of each of ``requests``."""
-    run = source.run
-    rank, world = run.runtime.shard
-    bar = run.bar(sum(map(len, requests)), f"drawing {folder.name}")
-    for asked in requests:
-        for chunk in list(asked.chunks(source.config.sample_batch))[rank::world]:
-            paths = image_paths(folder, chunk)
-            # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
-            if not all(map(find_image, paths)):
-                drawn = source.generate(chunk)
-                for position, path in enumerate(paths):
-                    save_image(path, drawn.image(position), source.config)
-            bar.update(len(chunk))
-    bar.close()
-    run.runtime.accelerator.wait_for_everyone()
+class ImageFolder:
+    """Images that were drawn for one purpose; its manifest lists them, and nothing else in the folder is looked at.
+
+    While a folder is drawn, every process notes its finished chunks in a journal, so that a killed run draws none
+    twice; the manifest is written at the end.
+
+    Args:
+        folder: of the images.
+        run: processes, log.
+        identity: what must be equal for the images to be ours; JSON.
+        remedy: what the user may do about a foreign folder.
+    """
+
+    def __init__(self, folder: Path, run: Run, identity: dict[str, Any], remedy: str):
+        self.folder, self.run = Path(folder), run
+        self.manifest = Manifest(folder, "images", identity, remedy=remedy, error=BankError, names=NAME)
+        self.files: dict[str, str] = {}  # of the manifest, once it is claimed
+
+    def claim(self, fields: Iterable[str] | None = None, **notes: Any) -> dict[str, Any]:
+        """Make the folder ours and forget images that were damaged since they were drawn.
+
+        Args:
+            fields: of the identity that must fit; None: all.
+            notes: for readers, where the manifest is new.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            BankError: if the images are of another run, or lie there without a manifest.
+        """
+        is_main = self.run.runtime.is_main
+        with self.run.runtime.accelerator.main_process_first():  # the main process lays the manifest, others find it
+            if not self.manifest.exists and not self._journals() and any(found_images(self.folder)):
+                raise BankError(
+                    f"{self.folder} holds images but no manifest.json, so nobody knows whose: {self.manifest.remedy}"
+                )
+            content = self.manifest.claim(fields, write=is_main, **notes)
+            self.files = dict(content["files"])
+            damaged = [name for name, digest in self.files.items() if not self.manifest.holds(name, digest)]
+            for name in damaged:
+                log.warning("%s is missing or damaged: its chunk is drawn again", self.folder / name)
+                del self.files[name]
+            if damaged and is_main:
+                self.manifest.store(self.files)
+        return content
+
+    def draw(self, source: ReplaySource, requests: list[Requests], **notes: Any) -> None:
+        """Draw every chunk of which an image is missing; several processes share the chunks of each of ``requests``.
+
+        Args:
+            source: draws them.
+            requests: each is cut into chunks of its own.
+            notes: for readers of the manifest.
+        """
+        if not self.lacks(requests):
+            return
+        run = self.run
+        rank, world = run.runtime.shard
+        done = self.files | self._noted()
+        stems = {_stem(name) for name in done}
+        bar = run.bar(sum(map(len, requests)), f"drawing {self.folder.name}")
+        for asked in requests:
+            for chunk in list(asked.chunks(source.config.sample_batch))[rank::world]:
+                # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
+                if not stems.issuperset(stems_of(chunk)):
+                    self._note(self._save(source.generate(chunk), stems_of(chunk), source.config))
+                bar.update(len(chunk))
+        bar.close()
+        run.runtime.accelerator.wait_for_everyone()
+        self.files |= self._noted()
+        run.runtime.accelerator.wait_for_everyone()  # all have read the journals
+        if run.runtime.is_main:
+            self.manifest.store(self.files, **notes)
+            for journal in self._journals():
+                journal.unlink()
+        run.runtime.accelerator.wait_for_everyone()
+
+    def lacks(self, requests: list[Requests]) -> bool:
+        """Whether an image that is asked for is not in the manifest."""
+        there = {_stem(name) for name in self.files}
+        return any(not there.issuperset(stems_of(asked)) for asked in requests)
+
+    def of_class(self, label: int) -> list[Path]:
+        """Return the listed images of a class, in the order of their numbers."""
+        own = [name for name in self.files if name.startswith(f"{label}/")]
+        return [self.folder / name for name in sorted(own, key=number_of)]
+
+    def paths(self, requests: Requests) -> list[str]:
+        """Return the listed images that are asked for, in the order of the requests."""
+        by_stem = {_stem(name): name for name in self.files}
+        return [str(self.folder / by_stem[stem]) for stem in stems_of(requests)]
+
+    def forget(self, paths: list[Path]) -> None:
+        """Delete listed images; the folder stays as whole as it was."""
+        if paths:
+            for path in paths:
+                self.files.pop(path.relative_to(self.folder).as_posix(), None)
+            self.manifest.store(self.files)  # first: a file that nobody knows does less harm than one that is missed
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+    def write_preview(self, rows: list[ImageSet]) -> None:
+        """Lay a picture of the first images of every class beside them."""
+        if self.run.runtime.is_main and any(map(len, rows)):
+            image = preview([row for row in rows if len(row)])
+            atomic_write(self.folder / "preview.png", encode_image(image, ".png"))
+
+    def _save(self, drawn: ImageSet, stems: list[str], config: SourceConfig) -> dict[str, str]:
+        names = [save_image(self.folder / stem, drawn.image(i), config) for i, stem in enumerate(stems)]
+        return {path.relative_to(self.folder).as_posix(): file_hash(path) for path in names}
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.folder.glob(".drawn_*.jsonl"))
+
+    def _note(self, files: dict[str, str]) -> None:
+        with open(self.folder / f".drawn_{self.run.runtime.shard[0]}.jsonl", "a") as file:
+            file.write(json.dumps(files) + "\n")
+
+    def _noted(self) -> dict[str, str]:
+        """Return the images of all journals that are whole; a line that a kill cut off counts nothing."""
+        noted: dict[str, str] = {}
+        for journal in self._journals():
+            for line in journal.read_bytes().decode(errors="replace").splitlines():
+                try:
+                    noted |= json.loads(line)
+                except (ValueError, TypeError):
+                    continue
+        ours = {name: digest for name, digest in noted.items() if NAME.fullmatch(name)}
+        return {name: digest for name, digest in ours.items() if self.manifest.holds(name, digest)}
 
 
-def save_image(path: Path, image: Tensor, config: SourceConfig) -> None:
+def stems_of(requests: Requests) -> list[str]:
+    """Return what the images that are asked for are called, without suffixes."""
+    rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
+    numbers = [(label, f"{copy}" if item < 0 else f"{item:012x}_seed{copy:02d}") for label, item, copy in rows]
+    return [f"{label}/{label}-{number}" for label, number in numbers]
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def number_of(name: str) -> tuple[int, str]:
+    """Return what orders the images of a class: their number, or the words behind their item."""
+    number = NAME.fullmatch(name)["number"]
+    return (int(number), "") if number.isdigit() else (0, number)
+
+
+def found_images(folder: Path) -> list[str]:
+    """Return the names of all files below a folder that are called as drawn images are."""
+    found = (path.relative_to(folder).as_posix() for path in Path(folder).glob("*/*"))
+    return sorted(filter(NAME.fullmatch, found), key=lambda name: (name.split("/")[0], number_of(name)))
+
+
+def save_image(path: Path, image: Tensor, config: SourceConfig) -> Path:
     """Write one image, uint8 (C, H, W), in the format that the source asks for, which gives the path its suffix."""
     auto = "png" if max(image.shape[-2:]) <= LARGEST_PNG else "jpg"
     suffix = "." + (auto if config.image_format == "auto" else config.image_format)
-    atomic_write(path.with_suffix(suffix), encode_image(image, suffix), sync=False)
-
-
-def image_paths(folder: Path, requests: Requests) -> list[Path]:
-    """Where the images asked for lie, but for their suffixes; copies of an item carry its number in hexadecimal."""
-    rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
-    names = [(label, f"{copy}" if item < 0 else f"{item:012x}_seed{copy:02d}") for label, item, copy in rows]
-    return [folder / str(label) / f"{label}-{name}" for label, name in names]
-
-
-def find_image(path: Path) -> Path | None:
-    """The image with one of our suffixes, if it is there."""
-    return next((found for suffix in (".png", ".jpg") if (found := path.with_suffix(suffix)).exists()), None)
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Image files `<class>-<i>.*` of one class, in the order of i."""
-    files = (path for path in folder.glob("*-*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(files, key=lambda path: int(path.stem.rpartition("-")[2]))
-
-
-def file_hashes(folder: Path, classes: Iterable[int]) -> dict[str, str]:
-    """The hash of every image of these classes, by its path below the folder."""
-    files = [path for label in classes for path in images_in(folder / str(label))]
-    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
-
-
-def damaged_files(folder: Path, hashes: dict[str, str]) -> list[str]:
-    """Those that are missing or changed since they were hashed."""
-    return [
-        name for name, digest in hashes.items() if not (folder / name).exists() or file_hash(folder / name) != digest
-    ]
-
-
-def delete_images(folder: Path, paths: list[Path]) -> None:
-    """Delete images of a finished folder, which stays as whole as it was: its manifest knows no more of them."""
-    if not paths:
-        return
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for path in paths:
-        manifest["files"].pop(path.relative_to(folder).as_posix(), None)
-    write_json(folder / MANIFEST, manifest)  # first: a file that nobody knows does less harm than one that is missed
-    for path in paths:
-        path.unlink()
-
-
-def require_same(
-    folder: Path, stored: dict[str, Any], here: dict[str, Any], fields: Iterable[str], remedy: str
-) -> None:
-    """Raise BankError at the first of these fields in which a folder's manifest differs from what is wanted here."""
-    if difference := first_difference(stored, here, fields):
-        raise BankError(f"the images in {folder} are of another run: {difference}. {remedy}")
-
-
-def first_difference(stored: dict[str, Any], here: dict[str, Any], fields: Iterable[str]) -> str:
-    """Words for the first of these fields in which two manifests differ; empty if none does."""
-    for field in fields:
-        there, wanted = stored.get(field), here[field]
-        if there != wanted:
-            if isinstance(there, dict) and isinstance(wanted, dict):
-                inner = next(key for key in {**there, **wanted} if there.get(key) != wanted.get(key))
-                field, there, wanted = f"{field}.{inner}", there.get(inner), wanted.get(inner)
-            return f"{field} is {short(there)} there, {short(wanted)} here"
-    return ""
-
-
-def short(value: Any) -> str:
-    """JSON of at most 80 characters, for a message."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    path = path.parent / (path.name + suffix)
+    atomic_write(path, encode_image(image, suffix), sync=False)
+    return path
 
 
 def preview(rows: list[ImageSet]) -> Tensor:
-    """The first images of every class, one a row, uint8 (C, H, W); small images are enlarged, large ones shrunk."""
+    """Lay the first images of every class in rows, uint8 (C, H, W); small images are enlarged, large ones shrunk."""
     lines, side = [], min(rows[0].image(0).shape[-1], LARGEST_PREVIEW)
     for images in rows:
         picked = stack(images.take(range(min(PREVIEW_COLUMNS, len(images)))), side)

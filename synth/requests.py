@@ -69,7 +69,7 @@ def draw_labels(classes: list[int], count: int, generator: torch.Generator, bala
         count: of labels.
         generator: on the CPU.
         balanced: equal counts of every class, the remainder going to classes drawn by chance; else each label is drawn
-            by itself, as GUIDE does (Cywinski et al. 2024, arXiv:2403.03938).
+            by itself, as Cywinski et al. do (2024, arXiv:2403.03938).
     """
     known = torch.tensor(classes)
     if not balanced:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -13,41 +12,30 @@ from typing import Any
 import torch
 
 from synth import SOURCES, build_source_config
-from synth.bank import NOT_SETTINGS
 from synth.base import ReplaySource
 from synth.command import (
     FitConfig,
     FittedSource,
     add_shared_flags,
-    build_config,
+    build_fit_config,
     find_fitted,
     pick_classes,
     read_file,
 )  # fmt: skip
-from synth.drawing import (
-    MANIFEST,
-    damaged_files,
-    draw_missing,
-    file_hashes,
-    images_in,
-    preview,
-    require_same,
-)  # fmt: skip
+from synth.drawing import ImageFolder
 from synth.requests import Requests
 from utils.data import subsets
 from utils.data.datasets import Dataset, load_dataset
-from utils.data.images import ImageSet, encode_image
+from utils.data.images import ImageSet
 from utils.data.manager import Task, cut_tasks
 from utils.run.command import exit_code
-from utils.run.errors import BankError, ConfigError
-from utils.run.words import apply_overrides
-from utils.training.checkpoint import atomic_write, write_json
-from utils.training.run import Run, log, log_to_console
+from utils.run.errors import ConfigError
+from utils.run.log import log, log_to_console
+from utils.run.words import apply_overrides, translate
+from utils.training.run import Run
 from utils.training.runtime import Runtime
 
 EMBEDDINGS = "class_embeddings.safetensors"  # what class inversion saves
-# What must agree between images that lie in one folder.
-SAME = ("dataset", "class_order", "source", "settings", "run_seed", "weights")
 
 
 @dataclass(frozen=True)
@@ -79,19 +67,21 @@ class Opened:
             asked.append(Requests.of_classes([label for label in classes if tasks[label] == index], per_class, key))
         return asked
 
-    def manifest(self, classes: list[int]) -> dict[str, Any]:
-        """What the images are, for whoever finds them."""
-        names, order = self.source.class_names, self.class_order
+    def identity(self) -> dict[str, Any]:
+        """Say what must agree between images that lie in one folder."""
         return {
             "dataset": self.source.dataset.name,
-            "class_order": order,
+            "class_order": self.class_order,
             "source": self.config.synth.name,
-            "settings": self.config.synth.model_dump(mode="json", exclude=NOT_SETTINGS),
+            "settings": self.config.synth.sample_settings(),
             "run_seed": self.source.run.seed,
             "weights": self.source.fingerprint(),
-            "classes": {str(label): {"name": names[label], "original_id": order[label]} for label in classes},
-            "files": {},
         }
+
+    def names(self, classes: list[int]) -> dict[str, Any]:
+        """Say what the class folders hold, for whoever finds them."""
+        names, order = self.source.class_names, self.class_order
+        return {str(label): {"name": names[label], "original_id": order[label]} for label in classes}
 
 
 def open_source(args: argparse.Namespace) -> Opened:
@@ -107,6 +97,7 @@ def open_source(args: argparse.Namespace) -> Opened:
 def _open_fitted(fitted: FittedSource, args: argparse.Namespace, **synth: Any) -> Opened:
     """As it was fitted, but for what --config and --set say of the drawing."""
     given = {} if args.config is None else read_file(args.config)
+    given = translate(given)
     raw = {**fitted.raw, "synth": {**fitted.raw["synth"], **(given.get("synth") or {}), **synth}}
     raw = apply_overrides({**raw, "dataset": args.dataset or given.get("dataset") or raw["dataset"]}, args.overrides)
     name = raw["synth"].get("name") if isinstance(raw["synth"], dict) else raw["synth"]
@@ -116,7 +107,7 @@ def _open_fitted(fitted: FittedSource, args: argparse.Namespace, **synth: Any) -
     ):
         if str(there).lower() != str(here).lower():
             raise ConfigError(f"{fitted.folder} was fitted with {what}={there!r}, not with {here!r}: leave that out")
-    config = build_config(raw, args)
+    config = build_fit_config(raw, args)
     source = _build(args, config, fitted.dataset, fitted.class_names)
     source.load(fitted.folder)
     return Opened(source, config.scheduled(len(fitted.class_names)), fitted.class_order)
@@ -126,7 +117,7 @@ def _open_foreign(args: argparse.Namespace) -> Opened:
     """A published model: with embeddings that were found for it, or drawing from the names of the classes."""
     if args.config is None and args.dataset is None:
         raise ConfigError(f"{_no_source(args.ckpt)}; for a published model say with --config or --dataset what to draw")
-    raw = {"synth": {"name": "ldm"}} if args.config is None else read_file(args.config)
+    raw = {"synth": {"name": "ldm"}} if args.config is None else translate(read_file(args.config))
     if "ldm_ckpt" not in type(build_source_config(raw.get("synth"))).model_fields:
         raise ConfigError(_no_source(args.ckpt))
     embeddings = _find_embeddings(args)
@@ -134,7 +125,7 @@ def _open_foreign(args: argparse.Namespace) -> Opened:
     if fitted is not None:
         return _open_fitted(fitted, args, ldm_ckpt=args.ckpt)
     found = {"ldm_ckpt": args.ckpt, "inversion": embeddings is not None}
-    config = build_config({**raw, "synth": {**raw["synth"], **found}}, args)
+    config = build_fit_config({**raw, "synth": {**raw["synth"], **found}}, args)
     dataset = load_dataset(config.data_name, config.data_dir, config.offline)
     config = config.scheduled(dataset.num_classes)
     data = cut_tasks(config, config.seed[0], dataset)
@@ -179,38 +170,19 @@ def draw(opened: Opened, classes: list[int], per_class: int, folder: Path) -> No
     Raises:
         BankError: if the folder holds images of other settings, or images without a manifest.
     """
-    runtime = opened.source.run.runtime
-    with runtime.accelerator.main_process_first():
-        manifest = _claim(folder, opened.manifest(classes), runtime.is_main)
-    draw_missing(opened.source, folder, opened.requests(classes, per_class))
-    if runtime.is_main:
-        labels = sorted(map(int, manifest["classes"]))  # earlier commands' too
-        found = {label: [str(path) for path in images_in(folder / str(label))] for label in labels}
-        rows = [ImageSet.of(paths, torch.full((len(paths),), label)) for label, paths in found.items() if paths]
-        atomic_write(folder / "preview.png", encode_image(preview(rows), ".png"))
-        write_json(folder / MANIFEST, {**manifest, "files": file_hashes(folder, labels)})
+    remedy = "Give another --output_dir, or delete the folder"
+    place = ImageFolder(folder, opened.source.run, opened.identity(), remedy)
+    known = place.claim(classes={}).get("classes", {})
+    names = known | opened.names(classes)  # earlier commands' too
+    place.draw(opened.source, opened.requests(classes, per_class), classes=names)
+    found = {label: list(map(str, place.of_class(label))) for label in sorted(map(int, names))}
+    place.write_preview([ImageSet.of(p, torch.full((len(p),), label)) for label, p in found.items() if p])
 
 
-def _claim(folder: Path, manifest: dict[str, Any], is_main: bool) -> dict[str, Any]:
-    """The folder's manifest with the classes to come; damaged images are forgotten."""
-    path = folder / MANIFEST
-    if path.exists():
-        stored = json.loads(path.read_text())
-        require_same(folder, stored, manifest, SAME, "Give another --output_dir, or delete the folder")
-        manifest = {**manifest, "classes": {**stored["classes"], **manifest["classes"]}, "files": stored["files"]}
-        for name in damaged_files(folder, stored["files"]):
-            log.warning("%s is missing or damaged: its chunk is drawn again", folder / name)
-            (folder / name).unlink(missing_ok=True)
-    elif any(images_in(folder / label) for label in manifest["classes"]):
-        raise BankError(f"{folder} holds images but no {MANIFEST}, so nobody knows whose: give another --output_dir")
-    if is_main:
-        write_json(path, manifest)
-    return manifest
-
-
-def run(args: argparse.Namespace) -> int:
-    """Everything is checked before anything is written."""
+def start(args: argparse.Namespace) -> int:
+    """Draw what the command line asks for; everything is checked before anything is written."""
     log_to_console(is_main=os.environ.get("RANK", "0") == "0")
+    SOURCES.names()  # every room registers its words
     opened, folder = open_source(args), Path(args.output_dir)
     if not opened.source.fitted_classes:
         raise ConfigError(f"--ckpt {args.ckpt}: this source keeps no class yet, so there is nothing that it could draw")
@@ -258,8 +230,8 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one message about a mistake that the user can repair."""
-    return exit_code(run, parse_args(argv))
+    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
+    return exit_code(start, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from synth.base import ReplaySource
-from synth.drawing import MANIFEST, damaged_files, first_difference
-from utils.data.images import ImageSet
+from synth.base import ReplaySource, learns_after
+from utils.data.images import ImageSet, Samples
 from utils.data.manager import DataManager, Task
 from utils.run.errors import CheckpointError, ConfigError
-from utils.training.checkpoint import folder_hashes, whole_folder, write_json
+from utils.run.files import whole_folder
+from utils.run.manifest import Manifest
 
 log = logging.getLogger("reprise")
 
 SOURCES_FOLDER = "sources"
-# What must agree for a run to take a source; the rest of its manifest tells a reader where it comes from.
-MUST_FIT = ("dataset", "class_order", "source", "settings", "fitted_classes", "class_counts", "images")
+REMEDY = (
+    "Name another synth.source_dir, set the key as it was there, or leave source_dir out to train; a damaged source "
+    "needs its run repeated with --overwrite"
+)
 
 
 def save_source(source: ReplaySource, folder: Path) -> None:
@@ -35,44 +36,38 @@ def keep_source(source: ReplaySource, data: DataManager, task: Task, folder: Pat
     One that is there and whole is left alone. A source that has not learned the task, such as a DDPM after the last
     one, is not written.
     """
-    target = folder / SOURCES_FOLDER / f"task_{task.index}"
     if not source.fitted_classes.issuperset(task.classes):
         return
-    manifest = _describe(source, data, sorted(source.fitted_classes))
-    manifest |= {"task": task.index, "run_seed": source.run.seed, "weights": source.fingerprint()}
-    if _is_whole(target, manifest):
+    target, notes = folder / SOURCES_FOLDER / f"task_{task.index}", {"weights": source.fingerprint()}
+    if _is_whole(_manifest(target, source, data, sorted(source.fitted_classes)), notes):
         return
     with whole_folder(target) as temporary:
         save_source(source, temporary)
-        write_json(temporary / MANIFEST, {**manifest, "files": folder_hashes(temporary)})
+        notes |= {"task": task.index, "run_seed": source.run.seed}
+        _manifest(temporary, source, data, sorted(source.fitted_classes)).seal(**notes)
 
 
-def _describe(source: ReplaySource, data: DataManager, classes: list[int]) -> dict[str, Any]:
-    """The fields of ``MUST_FIT``."""
-    return {
+def _manifest(folder: Path, source: ReplaySource, data: DataManager, classes: list[int]) -> Manifest:
+    """Say what must agree for a run to take a source."""
+    identity = {
         "dataset": data.dataset.name,
-        "class_order": data.class_order,
+        "class_order": {str(place): original for place, original in enumerate(data.class_order)},  # differs by place
         "source": source.config.name,
-        "settings": source.training_settings(source.config),
+        "settings": source.config.training_settings(),
         "fitted_classes": classes,
         # Of another share of the same data, a source may have seen what this run holds out.
         "class_counts": [data.class_counts[label] for label in classes],
         "images": data.images_hash(classes),
     }
+    return Manifest(folder, "source", identity, remedy=REMEDY)
 
 
-def _numbered(manifest: dict[str, Any]) -> dict[str, Any]:
-    """With the class order by its places, so that the first difference is one place and not two long lists."""
-    return {**manifest, "class_order": dict(enumerate(manifest["class_order"]))}
-
-
-def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
+def _is_whole(manifest: Manifest, notes: dict[str, Any]) -> bool:
     try:
-        stored = json.loads((folder / MANIFEST).read_text())
-        files = stored.pop("files")
-    except (OSError, ValueError, KeyError):
+        content = manifest.verify()
+    except CheckpointError:
         return False  # it is written anew
-    return stored == manifest and not damaged_files(folder, files)
+    return all(content.get(key) == value for key, value in {**manifest.identity, **notes}.items())
 
 
 class StoredSources:
@@ -92,14 +87,12 @@ class StoredSources:
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Load a source that learns before the classifier."""
-        if not self.source.learns_after():
+        if not learns_after(self.source):
             self._load(task)
 
-    def fit_after(
-        self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder: nn.Module
-    ) -> None:
+    def fit_after(self, task: Task, images: ImageSet, past: Samples, exemplars: ImageSet, encoder: nn.Module) -> None:
         """Load a source that learns after the classifier."""
-        if self.source.learns_after():
+        if learns_after(self.source):
             self._load(task)
 
     def require(self) -> None:
@@ -109,54 +102,39 @@ class StoredSources:
             CheckpointError: at the first one that is absent, lacks a file, or has learned something else.
         """
         # What learns after the classifier is not asked for its last task.
-        unused = self.source.learns_after() and not self.source.config.fit_after_last_task
+        unused = learns_after(self.source) and not self.source.config.fit_after_last_task
         for index in range(self.data.num_tasks - unused):
-            folder, manifest = self._find(self.data.task(index))
-            for name in manifest["files"]:
-                if not (folder / name).exists():
-                    raise _damaged(folder / name)
+            manifest = self._find(self.data.task(index))
+            for name in manifest.files():
+                if not (manifest.folder / name).exists():
+                    raise CheckpointError(f"{manifest.folder / name} is missing or damaged: {REMEDY}")
 
     def describe(self) -> str:
-        """One line for `--plan`."""
+        """Say in one line for `--plan` where the sources come from."""
         return f"no source is trained: each task's comes from {self.folder}"
 
     def _load(self, task: Task) -> None:
-        folder, manifest = self._find(task)
-        if damaged := damaged_files(folder, manifest["files"]):
-            raise _damaged(folder / damaged[0])
-        self.source.load(folder / "source")
-        log.info("Task %d: the source is that of %s", task.index, folder)
+        manifest = self._find(task)
+        manifest.verify()
+        self.source.load(manifest.folder / "source")
+        log.info("Task %d: the source is that of %s", task.index, manifest.folder)
 
-    def _find(self, task: Task) -> tuple[Path, dict[str, Any]]:
-        """The folder of a task's source and its manifest, which fits."""
+    def _find(self, task: Task) -> Manifest:
+        """Return the manifest of a task's source, which fits."""
         folder = self.folder / f"task_{task.index}"
-        stored = self._read(folder / MANIFEST, task)
-        wanted = _describe(self.source, self.data, list(range(task.num_seen)))
-        if difference := first_difference(_numbered(stored), _numbered(wanted), MUST_FIT):
+        manifest = _manifest(folder, self.source, self.data, list(range(task.num_seen)))
+        if not manifest.exists:
             raise CheckpointError(
-                f"the source in {folder} does not fit this run: {difference}. Name another synth.source_dir, set the "
-                "key as it was there, or leave source_dir out to train"
+                f"no source of task {task.index} in synth.source_dir={self.source.config.source_dir!r}: "
+                f"{manifest.path} is not there. Sources are kept by a run or `python -m synth.train` with "
+                "synth.keep_sources=true; one that has ended without it needs --overwrite too"
             )
-        return folder, stored
-
-    def _read(self, path: Path, task: Task) -> dict[str, Any]:
-        try:
-            stored = json.loads(path.read_text())
-            if not {*MUST_FIT, "files"}.issubset(stored):
-                raise ValueError("incomplete")
-            return stored
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"no source of task {task.index} in synth.source_dir={self.source.config.source_dir!r}: {path} is not "
-                "there. Sources are kept by a run or `python -m synth.train` with synth.keep_sources=true; one that "
-                "has ended without it needs --overwrite too"
-            ) from error
-        except ValueError as error:
-            raise _damaged(path) from error
+        manifest.claim(write=False)
+        return manifest
 
 
 def find_sources(source_dir: str, seed_folder: str) -> Path:
-    """The folder that holds `task_<t>` of stored sources, or should.
+    """Return the folder that holds `task_<t>` of stored sources, or should.
 
     Args:
         source_dir: of a run, of its seed, of `synth.train`, or their `sources`.
@@ -174,10 +152,3 @@ def find_sources(source_dir: str, seed_folder: str) -> Path:
     if given.name == SOURCES_FOLDER or any(given.glob("task_*")):
         return given
     return (given / seed_folder if any(given.glob("seed_*")) else given) / SOURCES_FOLDER
-
-
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is missing or damaged: delete {path.parent} and repeat the run that kept it with --overwrite, or name "
-        "another synth.source_dir"
-    )

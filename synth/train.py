@@ -11,8 +11,17 @@ from itertools import groupby
 from pathlib import Path
 
 from synth import SOURCES
-from synth.bank import Bank
-from synth.command import FITTED, FitConfig, add_shared_flags, build_config, pick_classes, read_file
+from synth.base import learns_after
+from synth.command import (
+    FITTED,
+    FitConfig,
+    add_shared_flags,
+    build_fit_config,
+    fitted_manifest,
+    pick_classes,
+    read_file,
+)
+from synth.replay import Replay, replay_kind
 from synth.requests import Requests
 from synth.stored import keep_source, save_source
 from utils.data.datasets import load_dataset
@@ -20,16 +29,17 @@ from utils.data.images import ImageSet, encode_image
 from utils.data.manager import DataManager, Task, cut_tasks
 from utils.run.command import exit_code
 from utils.run.errors import ConfigError
-from utils.run.folder import claim_folder, claim_machine, describe_data
-from utils.training.checkpoint import atomic_write, file_hash, write_json
-from utils.training.run import Run, log, log_to_console, log_to_file
+from utils.run.files import atomic_write
+from utils.run.folder import claim_data, claim_folder, claim_machine, locked
+from utils.run.log import log, log_to_console, log_to_file
+from utils.training.run import Run
 from utils.training.runtime import Runtime
 
 
 class Fitting:
-    """One source on its way through the tasks, resumable at any moment.
+    """An experiment without a classifier: one source on its way through the tasks, resumable at any moment.
 
-    The order of things is that of a run, so the source ends as the run's would if no classifier had a say in it.
+    Source and replay go through a task as in a run, so the source ends as the run's would if no classifier had a say.
 
     Args:
         config: data, tasks and source.
@@ -41,16 +51,17 @@ class Fitting:
 
     def __init__(self, config: FitConfig, data: DataManager, tasks: list[Task], run: Run, preview_every: int):
         self.config, self.data, self.tasks, self.run, self.preview_every = config, data, tasks, run, preview_every
-        self.source = SOURCES[config.synth.name](config.synth, run, data.num_classes, data.class_names, data.dataset)
-        # Of sources that learn afterwards and rehearse; the others would draw images that nobody looks at.
-        self.rehearses = self.source.learns_after()
-        self.bank = Bank(run.folder / "replay", config.synth, data, run)
-        self.bank.task_of = {label: task.index for task in tasks for label in task.classes}
+        kind = SOURCES[config.synth.name]
+        self.source = kind(config.synth, run, data.num_classes, data.class_names, data.dataset)
+        # Only what rehearses looks at the past; of any other source nobody would see the images.
+        way = replay_kind(config, kind, None) if self.source.wants_past else Replay
+        self.replay = way(config, self.source, data, run, run.folder / "replay")
+        if self.source.wants_past:
+            self.replay.bank.task_of = {label: task.index for task in tasks for label in task.classes}
 
     def learn_all(self) -> None:
         """Learn every task that is not learned yet and save the source."""
-        start = self._restore()
-        for task in self.tasks[start:]:
+        for task in self.tasks[self._restore() :]:
             names = ", ".join(task.class_names[:5]) + ", ..." * (task.num_new > 5)
             log.info("Task %d: learning %d classes (%s)", task.index, task.num_new, names)
             self.data.advance(task)
@@ -65,22 +76,16 @@ class Fitting:
             self._publish()
 
     def _learn(self, task: Task) -> None:
-        images, self.epoch = self.data.train_images(task), 0
+        real, self.epoch = self.data.train_images(task), 0
         self.source.watcher = lambda epoch: self._watch(task, epoch)
-        self.source.fit_before(task, images)
-        if self.rehearses:
-            self.source.fit_after(task, images, self._replay(task), ImageSet(), None)
-            wanted = self.config.synth.replay == "keep" and self.source.wants_replay(self.config.synth)
-            if wanted and task is not self.tasks[-1]:
-                self.bank.draw(self.source, task, task.classes)
+        self.source.fit_before(task, real)
+        if learns_after(self.source):
+            wanted = self.source.wants_past and self.source.fitted_classes
+            past = self.replay.past(task) if wanted else ImageSet()
+            self.source.fit_after(task, real, past, ImageSet(), None)
+            if task is not self.tasks[-1]:
+                self.replay.learned(task)
         self._preview(task)
-
-    def _replay(self, task: Task) -> ImageSet:
-        if not self.source.fitted_classes or not self.source.wants_replay(self.config.synth):
-            return ImageSet()
-        if self.config.synth.replay == "keep":
-            return self.bank.stored(sorted(self.source.fitted_classes))
-        return self.bank.redraw(self.source, task)
 
     def _watch(self, task: Task, epoch: int) -> None:
         self.epoch = epoch
@@ -88,7 +93,7 @@ class Fitting:
             self._preview(task)
 
     def _preview(self, task: Task) -> None:
-        """One image of each class that it knows of the task's, the one that would be drawn first."""
+        """Draw one image of each class that it knows of the task's, the one that would be drawn first."""
         key, known = (self.run.seed, self.config.synth.name, task.index), self.source.fitted_classes
         classes = [label for label in task.classes if label in known]
         images = self.source.generate(Requests.of_classes(classes, 1, key)) if classes else ImageSet()
@@ -97,7 +102,7 @@ class Fitting:
             atomic_write(path, encode_image(images.image(position), ".png"), sync=False)
 
     def _restore(self) -> int:
-        """Load the newest checkpoint that is whole; returns the place of the next task."""
+        """Load the newest checkpoint that is whole; return the place of the next task."""
         checkpoints = self.run.checkpoints("task")
         found = checkpoints.load_newest(log)
         if found is None:
@@ -111,15 +116,14 @@ class Fitting:
         folder, newest = self.run.folder, self.run.checkpoints("task")
         self.source.save(folder)
         stored = newest.path(self.tasks[-1].index) / "source"
-        files = [path.relative_to(stored) for path in sorted(stored.rglob("*")) if path.is_file()]
+        files = [path.relative_to(stored).as_posix() for path in stored.rglob("*") if path.is_file()]
         names = {str(label): self.data.class_names[label] for label in sorted(self.source.fitted_classes)}
-        hashes = {name.as_posix(): file_hash(folder / name) for name in files}
-        write_json(folder / FITTED, {"classes": names, "files": hashes})
+        fitted_manifest(folder).seal(files, classes=names)
         newest.clear()
 
 
 def choose_tasks(config: FitConfig, data: DataManager) -> list[Task]:
-    """The schedule's tasks, one of them, or tasks made of chosen classes.
+    """Choose the schedule's tasks, one of them, or tasks made of chosen classes.
 
     Chosen classes that follow each other in learning order are one task, numbered from 0 like any first task.
     """
@@ -137,31 +141,33 @@ def choose_tasks(config: FitConfig, data: DataManager) -> list[Task]:
     return [Task(i, range(run[0], run[-1] + 1), tuple(names[run[0] : run[-1] + 1])) for i, run in enumerate(runs)]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Everything is checked, and the data read, before anything is written."""
-    config = build_config(read_file(args.config), args, classes=args.classes, task=args.task)
-    log_to_console(is_main=os.environ.get("RANK", "0") == "0")
+def start(args: argparse.Namespace) -> int:
+    """Fit what the command line asks for; everything is checked, and the data read, before anything is written."""
+    config = build_fit_config(read_file(args.config), args, classes=args.classes, task=args.task)
+    is_main, folder = os.environ.get("RANK", "0") == "0", Path(args.ckpt_save_dir)
+    log_to_console(is_main)
     runtime = Runtime(config.device, config.precision)
     with runtime.accelerator.main_process_first():  # one process downloads
         dataset = load_dataset(config.data_name, config.data_dir, config.offline)
-    config, folder = config.scheduled(dataset.num_classes), Path(args.ckpt_save_dir)
+    config = config.scheduled(dataset.num_classes)
     data = cut_tasks(config, config.seed[0], dataset)
-    work = Run(folder, config.train_seed(config.seed[0]), runtime, num_workers=config.num_workers,
-               checkpoint_every=config.checkpoint_every)  # fmt: skip
-    fitting = Fitting(config, data, choose_tasks(config, data), work, args.preview_every)
-    with runtime.accelerator.main_process_first():
-        claim(folder, config, args.overwrite and runtime.is_main)
-        claim_machine(folder, runtime)
-    if (folder / FITTED).exists():
-        log.info("%s is fitted already (--overwrite repeats it)", folder)
-        return 0
-    with log_to_file(folder / "log.txt") if runtime.is_main else nullcontext():
-        describe_data(folder, data)
-        log.info("Data: %s", dataset.source)
-        log.info("Seed %d, class order: %s", config.seed[0], data.class_order)
-        log.info("Source %s: %s", config.synth.name, fitting.source.describe())
-        fitting.learn_all()
-        log.info("The source has learned %d classes and lies in %s", len(fitting.source.fitted_classes), folder)
+    run = Run(folder, config.train_seed(config.seed[0]), runtime, num_workers=config.num_workers,
+              checkpoint_every=config.checkpoint_every)  # fmt: skip
+    fitting = Fitting(config, data, choose_tasks(config, data), run, args.preview_every)
+    with locked(folder, is_main):
+        with runtime.accelerator.main_process_first():
+            claim(folder, config, args.overwrite and runtime.is_main)
+            claim_machine(folder, runtime)
+        if (folder / FITTED).exists():
+            log.info("%s is fitted already (--overwrite repeats it)", folder)
+            return 0
+        with log_to_file(folder / "log.txt") if runtime.is_main else nullcontext():
+            claim_data(folder, data, runtime.is_main)
+            log.info("Data: %s", dataset.source)
+            log.info("Seed %d, class order: %s", config.seed[0], data.class_order)
+            log.info("Source %s: %s", config.synth.name, fitting.source.describe())
+            fitting.learn_all()
+            log.info("The source has learned %d classes and lies in %s", len(fitting.source.fitted_classes), folder)
     return 0
 
 
@@ -169,9 +175,8 @@ def claim(folder: Path, config: FitConfig, overwrite: bool) -> None:
     """Make the folder this training's own; one of another training or of a run is refused."""
     if any(folder.glob("seed_*")):  # --overwrite must not delete a run either
         raise ConfigError(f"{folder} holds a run of main.py: give another --ckpt_save_dir")
-    claim_folder(
-        config.model_copy(update={"output_dir": str(folder.parent)}), folder.name, overwrite, "--ckpt_save_dir"
-    )
+    here = config.model_copy(update={"output_dir": str(folder.parent)})
+    claim_folder(here, folder.name, overwrite, "--ckpt_save_dir")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -202,8 +207,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one message about a mistake that the user can repair."""
-    return exit_code(run, parse_args(argv))
+    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
+    return exit_code(start, parse_args(argv))
 
 
 if __name__ == "__main__":

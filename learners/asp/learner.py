@@ -21,7 +21,7 @@ from models.frozen import Frozen
 from utils.data.batches import Batch, test_batches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.training.fit import TrainConfig
+from utils.training.fit import Step, TrainConfig
 
 log = logging.getLogger("reprise")
 FEATURE_BATCH = 128
@@ -73,11 +73,13 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
                 raise ValueError("it needs generated images of the old classes: add a synth")
             return value
 
+    accepts = frozenset({"images"})
+
     def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.queries = QueryCache()
         self.base_images: ImageSet | None = None
         self.anchors: Tensor | None = None
-        super().__init__(*args, **kwargs)
 
     def build_backbone(self, frozen: Frozen) -> PromptViT:
         config = self.config
@@ -104,7 +106,7 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
     def before_training(self, task: Task) -> None:
         """First session: the backbone, if it is to be trained. Later: the average prompt moves, then come new rows."""
         super().before_training(task)
-        images = self.data.train_images(task)
+        images = self.present
         if task.index == 0:
             self._warn_if_replay_does_nothing()
             self.base_images, self.base_queries = images, self.image_queries(images)
@@ -114,11 +116,12 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
         self.set_prototypes(images)  # old rows keep the average prompt of their own session
 
     def _warn_if_replay_does_nothing(self) -> None:
-        if self.source is not None and self.config.fs_epoch == 0:
+        if self.replay.source is not None and self.config.fs_epoch == 0:
             log.warning("Replay is on, but fs_epoch is 0: later sessions train nothing, so replay changes nothing")
 
-    def before_epoch(self, task: Task, epoch: int) -> None:
-        """Base session: anchors by the present features and the last average prompt, which is then renewed."""
+    def before_epoch(self, step: Step) -> None:
+        """Choose anchors by the present features and the last average prompt, which is then renewed; base session."""
+        task = step.task
         if task.index == 0:
             features, labels = self.extract_features(self.base_images), self.base_images.labels
             self.use_anchors(torch.stack([_most_central(features, labels, label) for label in task.classes]))
@@ -132,13 +135,9 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
         self.anchor_images = torch.cat(views)  # (C_0, 3, S, S)
         self.anchor_queries = self.base_queries[positions].to(self.run.device)
 
-    def train(self, task: Task) -> None:
-        if self.train_config(task).epochs:
-            super().train(task)
-        self.anchors = None  # they served the base session's loss; no checkpoint need carry them on
-
     def after_training(self, task: Task) -> None:
-        images = self.data.train_images(task)
+        self.anchors = None  # they served the base session's loss; no checkpoint need carry them on
+        images = self.present
         if task.index == 0:
             self.backbone.average_prompt.copy_(self._mean_prompt(self.base_queries))
             self.set_prototypes(images)
@@ -148,8 +147,8 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
         if self.config.prototypes != "trained":
             mixed = self.config.prototypes == "mixed"
             self.set_prototypes(images + self.current_synthetic(task) if mixed else images)
-        if self.config.refresh_old_prototypes and len(self.replay):
-            self.set_prototypes(self.replay)
+        if self.config.refresh_old_prototypes and len(self.past):
+            self.set_prototypes(self.past)
 
     @torch.no_grad()
     def _mean_prompt(self, queries: Tensor) -> Tensor:

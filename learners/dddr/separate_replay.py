@@ -24,6 +24,8 @@ class SeparateReplay(Learner):
     Learning", ECCV 2024, arXiv:2409.01128. Generated images of the new classes join the real ones of the present.
     """
 
+    accepts = frozenset({"images"})
+
     class Config(RunConfig):
         w_ce_pre: float = Field(0.5, ge=0, description="weight of cross-entropy on replayed images")
         w_kd: float = Field(0.0, ge=0, description="weight of distillation from the old network on replayed images")
@@ -38,35 +40,24 @@ class SeparateReplay(Learner):
         pre_size: int | None = Field(None, ge=1, description="replayed images per old class; null: all that were drawn")
         replay_batch_size: int = Field(128, ge=1, description="replayed images per step")
 
-    def current_images(self, task: Task) -> ImageSet:
-        return self.data.train_images(task) + self.current_synthetic(task)
-
     def current_synthetic(self, task: Task) -> ImageSet:
-        """Generated images of the task's own classes, from a source that learned them before training."""
+        """Return generated images of the task's own classes, from a source that learned them before training."""
         per_class = self.config.cur_size if task.index else self.config.base_cur_size
-        if self.source is None or not per_class:
-            return ImageSet()
-        if self.config.synth.need_syn_imgs:
-            if not self.source.fitted_classes.issuperset(task.classes):
-                return ImageSet()
-            with self.run.timed("generate"):
-                self.bank.draw(self.source, task, task.classes)  # where replay is kept they are there already
-        return first_of_each(self.bank.stored(task.classes), per_class)
-
-    def make_replay(self, task: Task) -> ImageSet:
-        replay = super().make_replay(task)
-        return replay if self.config.pre_size is None else first_of_each(replay, self.config.pre_size)
+        return self.replay.drawn_of_new(task).first_of_each(per_class) if per_class else ImageSet()
 
     def batches(self, task: Task) -> Batches:
-        """The present, and beside it replay of the old classes if there is any."""
-        current = self.make_batches(task, self.current_images(task), ImageSet(), batch_size=self.current_batch(task))
-        if not len(self.replay):
+        """Pair the present, generated images among it, with replay of the old classes if there is any."""
+        loading = self.run.loading(self.transform, self.current_batch(task), task.index, "train")
+        current = self.replay.batches(self.present + self.current_synthetic(task), ImageSet(), loading)
+        if self.config.pre_size is not None:
+            self.past = self.past.first_of_each(self.config.pre_size)
+        if not len(self.past):
             return current
-        replay = self.make_batches(task, ImageSet(), self.replay, "replay", self.config.replay_batch_size)
-        return PairedBatches(current, replay)
+        loading = self.run.loading(self.transform, self.config.replay_batch_size, task.index, "replay")
+        return PairedBatches(current, self.replay.batches(ImageSet(), self.past, loading))
 
     def current_batch(self, task: Task) -> int:
-        """Images of the present per step."""
+        """Return the images of the present per step."""
         return self.config.batch_size
 
     def replay_terms(self, logits: Tensor, batch: Batch, task: Task) -> dict[str, Tensor]:
@@ -92,9 +83,3 @@ class SeparateReplay(Learner):
     def training_logits(self, images: Tensor) -> Tensor:
         """Logits (B, num_seen) as the network gives them in training."""
         return self.network(images)
-
-
-def first_of_each(images: ImageSet, per_class: int) -> ImageSet:
-    """The first images of every class, as they are stored."""
-    kept = [(images.labels == label).nonzero().flatten()[:per_class] for label in images.classes]
-    return images.take(torch.cat(kept).sort().values) if kept else images

@@ -12,6 +12,7 @@ from learners.losses import old_as_one_class
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
+from utils.run.carried import Carried
 
 
 @LEARNERS.register("der")
@@ -47,5 +48,11 @@ class DynamicallyExpandableRepresentation(PyCILLearner):
         if task.num_old > 0:
             self.network.align_new_weights(task.num_old)
         self.network.auxiliary = None  # the next task has its own
-        self.keep_herded_exemplars(task)
+        self.keep_exemplars(task)
         self.update_class_means()
+
+    def carried(self) -> list[Carried]:
+        """Name the old branches apart from the rest of the network's file."""
+        branches = self.network.backbone.branches[:-1]
+        old = sum(value.nbytes for branch in branches for value in branch.state_dict().values())
+        return [*super().carried(), Carried("old_branches", nbytes=old), Carried("network", nbytes=-old)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,22 +13,22 @@ from torch import Tensor
 
 from learners import LEARNERS
 from learners.base import Learner
+from learners.guide.batches import RenewedBatches
 from learners.guide.guidance import log_likelihood
+from learners.guide.picture import picture
+from learners.guide.replay import Guided
 from models.frozen import fixed
-from synth.base import Guide
 from synth.ddpm.words import drop_switches
-from synth.requests import Requests, draw_labels
-from utils.data.batches import Batch, RenewedBatches
+from synth.diffusion import Bend
+from synth.requests import Requests
+from utils.data.batches import Batch
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import ClassifierTransform, classifier_transform, match_channels, square
-from utils.results.panels import Cell, Panel, PanelRow
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import TrainConfig
-
-PICTURED = 8  # replay images in the report's picture of a task
 
 
 @LEARNERS.register("guide")
@@ -79,7 +79,7 @@ class GUIDE(Learner):
 
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
-            """GUIDE's flags of the classifier run.
+            """Read GUIDE's flags of the classifier run.
 
             Raises:
                 ConfigError: if ``depth`` is not 18, a switch has a value that is not there, or classes per task are
@@ -111,7 +111,7 @@ class GUIDE(Learner):
 
         @property
         def scale(self) -> tuple[float, float] | None:
-            """Smallest and largest factor of the gradient; None where none is given."""
+            """The smallest and largest factor of the gradient; None where none is given."""
             ends = (self.classifier_scale_min_old, self.classifier_scale_max_old)
             if self.use_new_grad:
                 ends = (self.classifier_scale_min_new, self.classifier_scale_max_new)
@@ -119,28 +119,25 @@ class GUIDE(Learner):
             return (given[0], given[-1]) if given else None
 
     head = "plain"
-    guides = True
+    accepts = frozenset({"images"})
+    replay_kind = Guided
 
-    def __init__(self, config, data, run, source=None, bank=None):
-        super().__init__(config, data, run, source, bank)
-        self.eval_logits = config.eval_logits
+    def __init__(self, config, data, run, replay):
+        super().__init__(config, data, run, replay)
         self.num_seen = 0
         if not self.transform.whole_batch:
             raise ConfigError(
                 f"{config.model_name} draws replay in every few steps, for images that are kept in memory; those of "
                 f"{config.dataset!r} are files: take a data set of up to 64 pixels, such as imagenet100_64"
             )
-        if source is not None:
-            source.check_guide(Guide(config.timestep_respacing))
-            if config.batch_size < data.num_tasks:
-                raise ConfigError(
-                    f"batch_size={config.batch_size}: the last of {data.num_tasks} tasks gets no real image"
-                )
+        if replay.source is not None:
+            replay.bender = self.bend if config.use_new_grad or config.use_old_grad else None
+            replay.drawing = self.fixed_network
 
     # ------------------------------------------------------------------ network and training
 
     def build_transform(self) -> ClassifierTransform:
-        """The generator's range, [-1, 1], and GUIDE's augmentation, whatever the data set is used to."""
+        """Take the generator's range, [-1, 1], and GUIDE's augmentation, whatever the data set is used to."""
         recipe = "guide" if self.config.classifier_augmentation else "none"
         middle = (0.5,) * 3
         return classifier_transform(
@@ -148,30 +145,42 @@ class GUIDE(Learner):
         )
 
     def grow_network(self, task: Task) -> None:
-        """All outputs are there from the first task on."""
+        """Add all outputs in the first task."""
         self.num_seen = task.num_seen
         self.network.grow(self.data.num_classes, seeding.generator(self.run.seed, "grow"))
 
     def train_config(self, task: Task) -> TrainConfig:
         config, first = self.config, task.index == 0
+        counts = self.data.class_counts
+        num_real = sum(counts[: task.num_seen] if self.upper_bound else [counts[label] for label in task.classes])
         return TrainConfig(
             steps=config.disjoint_classifier_init_num_steps if first else config.disjoint_classifier_num_steps,
             lr=config.classifier_init_lr if first else config.classifier_lr,
             weight_decay=config.classifier_weight_decay, schedule="linear",
-            hold=max(1, self.num_real(task) // config.batch_size),
+            hold=max(1, num_real // config.batch_size),  # its epochs, in which the rate stays
         )  # fmt: skip
 
-    def num_real(self, task: Task) -> int:
-        """Real images that the task trains on."""
-        return sum(self.data.class_counts[label] for label in task.classes)
+    def batches(self, task: Task) -> RenewedBatches:
+        """Take a share 1 / (task + 1) of real images, and replay of the others."""
+        replays = self.replay.source is not None and task.index > 0
+        batch_size = self.config.batch_size // (task.index + 1) if replays else self.config.batch_size
+        loading = self.run.loading(self.transform, batch_size, task.index, "train")
+        if self.replay.source is None:
+            return RenewedBatches(self.present, None, 1, loading)
+        self.training_batches = self.replay.batches(self.present, self.past, loading)
+        return self.training_batches
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         logits = self.network(batch.images)[:, : task.num_seen]
         return {"cross_entropy": F.cross_entropy(logits, batch.labels)}
 
+    def logits(self, images: ImageSet) -> Tensor:
+        """Compute logits of all classes, (N, num_classes), on the CPU."""
+        return super().predict(images)["cnn"]
+
     def predict(self, images: ImageSet) -> dict[str, Tensor]:
-        logits = super().predict(images)["cnn"]  # (N, num_classes)
-        return {"cnn": logits if self.eval_logits == "all" else logits[:, : self.num_seen]}
+        logits = self.logits(images)
+        return {"cnn": logits if self.config.eval_logits == "all" else logits[:, : self.num_seen]}
 
     def extra_state(self) -> dict[str, Tensor]:
         return {"num_seen": torch.tensor(self.num_seen)}
@@ -179,56 +188,17 @@ class GUIDE(Learner):
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.num_seen = int(state["num_seen"])
 
-    # ------------------------------------------------------------------ replay inside the step
+    # ------------------------------------------------------------------ what bends the replay
 
-    def keep_replay(self, task: Task) -> None:
-        """Nothing is stored for later: every draw is bent by the classifier of its moment."""
-
-    def count_draws(self) -> int:
-        draws = -(-self.config.disjoint_classifier_num_steps // self.config.guid_generation_interval)
-        return draws * sum(map(self.num_replayed, range(self.data.num_tasks)))
-
-    def num_replayed(self, index: int) -> int:
-        """Generated images per step of a task."""
-        return self.config.batch_size // (index + 1) * index
-
-    def make_replay(self, task: Task) -> ImageSet:
-        """None before training; see `batches`."""
-        return ImageSet()
-
-    def batches(self, task: Task) -> RenewedBatches:
-        """A share 1 / (task + 1) of real images, and replay of the others."""
-        replays = self.source is not None and task.index > 0
-        self.training_batches = RenewedBatches(
-            self.current_images(task), partial(self.draw_replay, task) if replays else None,
-            self.config.guid_generation_interval, transform=self.transform,
-            batch_size=self.config.batch_size // (task.index + 1) if replays else self.config.batch_size,
-            key=(self.run.seed, task.index, "train"), device=self.run.device, shard=self.run.runtime.shard,
-        )  # fmt: skip
-        return self.training_batches
-
-    def draw_replay(self, task: Task, step: int) -> ImageSet:
-        """All replay of one step and of those up to the next draw, bent by the network as it is now."""
-        count = self.num_replayed(task.index)
-        chance = seeding.generator(self.run.seed, task.index, "replay labels", step)
-        labels = draw_labels(list(range(task.num_old)), count, chance, self.config.label_draw == "balanced")
-        return self.draw(task, Requests.of_labels(labels, (self.run.seed, "guide", task.index, step)))
-
-    def draw(self, task: Task, requests: Requests, guided: bool = True) -> ImageSet:
-        """Sample requests of old classes, bent as the config says or, unless ``guided``, not at all."""
-        sampler = "ddim" if self.config.use_ddim else "ddpm"
-        bend = partial(self.bend, task) if guided and self.bends else None
+    @contextmanager
+    def fixed_network(self) -> Iterator[None]:
+        """Hold the network still while replay is drawn, the same in every process."""
         self.run.runtime.share_buffers(self.network)  # BatchNorm's, which every process has its own of
-        with self.run.timed("generate"), fixed(self.network):
-            return self.source.generate_together(requests, Guide(self.config.timestep_respacing, sampler, bend))
+        with fixed(self.network):
+            yield
 
-    @property
-    def bends(self) -> bool:
-        """Whether anything bends the replay."""
-        return self.config.use_new_grad or self.config.use_old_grad
-
-    def bend(self, task: Task, requests: Requests) -> Callable[[Tensor], Tensor]:
-        """What sampling of these requests follows uphill: see `synth.base.Guide`."""
+    def bend(self, task: Task, requests: Requests) -> Bend:
+        """Return what sampling of these requests follows uphill: see `synth.diffusion`."""
         labels, scales = requests.labels.to(self.run.device), self.scales(requests).to(self.run.device)
         judge = self.old_network if self.config.use_old_grad else self.network
 
@@ -239,7 +209,7 @@ class GUIDE(Learner):
         return scaled
 
     def scales(self, requests: Requests) -> Tensor:
-        """One factor for each image, (N,), the same in all of its denoising steps."""
+        """Draw one factor for each image, (N,), the same in all of its denoising steps."""
         low, high = self.config.scale
         if low == high:
             return torch.full((len(requests),), low)
@@ -247,39 +217,10 @@ class GUIDE(Learner):
         chances = [torch.rand((), generator=seeding.generator(*requests.key, "scale", *row)) for row in rows]
         return low + (high - low) * torch.stack(chances)
 
-    # ------------------------------------------------------------------ to look at
-
     def after_training(self, task: Task) -> None:
         """Lay out the last replay, and what bending does to some images."""
-        if self.source is None or task.index == 0:
+        if self.replay.source is None or task.index == 0:
             return
-        self.bank.show(task, self.training_batches.replay)
-        if self.bends:
-            self.run.panels.write(f"guidance_{task.index}", self.picture(task))
-
-    def picture(self, task: Task) -> Panel:
-        """Images from the same noise with and without bending, and what the classifier says of them."""
-        labels = torch.linspace(0, task.num_old - 1, min(PICTURED, task.num_old)).round().long()
-        requests = Requests.of_labels(labels, (self.run.seed, "picture", task.index))
-        columns = []
-        for guided in (False, True):
-            images = self.draw(task, requests, guided)
-            probabilities = Learner.predict(self, images)["cnn"][:, : task.num_seen].softmax(1)
-            columns.append([
-                Cell(images.image(position), caption(self.data.class_names, label, task.num_old, row))
-                for position, (label, row) in enumerate(zip(labels.tolist(), probabilities))
-            ])  # fmt: skip
-        return Panel(
-            title="Guidance",
-            note="Replay from the same noise without and with the classifier's gradient, and how sure the trained "
-            "classifier then is of the class that was asked for and of the likeliest new one.",
-            columns=["unguided", "guided"],
-            rows=[PanelRow(self.data.class_names[label], cells) for label, cells in zip(labels, zip(*columns))],
-            part=f"Task {task.index}",
-        )
-
-
-def caption(names: list[str], label: int, num_old: int, probabilities: Tensor) -> str:
-    """Probabilities, (num_seen,), of the class asked for and of the likeliest new one, in words."""
-    best_new = num_old + int(probabilities[num_old:].argmax())
-    return " · ".join(f"{names[known]} {probabilities[known]:.0%}" for known in (label, best_new))
+        self.replay.show(task, self.training_batches.replay)
+        if self.replay.bender is not None:
+            self.run.panels.write(f"guidance_{task.index}", picture(self, task))

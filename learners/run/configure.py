@@ -5,32 +5,44 @@ from __future__ import annotations
 from typing import Any
 
 from learners import LEARNERS
+from learners.base import Learner
 from synth import SOURCES, build_source_config
-from synth.ddpm.words import IDLE
+from synth.replay import replay_kind
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
 from utils.run.registry import nearest
-from utils.run.words import DEAD_KEYS, SOURCE_KEYS, merge_aliases
+from utils.run.words import apply_overrides, read_experiment, translate, unread_keys
 
 
-def build_config(raw: dict[str, Any]) -> tuple[RunConfig, list[str]]:
-    """The checked Config of the learner that `model_name` picks, and the keys that it does not use.
+def read_config(path: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+    """Read an experiment file under overrides; see ``build_config``."""
+    return build_config(read_experiment(path), overrides)
+
+
+def build_config(raw: dict[str, Any], overrides: list[str] = ()) -> tuple[RunConfig, list[str]]:
+    """Build the checked Config of the learner that `model_name` picks, and list the keys that it does not use.
 
     A key that another registered learner knows is unused, so that one file serves several learners; a key that
     nobody knows is an error.
+
+    Args:
+        raw: keys of an experiment file, in whichever project's words.
+        overrides: `key=value`, in any of these words.
 
     Raises:
         ConfigError: for an unknown learner, source or key, for a wrong value, and for a learner and a source that
             do not go together.
     """
-    raw = merge_aliases(raw)
+    learners = {name: LEARNERS[name] for name in LEARNERS.names()}
+    SOURCES.names()  # every room registers its words
+    raw = translate(apply_overrides(raw, list(overrides)))
     name = raw.get("model_name")
     if name is None:
-        raise ConfigError(f"the key 'model_name' is missing: choose one of {', '.join(LEARNERS.names())}")
+        raise ConfigError(f"the key 'model_name' is missing: choose one of {', '.join(learners)}")
     learner = LEARNERS[str(name).lower()]
     raw = learner.Config.translate({**raw, "model_name": str(name).lower()})
-    known_elsewhere = {key for other in LEARNERS.names() for key in LEARNERS[other].Config.model_fields}
-    unread = {*known_elsewhere, *DEAD_KEYS, *IDLE, *SOURCE_KEYS} - set(learner.Config.model_fields)
+    known_elsewhere = {key for other in learners.values() for key in other.Config.model_fields}
+    unread = (known_elsewhere | unread_keys()) - set(learner.Config.model_fields)
     unused = sorted(unread & raw.keys())
     used = {key: value for key, value in raw.items() if key not in unused}
     for key in used:
@@ -38,12 +50,12 @@ def build_config(raw: dict[str, Any]) -> tuple[RunConfig, list[str]]:
             raise ConfigError(f"unknown key {key!r}{nearest(key, known_elsewhere)}")
     if used.get("synth") is not None:
         used["synth"] = build_source_config(used["synth"])
-    config = learner.Config.parse(used)
+    config = learner.Config.build(used)
     _check_pair(learner, config)
     return config, unused
 
 
-def _check_pair(learner: type, config: RunConfig) -> None:
+def _check_pair(learner: type[Learner], config: RunConfig) -> None:
     if config.synth is None:
         if learner.needs_source:
             raise ConfigError(
@@ -61,16 +73,11 @@ def _check_pair(learner: type, config: RunConfig) -> None:
             f"synth.source_dir={config.synth.source_dir!r}: with need_syn_imgs=false the images are there and no "
             "source is used; keep one of the two"
         )
-    if learner.guides and not SOURCES[config.synth.name].can_be_guided:
-        able = ", ".join(name for name in SOURCES.names() if SOURCES[name].can_be_guided)
-        raise ConfigError(
-            f"the learner {config.model_name!r} guides the denoising of its source, which {config.synth.name!r} does "
-            f"not allow: choose synth.name={able}"
-        )
-    kind = SOURCES[config.synth.name].kind
-    if kind not in learner.accepts:
+    source = SOURCES[config.synth.name]
+    if source.samples not in learner.accepts:
         can_use = f"it can use {' or '.join(sorted(learner.accepts))}" if learner.accepts else "it uses no source"
         raise ConfigError(
-            f"the source {config.synth.name!r} makes {kind}, which the learner {config.model_name!r} cannot replay "
-            f"({can_use}): choose another source or another learner"
+            f"the source {config.synth.name!r} makes {source.samples}, which the learner {config.model_name!r} cannot "
+            f"replay ({can_use}): choose another source or another learner"
         )
+    replay_kind(config, source, learner.replay_kind).check(config, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -15,24 +14,27 @@ from typing import Any
 from learners import LEARNERS
 from learners.backbones import weight_options
 from learners.base import Learner
-from learners.run.initial import require_initial
-from learners.run.ledger import check_budget, count_bytes, count_units, describe, keep_to_budget, saves_source
+from learners.pycil import PyCILLearner
+from learners.run.initial import require_initial, train_or_take
+from learners.run.ledger import check_budget, count_bytes, count_units, describe, fill_of, keep_to_budget
+from learners.run.state import learner_state, restore_learner
 from models.files.weights import what_is_missing
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
-from synth.bank import Bank
-from synth.escort.copies import CopyBank
-from synth.stored import keep_source, save_source
+from synth.replay import replay_kind
+from synth.stored import keep_source
 from utils.data.datasets import Dataset, load_dataset
-from utils.data.manager import DataManager, cut_tasks
+from utils.data.manager import DataManager, Task, cut_tasks
 from utils.results.gallery import GalleryRow
 from utils.results.report import write_report
 from utils.results.results import Results
 from utils.run.config import RunConfig
 from utils.run.errors import DataError, WeightsError
-from utils.run.folder import ENVIRONMENT, bank_folder, describe_data
-from utils.training.checkpoint import Checkpoints, write_json
-from utils.training.run import Run, log_to_file
+from utils.run.files import write_json
+from utils.run.folder import RESULTS, claim_data, read_environment, read_results, replay_folder
+from utils.run.log import log_to_file
+from utils.training.checkpoint import Checkpoints
+from utils.training.run import Run
 from utils.training.runtime import Runtime
 
 log = logging.getLogger("reprise")
@@ -40,7 +42,7 @@ GALLERY_IMAGES = 8
 
 
 def make_data(config: RunConfig, seed: int, dataset: Dataset) -> DataManager:
-    """The tasks of one seed."""
+    """Cut the tasks of one seed."""
     return cut_tasks(config, seed, dataset, LEARNERS[config.model_name].upper_bound)
 
 
@@ -61,7 +63,7 @@ def find_needs(config: RunConfig) -> Dataset:
 
 
 def missing_weights(config: RunConfig, offline: bool) -> list[str]:
-    """The weights that a run needs and that are not to be had, each with where they go."""
+    """List the weights that a run needs and that are not to be had, each with where they go."""
     options = replace(weight_options(config), offline=offline)
     checks = [partial(check_backbone_name, config.convnet_type, options, fetch=True)]
     if config.synth is not None and config.synth.need_syn_imgs:
@@ -70,13 +72,15 @@ def missing_weights(config: RunConfig, offline: bool) -> list[str]:
 
 
 def make_learner(config: RunConfig, name: str, seed: int, data: DataManager, run: Run) -> Learner:
-    """The learner of this run with its source and its bank."""
-    source = bank = None
+    """Build the learner of this run with its source and its replay."""
+    kind, source = LEARNERS[config.model_name], None
     if config.synth is not None:
         source = SOURCES[config.synth.name](config.synth, run, data.num_classes, data.class_names, data.dataset)
-        kind = partial(CopyBank, source=source) if source.makes_copies else Bank
-        bank = kind(bank_folder(config, name, seed), config.synth, data, run)
-    return LEARNERS[config.model_name](config, data, run, source, bank)
+    way = replay_kind(config, None if source is None else type(source), kind.replay_kind)
+    learner = kind(config, data, run, way(config, source, data, run, replay_folder(config, name, seed)))
+    if isinstance(learner, PyCILLearner):
+        learner.first_training = partial(train_or_take, learner)
+    return learner
 
 
 class Experiment:
@@ -98,120 +102,109 @@ class Experiment:
         self.data = make_data(config, seed, dataset)
         self.folder = Path(config.output_dir) / name / config.seed_tag(seed)
 
-    def check(self) -> Learner:
-        """Build network and source once, so that whatever does not fit is said before anything is written."""
+    def check(self, anew: bool = False) -> Learner:
+        """Build network and source once, so that whatever does not fit is said before anything is written.
+
+        Args:
+            anew: what the folder holds is about to be deleted, so it need not fit.
+        """
+        if not anew:
+            claim_data(self.folder, self.data, write=False)
         learner = make_learner(self.config, self.name, self.seed, self.data, self._make_run())
-        if learner.source_fitter is not None:
-            learner.source_fitter.require()
+        learner.replay.require()
         if self.config.init_from is not None:
             require_initial(learner)
-        if self._uses_given_images and self.config.synth.replay == "keep":
-            for index in range(self.data.num_tasks - 1):  # nobody needs those of the last task
-                learner.bank.require(index)
         check_budget(learner)
         return learner
 
-    @property
-    def _uses_given_images(self) -> bool:
-        """Whether replay images are there already, so that the source is neither fitted nor saved."""
-        return self.config.synth is not None and not self.config.synth.need_syn_imgs
-
     def _make_run(self) -> Run:
         return Run(
-            self.folder,
-            self.config.train_seed(self.seed),
-            self.runtime,
-            num_workers=self.config.num_workers,
+            self.folder, self.config.train_seed(self.seed), self.runtime, num_workers=self.config.num_workers,
             checkpoint_every=self.config.checkpoint_every,
-        )
+        )  # fmt: skip
 
     def finished(self) -> dict[str, Any] | None:
-        """The results of a run that has ended before, or None."""
-        path = self.folder / "results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        return results if results.get("finished") else None
+        """Return the results of a run that has ended before, or None."""
+        return read_results(self.folder)
 
-    def run(self) -> dict[str, Any]:
+    def learn_all(self) -> dict[str, Any]:
         """Learn all tasks that are not learned yet and return the content of `results.json`."""
         with log_to_file(self.folder / "log.txt") if self.runtime.is_main else nullcontext():
             self._log_header()
-            self.work = self._make_run()
-            self.learner = make_learner(self.config, self.name, self.seed, self.data, self.work)
-            describe_data(self.folder, self.data)
+            self.run = self._make_run()
+            self.run.track(self.config.log_with, f"{self.name}/{self.folder.name}", self.config.model_dump(mode="json"))
+            self.learner = make_learner(self.config, self.name, self.seed, self.data, self.run)
+            claim_data(self.folder, self.data, self.runtime.is_main)
             self.results = Results(
                 self._header(), self.data, few_shot=self.config.kshot > 0, long_tailed=self.config.imb_factor < 1
             )
             for task in self.data.tasks(self._restore()):
-                with self.work.timed("other"):
+                with self.run.timed("other"):
                     self._learn(task)
                     keep_to_budget(self.learner, task.index)
                 self._save(task)
             self.results.log_end()
             return self._write()
 
-    def _learn(self, task) -> None:
+    def _learn(self, task: Task) -> None:
         log.info("Task %d: learning on %d-%d (%s)", task.index, task.num_old, task.num_seen - 1, _names(task))
         self.learner.learn_task(task)
-        with self.work.timed("evaluate"):
-            images = self.data.test_images(range(task.num_seen))
-            self.results.add(task, self.learner.predict(images), images.labels)
+        with self.run.timed("evaluate"):
+            seen = range(task.num_seen)
+            images, held_out = self.data.test_images(seen), self.data.val_images(seen)
+            val = (self.learner.predict(held_out), held_out.labels) if len(held_out) else None
+            self.results.add(task, self.learner.predict(images), images.labels, val)
 
     @property
     def _checkpoints(self) -> Checkpoints:
-        return self.work.checkpoints("task")
+        return self.run.checkpoints("task")
 
-    def _save(self, task) -> None:
-        """Everything that the next task needs, then the results so far."""
-        self.runtime.accelerator.wait_for_everyone()  # until all know what a budget takes from the bank
+    def _save(self, task: Task) -> None:
+        """Write everything that the next task needs, then the results so far."""
+        self.runtime.accelerator.wait_for_everyone()  # until all know what a budget takes
         if self.runtime.is_main:
-            learner, keep = self.learner, saves_source(self.learner)
-            tensors, state = learner.state()
-            state |= {"results": self.results.state(), "seconds": self.work.seconds}
-            state |= {} if learner.bank is None else {"bank_kept": learner.bank.kept}
-            if keep and self.config.synth.keep_sources:  # first: what a checkpoint calls learned is not learned again
-                keep_source(learner.source, self.data, task, self.folder)
-            self._checkpoints.save(task.index, tensors, state, partial(save_source, learner.source) if keep else None)
-            self.work.forget_fits()
-            self._prune_bank()
+            learner = self.learner
+            tensors, state = learner_state(learner)
+            state |= {"results": self.results.state(), "seconds": self.run.seconds}
+            if learner.replay.learns and self.config.synth.keep_sources:
+                # First: what a checkpoint calls learned is not learned again.
+                keep_source(learner.replay.source, self.data, task, self.folder)
+            self._checkpoints.save(task.index, tensors, state, fill_of(learner))
+            self.run.forget_fits()
+            learner.replay.prune()
             results = self._write()
             log.info(describe(results["memory_bytes"], results["memory_units"]))
         self.runtime.accelerator.wait_for_everyone()
 
-    def _prune_bank(self) -> None:
-        if self.learner.bank is not None and self.runtime.is_main:
-            self.learner.bank.prune()
-
     def _restore(self) -> int:
-        """Load the newest checkpoint that is whole; returns the number of the next task."""
+        """Load the newest checkpoint that is whole; return the number of the next task."""
         found = self._checkpoints.load_newest(log)
         if found is None:
             return 0
         index, tensors, state = found
-        learner = self.learner
-        learner.restore(tensors, state)
-        if learner.source is not None and (self._checkpoints.path(index) / "source").exists():
-            learner.source.load(self._checkpoints.path(index) / "source")
-        if learner.bank is not None:
-            learner.bank.kept = {int(label): count for label, count in state.get("bank_kept", {}).items()}
-            with self.runtime.accelerator.main_process_first():
-                self._prune_bank()
+        restore_learner(self.learner, tensors, state)
+        if self.learner.replay.learns and (self._checkpoints.path(index) / "source").exists():
+            self.learner.replay.source.load(self._checkpoints.path(index) / "source")
+        with self.runtime.accelerator.main_process_first():
+            if self.runtime.is_main:
+                self.learner.replay.prune()
         self.results.load(state["results"])
-        self.work.seconds.update(state["seconds"])
+        self.run.seconds.update(state["seconds"])
         log.info("Task %d was learned before: continuing after it", index)
         return index + 1
 
     def _write(self) -> dict[str, Any]:
-        """Write `results.json` and `report.html`; returns the former's content."""
-        spent = self.work.seconds
+        """Write `results.json` and `report.html`; return the former's content."""
+        spent = self.run.seconds
         seconds = {name: spent.get(name, 0.0) for name in ("train", "fit_source", "generate", "evaluate")}
         seconds["total"] = sum(spent.values())
-        memory = count_bytes(self.learner, self._checkpoints.path(self._checkpoints.numbers()[0]))
+        done = len(self.results.accuracy_matrix) - 1
+        memory = count_bytes(self.learner, self._checkpoints.path(done))
         results = self.results.to_dict(memory, count_units(self.learner, memory), seconds)
         if self.runtime.is_main:
-            write_json(self.folder / "results.json", results)
+            write_json(self.folder / RESULTS, results)
             config = self.config.model_dump(mode="json", exclude_none=True)
-            environment = json.loads((self.folder.parent / ENVIRONMENT).read_text())
-            panels = self.work.panels.read()
+            environment, panels = read_environment(self.folder.parent), self.run.panels.read()
             write_report(self.folder / "report.html", results, config, self._gallery(), environment, panels)
         return results
 
@@ -219,7 +212,7 @@ class Experiment:
         rows = []
         for label in range(len(self.results.per_class_accuracy)):
             real = self.data.test_images([label])
-            synthetic = [] if self.learner.bank is None else self.learner.bank.newest(label)[:GALLERY_IMAGES]
+            synthetic = self.learner.replay.newest(label)[:GALLERY_IMAGES]
             picks = [real.image(position) for position in range(min(GALLERY_IMAGES, len(real)))]
             task = next(task.index for task in map(self.data.task, range(self.data.num_tasks)) if label in task.classes)
             rows.append(GalleryRow(label, self.data.class_names[label], task, picks, synthetic))
@@ -233,7 +226,7 @@ class Experiment:
             "dataset": self.config.data_name,
             "seed": self.seed,
             "upper_bound": self.learner.upper_bound,
-            "eval_logits": self.learner.eval_logits,
+            "eval_logits": getattr(self.config, "eval_logits", "seen"),  # of learners that score all classes
             "command": " ".join(["python", *sys.argv]),
         }
 
@@ -248,6 +241,6 @@ class Experiment:
             log.info("%s is an upper bound: it sees real images of all seen classes", self.config.model_name)
 
 
-def _names(task) -> str:
+def _names(task: Task) -> str:
     names = ", ".join(task.class_names[:5])
     return names if task.num_new <= 5 else f"{names}, ..."

@@ -1,52 +1,51 @@
 """The weights after the first task, kept by every run that can share them and taken by others with `init_from`.
 
-Many learners train the first task in the very same way. What made the weights, their recipe, is written beside them
-and named by its hash; weights of another recipe are refused, so a run that takes them ends with the same bits as one
-that trains them itself.
+Many learners train the first task in the very same way. What made the weights, their recipe, is the identity of their
+folder; weights of another recipe are refused, so a run that takes them ends with the same bits as one that trains them
+itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from learners import LEARNERS
 from learners.backbones import backbone_options
-from synth.drawing import first_difference
+from learners.base import Learner
+from learners.pycil import PyCILLearner
 from utils.data.manager import Task
 from utils.run.errors import CheckpointError, ConfigError
-from utils.training.checkpoint import file_hash, load_tensors, save_tensors, whole_folder, write_json
-
-if TYPE_CHECKING:
-    from learners.base import Learner
+from utils.run.files import file_hash, load_tensors, save_tensors, whole_folder
+from utils.run.manifest import Manifest
 
 log = logging.getLogger("reprise")
 
-INITIAL = "initial"
-NETWORK, RECIPE = "network.safetensors", "recipe.json"
+INITIAL, NETWORK = "initial", "network.safetensors"
+REMEDY = "Set the key as it was there, name another init_from, or leave it out to train"
 
 
-def train_or_take(learner: Learner, task: Task) -> None:
-    """Train a task; of the first one, take the weights that `init_from` names instead, and keep them for others."""
-    if task.index > 0:
-        return learner.train(task)
+def train_or_take(learner: Learner, task: Task, train: Callable[[Task], None]) -> None:
+    """Train the first task, or take the weights that `init_from` names; keep them for others."""
     if learner.config.init_from is None:
-        learner.train(task)
+        train(task)
         made_on = _machine(learner)
     else:
         made_on = _take(learner)
-    if learner.first_loss is not None and learner.run.runtime.is_main:
-        _keep(learner, made_on)
+    if learner.run.runtime.is_main:
+        with whole_folder(learner.run.folder / INITIAL) as temporary:
+            save_tensors(temporary / NETWORK, learner.network.numbered_state())
+            _manifest(temporary, learner).seal(made_on=made_on)
 
 
-def require_initial(learner: Learner) -> tuple[Path, dict[str, Any]]:
-    """The folder of the weights that `init_from` names and what is written of them; they are whole and fit.
+def require_initial(learner: Learner) -> Manifest:
+    """Find the weights that `init_from` names; they are whole and fit.
 
     Args:
         learner: new; its config's ``init_from`` is a folder of a run or of its seed.
@@ -56,19 +55,20 @@ def require_initial(learner: Learner) -> tuple[Path, dict[str, Any]]:
         CheckpointError: if the weights are absent or damaged, or something else made them; the first difference is
             named.
     """
-    folder = _find(learner)
-    stored = _read(folder)
-    here = recipe_of(learner)
-    if difference := first_difference(stored["recipe"], here, here):
+    manifest = _manifest(_find(learner), learner)
+    if not manifest.folder.exists():
         raise CheckpointError(
-            f"the weights in {folder} are not those of this run's first task: {difference}. Set the key as it was "
-            "there, name another init_from, or leave it out to train"
+            f"no weights of a first task to start from: {manifest.folder} is not there. A run writes it when its first "
+            "task is trained, if its learner can share it (init_from in the README); one that has no such folder "
+            "must be repeated with --overwrite, and with this seed"
         )
-    return folder, stored
+    manifest.verify()
+    manifest.claim(write=False)
+    return manifest
 
 
 def recipe_of(learner: Learner) -> dict[str, Any]:
-    """Everything that the weights after the first task depend on, but for the machine, as JSON has it."""
+    """List everything that the weights after the first task depend on, but for the machine, as JSON has it."""
     config, data, task = learner.config, learner.data, learner.data.task(0)
     options, transform = asdict(backbone_options(config, data.dataset)), learner.transform
     weights = options.pop("weights")  # its place says nothing, and neither does `offline`
@@ -79,7 +79,7 @@ def recipe_of(learner: Learner) -> dict[str, Any]:
         "classes": dict(enumerate(task.class_names)),  # by place: a difference is then one class, not two long lists
         "images": data.images_hash(task.classes),
         "seed": learner.run.seed,
-        "first_loss": learner.first_loss,
+        "loss": "cross_entropy",
         "convnet_type": config.convnet_type,
         "backbone": {**options, "weights": None if weights is None else file_hash(weights)},
         "head": learner.head,
@@ -89,18 +89,17 @@ def recipe_of(learner: Learner) -> dict[str, Any]:
             **asdict(transform.recipe), "size": transform.size, "resize": transform.resize,
             "mean": transform.mean.tolist(), "std": transform.std.tolist(),
         },
-        "synth": {} if learner.source is None else learner.source.first_task_settings(),
+        "synth": learner.replay.first_task_settings(),
     }  # fmt: skip
     return json.loads(json.dumps(recipe))
 
 
-def recipe_hash(recipe: dict[str, Any]) -> str:
-    """SHA-256 of a recipe, in hexadecimal."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+def _manifest(folder: Path, learner: Learner) -> Manifest:
+    return Manifest(folder, "initial", recipe_of(learner), remedy=REMEDY)
 
 
 def _machine(learner: Learner) -> dict[str, Any]:
-    """What may move the last bits of a training and is no part of a recipe."""
+    """Say what may move the last bits of a training and is no part of a recipe."""
     runtime = learner.run.runtime
     return {
         "device": runtime.device.type, "precision": "bf16" if runtime.bf16 else "fp32",
@@ -108,32 +107,24 @@ def _machine(learner: Learner) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _keep(learner: Learner, made_on: dict[str, Any]) -> None:
-    recipe = recipe_of(learner)
-    with whole_folder(learner.run.folder / INITIAL) as temporary:
-        save_tensors(temporary / NETWORK, learner.network.numbered_state())
-        hashes = {"recipe_hash": recipe_hash(recipe), "network_hash": file_hash(temporary / NETWORK)}
-        write_json(temporary / RECIPE, {"recipe": recipe, **hashes, "made_on": made_on})
-
-
 def _take(learner: Learner) -> dict[str, Any]:
-    """Load the weights into the learner's network; returns what they were made on."""
-    folder, stored = require_initial(learner)
-    learner.network.load_numbered_state(load_tensors(folder / NETWORK))
-    made_on = stored["made_on"]
-    log.info("Task 0: the weights are those of %s, recipe %s", folder, stored["recipe_hash"])
-    if made_on != (here := _machine(learner)):
+    """Load the weights into the learner's network; return what they were made on."""
+    manifest = require_initial(learner)
+    learner.network.load_numbered_state(load_tensors(manifest.folder / NETWORK))
+    made_on, here = manifest.read()["made_on"], _machine(learner)
+    log.info("Task 0: the weights are those of %s", manifest.folder)
+    if made_on != here:
         log.warning("They were made on %s, this run is on %s: to train them here may move their last bits",
                     made_on, here)  # fmt: skip
     return made_on
 
 
 def _find(learner: Learner) -> Path:
-    """The folder of the weights that `init_from` names, or where they should be."""
+    """Return the folder of the weights that `init_from` names, or where they should be."""
     init_from, own = learner.config.init_from, learner.run.folder
     given = Path(init_from)
-    if learner.first_loss is None:
-        able = ", ".join(name for name in LEARNERS.names() if LEARNERS[name].first_loss is not None)
+    if not isinstance(learner, PyCILLearner):
+        able = ", ".join(name for name in LEARNERS.names() if issubclass(LEARNERS[name], PyCILLearner))
         raise ConfigError(
             f"init_from={init_from!r}: the learner {learner.config.model_name!r} trains the first task in a way of its "
             f"own and cannot start from another run's weights; leave the key out, or choose model_name={able}"
@@ -144,25 +135,3 @@ def _find(learner: Learner) -> Path:
     if seed_folder.resolve() == own.resolve():
         raise ConfigError(f"init_from={init_from!r} is this very run: name another, or leave the key out to train")
     return seed_folder / INITIAL
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """What is written of the weights in a folder, all of it checked against its hashes."""
-    try:
-        stored = json.loads((folder / RECIPE).read_text())
-        whole = stored["recipe_hash"] == recipe_hash(stored["recipe"])
-        whole = whole and stored["network_hash"] == file_hash(folder / NETWORK) and "made_on" in stored
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if not folder.exists():
-            raise CheckpointError(
-                f"no weights of a first task to start from: {folder} is not there. A run writes it when its first "
-                "task is trained, if its learner can share it (init_from in the README); one that has no such folder "
-                "must be repeated with --overwrite, and with this seed"
-            ) from error
-        whole = False
-    if not whole:
-        raise CheckpointError(
-            f"{folder} is damaged: its hashes differ from what was written. Repeat the run that made it with "
-            "--overwrite, name another init_from, or leave it out to train"
-        )
-    return stored

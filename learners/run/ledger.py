@@ -4,92 +4,73 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-
-from torch import Tensor
 
 from learners.base import Learner
-from learners.expandable.network import Branches
+from learners.run.state import learner_state
 from synth.stored import save_source
+from utils.data.manager import DataManager
+from utils.run.carried import Carried, Items
 from utils.run.errors import ConfigError
 from utils.training.checkpoint import Checkpoints
 
 log = logging.getLogger("reprise")
-TOTAL = ("exemplars", "bank", "source", "network", "old_branches", "prototypes")  # what the budget is for
-SOURCE_PARTS = ("edge_maps", "class_embeddings", "generator")
+# Lines of every results.json, whether there is something of them or not.
+LINES = ("exemplars", "bank", "edge_maps", "class_embeddings", "generator", "network", "old_branches", "prototypes")
+OF_THE_SOURCE = ("edge_maps", "class_embeddings", "generator")  # and any other file of it
 
 
-# ------------------------------------------------------------------ counting
+def carried(learner: Learner) -> list[Carried]:
+    """Name what learner, replay and source carry on; a source whose samples were given carries nothing."""
+    source = learner.replay.source if learner.replay.learns else None
+    return [*learner.carried(), *learner.replay.carried(), *(() if source is None else source.carried())]
 
 
-def saves_source(learner: Learner) -> bool:
-    """Whether checkpoints hold the learner's source; one whose replay images were given is never fitted."""
-    return learner.source is not None and learner.config.synth.need_syn_imgs
+def fill_of(learner: Learner) -> Callable[[Path], None] | None:
+    """Return what adds the learner's source to a checkpoint; None where there is none to keep."""
+    return partial(save_source, learner.replay.source) if learner.replay.learns else None
+
+
+# ---------------------------------------------------------------------- counting
 
 
 def count_bytes(learner: Learner, folder: Path) -> dict[str, int]:
-    """The bytes of a checkpoint, `task_<t>`, and of the images beside it, by what they are for.
+    """Count the bytes of a checkpoint, `task_<t>`, and of what lies beside it, by what they are for.
 
     Args:
         learner: in the state that the checkpoint holds.
         folder: of the checkpoint; files of it that hold no tensors count nothing.
 
     Returns:
-        "exemplars", "bank", "source" (the sum of "edge_maps", "class_embeddings" and "generator"), "network",
-        "old_branches" (of a network with a branch per task, all but the newest), "prototypes" (class means and what
-        else the learner keeps), and "total", their sum. Beside it: "frozen", weights that are used as they came, and
-        "all_real_data".
+        A number for every line that `carried` names; "source", the sum of its files; "total", the sum of all. Beside
+        it "frozen", weights that are used as they came, and "all_real_data".
     """
-    data, source = learner.data, learner.source
-    backbone = learner.network.backbone
-    old = backbone.branches[:-1] if isinstance(backbone, Branches) else []
-    old_branches = sum(_tensor_bytes(branch.state_dict().values()) for branch in old)
-    files = sum(part.nbytes for part in learner.memory.images.parts if not isinstance(part.images, Tensor))
-    parts = _source_parts(learner, folder / "source")
-    memory = {
-        # An upper bound goes back to all of them.
-        "exemplars": data.all_real_bytes if learner.upper_bound else _file_bytes(folder, "exemplars") + files,
-        "bank": 0 if learner.bank is None else learner.bank.memory_bytes(),
-        "source": sum(parts.values()),
-        **parts,
-        "network": _file_bytes(folder, "network") - old_branches,
-        "old_branches": old_branches,
-        "prototypes": _file_bytes(folder, "class_means") + _file_bytes(folder, "extra"),
-    }
-    return {
-        **memory,
-        "total": sum(memory[part] for part in TOTAL),
-        "frozen": learner.frozen_bytes() + (0 if source is None else source.frozen_bytes()),
-        "all_real_data": data.all_real_bytes,
-    }
+    memory, counted, of_source = dict.fromkeys(LINES, 0), set(), 0
+    apart = {"frozen": 0, "all_real_data": learner.data.all_real_bytes}
+    for line in carried(learner):
+        files = {path for pattern in line.files for path in folder.glob(pattern)} - counted
+        counted |= files
+        size = line.nbytes + sum(map(_file_bytes, files))
+        target = apart if line.frozen else memory
+        target[line.name] = target.get(line.name, 0) + size
+        of_source += size if any(pattern.startswith("source/") for pattern in line.files) else 0
+    return {**memory, "source": of_source, "total": sum(memory.values()), **apart}
 
 
-def _source_parts(learner: Learner, folder: Path) -> dict[str, int]:
-    parts = dict.fromkeys(SOURCE_PARTS, 0)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            parts[learner.source.ledger_parts.get(path.name, "generator")] += path.stat().st_size
-    return parts
-
-
-def _file_bytes(folder: Path, stem: str) -> int:
-    """Size of a file of tensors; 0 if it holds none."""
+def _file_bytes(path: Path) -> int:
+    """Return the size of a file; 0 of one of tensors that holds none."""
+    if path.suffix != ".safetensors":
+        return path.stat().st_size
     from safetensors import safe_open
 
-    path = folder / f"{stem}.safetensors"
     with safe_open(path, framework="pt") as file:
         return path.stat().st_size if file.keys() else 0
 
 
-def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
-    """Exemplars in raw images, as papers count them, beside what their bytes come to.
+    """Count exemplars in raw images, as papers do, beside what their bytes come to.
 
     Args:
         learner: whose exemplars they are.
@@ -100,10 +81,11 @@ def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
         "compressed" exemplars; "compressed_units", what the latter count by their method; "nominal", the units of
         both; "true", the units that their files would fill.
     """
-    source, unit = learner.source, unit_bytes(learner)
-    real = sum(learner.data.class_counts) if learner.upper_bound else len(learner.memory.images)
-    compressed = 0 if source is None else source.num_compressed
-    compressed_units = compressed * (0.0 if source is None else source.nominal_share)
+    kinds = [(line.items.units, sum(line.items.counts().values())) for line in carried(learner) if line.items]
+    real = sum(count for units, count in kinds if units == 1)
+    compressed = sum(count for units, count in kinds if units not in (None, 1))
+    compressed_units = float(sum(count * units for units, count in kinds if units not in (None, 1)))
+    unit = unit_bytes(learner.data)
     return {
         "unit_bytes": unit,
         "real": real,
@@ -114,48 +96,34 @@ def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
     }
 
 
-def unit_bytes(learner: Learner) -> float:
-    """Bytes of a raw image of the data set, on average."""
-    data = learner.data
+def unit_bytes(data: DataManager) -> float:
+    """Return the bytes of a raw image of the data set, on average."""
     pixels = sum(count * height * width for (height, width), count in data.image_sizes.items())
     return data.dataset.channels * pixels / sum(data.class_counts)
 
 
 def describe(memory: dict[str, int], units: dict[str, float]) -> str:
-    """One line for the log."""
-    parts = ", ".join(f"{name.replace('_', ' ')} {memory[name]}" for name in TOTAL if memory[name])
+    """Write one line for the log."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {memory[name]}" for name in LINES if memory[name])
     return (
         f"Memory: {memory['total']} bytes ({parts}); {units['real']} real and {units['compressed']} compressed "
         f"exemplars, {units['nominal']:.2f} units nominally, {units['true']:.2f} in bytes"
     )
 
 
-# ------------------------------------------------------------------ the budget
-
-
-class Kind(NamedTuple):
-    """Something of which single items can be given up."""
-
-    name: str
-    counts: Callable[[], dict[int, int]]  # how many are left of every class
-    drop_last: Callable[[int], int]  # class -> bytes freed, 0 if that class has none
-
-
-def budget_bytes(learner: Learner) -> int:
-    """The budget, which must be set."""
-    return round(learner.config.memory_budget_mb * 1e6)
+# ---------------------------------------------------------------------- the budget
 
 
 def least_bytes(learner: Learner) -> dict[str, int]:
-    """What is known before training of what cannot be dropped after the first task, in bytes."""
+    """Return bytes that training cannot free: the network, and for upper bounds all images."""
     network = learner.network.frozen_copy()
     network.grow(learner.data.task(0).num_seen)
     real = {"exemplars": learner.data.all_real_bytes} if learner.upper_bound else {}
-    return {"network": _tensor_bytes(network.state_dict().values()), **real}
+    return {"network": sum(value.nbytes for value in network.state_dict().values()), **real}
 
 
 def describe_budget(learner: Learner) -> str:
-    """One line for `--plan`: the budget and what is known to take of it."""
+    """Write one line for `--plan`: the budget and what is known to take of it."""
     parts = ", ".join(f"{name} {count / 1e6:.2f} MB" for name, count in least_bytes(learner).items())
     return (
         f"Memory budget: {learner.config.memory_budget_mb} MB at the end of every task, of which the first leaves at "
@@ -178,7 +146,7 @@ def keep_to_budget(learner: Learner, index: int) -> None:
 
     Of the kind that goes first, the class with most of it left (the later class of equals) loses the one that is last
     in its order, until everything fits; then the next kind. Prototypes stay as they were computed, from all exemplars
-    that the task kept. To be called before the checkpoint is written, and followed by `Bank.prune` after it.
+    that the task kept. To be called before the checkpoint is written, and followed by `Replay.prune` after it.
 
     Args:
         learner: has learned a task.
@@ -190,45 +158,37 @@ def keep_to_budget(learner: Learner, index: int) -> None:
     if learner.config.memory_budget_mb is None:
         return
     before = memory = _foresee(learner)
-    budget, dropped = budget_bytes(learner), {}
-    for kind in _kinds(learner):
+    budget, dropped = _budget_bytes(learner), {}
+    kinds = [line.items for line in carried(learner) if line.items]  # real ones first
+    for items in kinds if learner.config.memory_drop == "real" else kinds[::-1]:
         # What an item frees is not exact where it shares a file with others, so each round is weighed anew.
-        while memory["total"] > budget and (count := _drop(kind, memory["total"] - budget)):
-            dropped[kind.name] = dropped.get(kind.name, 0) + count
+        while memory["total"] > budget and (count := _drop(items, memory["total"] - budget)):
+            dropped[items.name] = dropped.get(items.name, 0) + count
             memory = _foresee(learner)
     if dropped:
         words = ", ".join(f"{count} {name}" for name, count in dropped.items())
         log.info("Memory budget: dropped %s; %d bytes before, %d after", words, before["total"], memory["total"])
-    _require(learner, {name: memory[name] for name in TOTAL}, f"after task {index} there remain")
+    _require(learner, {name: memory[name] for name in LINES}, f"after task {index} there remain")
+
+
+def _budget_bytes(learner: Learner) -> int:
+    return round(learner.config.memory_budget_mb * 1e6)
 
 
 def _foresee(learner: Learner) -> dict[str, int]:
-    """`count_bytes` of a checkpoint that is not written yet, by writing it elsewhere."""
-    fill = partial(save_source, learner.source) if saves_source(learner) else None
+    """Count the bytes of a checkpoint that is not written yet, by writing it elsewhere."""
     with tempfile.TemporaryDirectory() as folder:
         trial = Checkpoints(folder, "trial")
-        trial.save(0, learner.state()[0], {}, fill)
+        trial.save(0, learner_state(learner)[0], {}, fill_of(learner))
         return count_bytes(learner, trial.path(0))
 
 
-def _kinds(learner: Learner) -> list[Kind]:
-    """What can be dropped, in the order in which it goes."""
-    source, bank, memory = learner.source, learner.bank, learner.memory
-    kinds = []
-    if saves_source(learner):
-        kinds.append(Kind("compressed exemplars", source.compressed_counts, source.drop_compressed))
-    if bank is not None:
-        kinds.append(Kind("replay images", bank.counts, bank.drop_last))
-    kinds.append(Kind("real exemplars", memory.counts, memory.drop_last))
-    return kinds if learner.config.memory_drop == "generated" else kinds[::-1]
-
-
-def _drop(kind: Kind, excess: int) -> int:
-    """Drop items until so many bytes are freed or none is left; returns their number."""
-    left, freed, dropped = kind.counts(), 0, 0
+def _drop(items: Items, excess: int) -> int:
+    """Drop items until so many bytes are freed or none is left; return their number."""
+    left, freed, dropped = items.counts(), 0, 0
     while freed < excess and left:
         label = max(left, key=lambda label: (left[label], label))
-        freed += kind.drop_last(label)
+        freed += items.drop_last(label)
         dropped += 1
         left[label] -= 1
         if not left[label]:
@@ -237,7 +197,7 @@ def _drop(kind: Kind, excess: int) -> int:
 
 
 def _require(learner: Learner, memory: dict[str, int], when: str) -> None:
-    total, budget = sum(memory.values()), budget_bytes(learner)
+    total, budget = sum(memory.values()), _budget_bytes(learner)
     if total > budget:
         parts = " + ".join(f"{name} {count}" for name, count in memory.items() if count)
         raise ConfigError(

@@ -11,7 +11,7 @@ from synth import SOURCES
 from utils.data.datasets import DATASETS, find_dataset, load_dataset
 from utils.run.config import RunConfig
 from utils.run.errors import DataError
-from utils.run.folder import bank_folder
+from utils.run.folder import replay_folder
 from utils.training.runtime import Runtime
 
 
@@ -20,7 +20,7 @@ def _summary(entry: type) -> str:
 
 
 def describe_all() -> str:
-    """Learners, sources, data sets and backbones, a line each."""
+    """List learners, sources, data sets and backbones, a line each."""
     from models.timm_backbone import backbone_names
 
     lines = ["Learners (model_name):"]
@@ -35,7 +35,7 @@ def describe_all() -> str:
 
 
 def describe_run(config: RunConfig, name: str) -> str:
-    """Task schedule, what will be trained and generated, data and weights, and what it takes on disk."""
+    """Describe the schedule, what will be trained and generated, data and weights, and what it takes on disk."""
     lines = [f"Run {name}: {config.model_name}, {len(config.seed)} seed(s) {config.seed}"]
     found = find_dataset(config.data_name, config.data_dir)
     lines.append(f"Data: {found.text}" if found.present else f"Data, not on this machine yet: {found.text}")
@@ -58,7 +58,7 @@ def describe_run(config: RunConfig, name: str) -> str:
     weights = f", weights {options.weights}" if options.weights else ""
     lines.append(f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}")
     if config.synth is not None:
-        lines += [*describe_replay(learner, name), f"  {learner.source_fitter.describe()}"]
+        lines += [*describe_replay(learner, name), f"  {learner.replay.pupil.describe()}"]
     return "\n".join(lines)
 
 
@@ -74,20 +74,19 @@ def _schedule(learner: Learner) -> list[str]:
         line = f"  task {index}: classes {task.num_old}-{task.num_seen - 1}, {images} images, {length}"
         if learner.uses_exemplars and index:
             line += f", up to {learner.memory.budget(task.num_old)} exemplars of each old class"
-        if learner.num_compressed and index:
-            line += f", {learner.num_compressed} more as edge maps"
+        if learner.memory.handed and index:
+            line += f", {learner.memory.handed} more in the source's form"
         lines.append(line)
     return lines
 
 
 def describe_replay(learner: Learner, name: str) -> list[str]:
-    """How many images a run draws, what they take on disk, and where they lie."""
-    config, data = learner.config, learner.data
-    drawn, size = learner.count_draws(), data.dataset.image_size**2 * data.dataset.channels
-    if learner.source.makes_copies:  # each of the size of the image that it is a copy of
-        size = unit_bytes(learner)
+    """Say how many samples a run draws, what they take as pixels, and where they lie."""
+    config, replay = learner.config, learner.replay
+    drawn = replay.expected()
     what = "to draw per seed" if config.synth.need_syn_imgs else "that must be there"
+    size = unit_bytes(learner.data) * drawn / 1e6
     return [
-        f"Replay: {config.synth.name}: about {drawn} images {what}, {size * drawn / 1e6:.1f} MB as pixels",
-        f"  in {bank_folder(config, name, config.seed[0])}",
+        f"Replay: {config.synth.name}: about {drawn} {replay.source.samples} {what}, {size:.1f} MB as pixels",
+        f"  in {replay_folder(config, name, config.seed[0])}",
     ]

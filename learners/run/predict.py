@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,18 +14,21 @@ import torch
 from learners import LEARNERS
 from learners.base import Learner
 from learners.run.configure import build_config
-from utils.data.datasets import DATASETS, Dataset
+from learners.run.state import restore_learner
+from synth.replay import Replay
+from utils.data.datasets import DATASETS
 from utils.data.images import IMAGE_SUFFIXES, ImageSet, Part, decode_image
 from utils.data.transforms import match_channels
 from utils.run.errors import CheckpointError, DataError, RepriseError
-from utils.run.folder import DESCRIPTION
+from utils.run.folder import read_data, run_manifest
+from utils.run.log import log
 from utils.training.checkpoint import Checkpoints
-from utils.training.run import Run, log
+from utils.training.run import Run
 from utils.training.runtime import Runtime
 
 
 def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner, list[str]]:
-    """A finished run's classifier and the names of the classes that it has seen, in learning order.
+    """Load a finished run's classifier and the names of the classes that it has seen, in learning order.
 
     Args:
         folder: `outputs/<run>/seed_<s>`.
@@ -35,27 +37,24 @@ def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner
     Raises:
         CheckpointError: if the folder holds no checkpoint that is whole.
     """
-    try:
-        raw = json.loads((folder.parent / "config.json").read_text())["config"]
-        description = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is no run of Reprise: {error}") from error
-    config, _ = build_config({**raw, "device": device or raw["device"]})
-    if LEARNERS[config.model_name].saves_backbone(config):
-        config = config.model_copy(update={"pretrained": False, "backbone_weights": None})
-    dataset = Dataset(**description["dataset"], train=ImageSet(), test=ImageSet())
-    data: Any = SimpleNamespace(dataset=dataset, num_classes=len(description["class_names"]))
-    run = Run(folder, 0, Runtime(config.device, config.precision), progress=False)
-    learner = LEARNERS[config.model_name](config, data, run)
+    stored = run_manifest(folder.parent, None).read()
+    config, _ = build_config({**stored["config"], "device": device or stored["config"]["device"]})
+    dataset, class_names, _ = read_data(folder)
     found = Checkpoints(folder / "checkpoints", "task").load_newest(log, discard=False)
     if found is None:
         raise CheckpointError(f"{folder / 'checkpoints'} holds no checkpoint: let the run finish its first task")
-    learner.restore(found[1], found[2])
-    return learner, description["class_names"]
+    _, tensors, state = found
+    if state["holds_backbone"]:  # so its weights need not be where the run had them
+        config = config.model_copy(update={"pretrained": False, "backbone_weights": None})
+    data: Any = SimpleNamespace(dataset=dataset, num_classes=len(class_names))
+    run = Run(folder, 0, Runtime(config.device, config.precision), progress=False)
+    learner = LEARNERS[config.model_name](config, data, run, Replay(config, None, data, run, folder))
+    restore_learner(learner, tensors, state)
+    return learner, class_names
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted."""
+    """List all image files below a folder, sorted."""
     found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise DataError(f"no images below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
@@ -63,7 +62,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def classify(learner: Learner, names: list[str], paths: list[Path]) -> list[dict[str, Any]]:
-    """One row per image: path, the best class's name and label, and its softmax probability in [0, 1]."""
+    """Return one row per image: path, the best class's name and label, and its softmax probability in [0, 1]."""
     images = _images(learner.config.data_name, paths)
     probabilities = learner.predict(images)["cnn"].softmax(1)
     best = probabilities.max(1)

@@ -10,8 +10,8 @@ from torch import nn
 
 from models.files.weights import load_exactly, read_weights
 from utils.run.errors import WeightsError
+from utils.run.files import save_tensors, write_json
 from utils.training import seeding
-from utils.training.checkpoint import save_tensors, write_json
 
 CONFIG, WEIGHTS = "model.json", "model.safetensors"
 

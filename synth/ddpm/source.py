@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from models.files.weights import load_exactly, read_weights
 from models.frozen import fixed
 from synth import SOURCES
-from synth.base import Guide, ReplaySource
+from synth.base import ReplaySource, show_progress
 from synth.ddpm.network import ClassUNet
 from synth.ddpm.words import translate
 from synth.diffusion import (
+    Bend,
     classifier_free,
     linear_process,
     noise_prediction_loss,
@@ -28,7 +29,7 @@ from synth.diffusion import (
     sample_ddim,
     sample_ddpm,
 )  # fmt: skip
-from synth.drawing import draw_missing, images_in
+from synth.drawing import ImageFolder
 from synth.requests import Requests, draw_labels, draw_noise
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
@@ -36,11 +37,18 @@ from utils.data.manager import Task
 from utils.data.transforms import RECIPES, DiffusionTransform, to_uint8
 from utils.run.config import SourceConfig
 from utils.run.errors import ConfigError
+from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.training import seeding
-from utils.training.checkpoint import load_tensors, save_tensors, write_json
-from utils.training.fit import TrainConfig, fit
+from utils.training.fit import Hooks, Step, TrainConfig, Training, fit
 
 log = logging.getLogger("reprise")
+
+
+class Sampling(NamedTuple):
+    """How images are drawn: time steps such as "ddim50", and "ddim" or "ddpm"."""
+
+    timestep_respacing: str
+    sampler: str = "ddim"
 
 
 @SOURCES.register("ddpm")
@@ -53,6 +61,11 @@ class DDPM(ReplaySource):
     """
 
     class Config(SourceConfig):
+        # Its rehearsal is drawn with the first three too, but a later run only draws with what is learned.
+        drawing: ClassVar[frozenset[str]] = frozenset(
+            {"sampler", "timestep_respacing", "guidance", "gradient_checkpointing"}
+        )
+
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
         block_out_channels: list[int] = Field([128, 256, 256, 256], min_length=1, description="UNet width per level")
         layers_per_block: int = Field(3, ge=1, description="residual blocks per level")
@@ -79,6 +92,10 @@ class DDPM(ReplaySource):
         lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of lr, down to 0")
         weight_decay: float = Field(0.0, ge=0, description="AdamW's")
         ema_rate: float = Field(0.9999, ge=0, lt=1, description="decay of the average that generates; 0: raw weights")
+        init_weights: str | None = Field(
+            None, min_length=1, description="folder of a DDPM, saved by a run, whose average the first task starts from"
+        )
+        clip_x0: bool = Field(True, description="clamp predicted images to their range at every step of sampling")
         sampler: Literal["ddim", "ddpm"] = Field("ddim", description="how replay is drawn")
         timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread from end to end")
         guidance: float = Field(0.0, ge=0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
@@ -97,12 +114,12 @@ class DDPM(ReplaySource):
 
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
-            """GUIDE's flags in our words."""
+            """Read GUIDE's flags in our words."""
             return translate(raw)
 
-    can_be_guided = True
-    # Its rehearsal is drawn with the first three too, but a later run only draws with what is learned.
-    drawing_keys = frozenset({"sampler", "timestep_respacing", "guidance", "gradient_checkpointing"})
+        def training_settings(self) -> dict[str, Any]:
+            """Leave out what is not learned: without guidance no label is hidden."""
+            return {**super().training_settings(), "label_dropout": self.label_dropout if self.guidance else 0}
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -112,61 +129,70 @@ class DDPM(ReplaySource):
         self.transform = DiffusionTransform(size, flip)
         self.process = linear_process(config.diffusion_steps, config.beta_start, config.beta_end)
         self.train_process = respace(self.process, config.train_respacing or config.diffusion_steps)
-        self.own_sampling = Guide(config.timestep_respacing, config.sampler)
-        self.check_guide(self.own_sampling)
+        self.sampling = Sampling(config.timestep_respacing, config.sampler)
+        respace(self.process, config.timestep_respacing)  # what does not fit is said now
+        self.wants_past = config.rehearsal == "replay"
         seeding.seed_everything(run.seed, "ddpm")
-        self.network = ClassUNet(
-            self.image_shape, num_classes, config.block_out_channels, attention_levels=_attention_levels(config, size),
-            layers_per_block=config.layers_per_block, attention_head_dim=config.attention_head_dim,
-            norm_num_groups=config.norm_num_groups, dropout=config.dropout, resample=config.resample,
-            checkpointing=config.gradient_checkpointing,
-        ).to(run.device).eval()  # fmt: skip
+        self.network = self.build_network().to(run.device).eval()
         self.generator: nn.Module = self.network  # the moving average once there is one
+        if config.init_weights is not None:
+            self._start_from(Path(config.init_weights))
 
-    @classmethod
-    def wants_replay(cls, config) -> bool:
-        """Not where it rehearses on images of its own."""
-        return config.rehearsal == "replay"
+    def build_network(self) -> nn.Module:
+        """Build the noise predictor with random weights: (xt, t, labels) -> eps, where label -1 is no class."""
+        config, size = self.config, self.image_shape[-1]
+        return ClassUNet(
+            self.image_shape, self.num_classes, config.block_out_channels,
+            attention_levels=_attention_levels(config, size), layers_per_block=config.layers_per_block,
+            attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
+            dropout=config.dropout, resample=config.resample, checkpointing=config.gradient_checkpointing,
+        )  # fmt: skip
 
-    @classmethod
-    def training_settings(cls, config) -> dict[str, Any]:
-        """Without classifier-free guidance no label is hidden, and the branch that it needs is never learned."""
-        return {**super().training_settings(config), "label_dropout": config.label_dropout if config.guidance else 0}
+    def _start_from(self, folder: Path) -> None:
+        found = [folder / name for name in ("generator.safetensors", "network.safetensors")]
+        path = next((path for path in found if path.is_file()), None)
+        if path is None:
+            raise ConfigError(
+                f"synth.init_weights={str(folder)!r} holds no DDPM: name a `source` folder of a run's checkpoint, or a "
+                "folder of `python -m synth.train`"
+            )
+        load_exactly(self.network, read_weights(path), path, "this UNet", "Set synth's keys as they were there")
 
     # ------------------------------------------------------------------ learning
 
-    def fit_after(self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder) -> None:
+    def fit_after(self, task: Task, images: ImageSet, past: ImageSet, exemplars: ImageSet, encoder) -> None:
         """Train on the task's real images and on images of the old classes: the learner's replay, or its own."""
-        if self.fitted_classes and (self.config.rehearsal == "own" or not len(replay)):
-            replay = self._rehearse(task, len(images))
-        batches = ImageBatches(
-            images, replay, transform=self.transform, batch_size=self.config.batch_size,
-            key=(self.run.seed, task.index, "ddpm"), device=self.run.device, shard=self.run.runtime.shard,
-            drop_last=self.config.counts == "reference",
-        )  # fmt: skip
+        if self.fitted_classes and (self.config.rehearsal == "own" or not len(past)):
+            past = self._rehearse(task, len(images))
+        loading = self.run.loading(
+            self.transform, self.config.batch_size, task.index, "ddpm", drop_last=self.config.counts == "reference"
+        )
+        batches = ImageBatches(images, past, loading)
         steps = self.config.first_task_num_steps if task.index == 0 else self.config.num_steps
         train_config = TrainConfig(
             steps=steps, lr=self.config.lr, optimizer="adamw", weight_decay=self.config.weight_decay,
             schedule=self.config.lr_schedule, ema_decay=self.config.ema_rate,
         )  # fmt: skip
-        average = fit(
-            self.network, batches, self.loss, train_config, run=self.run, task=task.index, purpose="ddpm",
-            before_epoch=partial(self._before_epoch, task),
-        )  # fmt: skip
+        hooks = Hooks(before_epoch=partial(self._before_epoch, task))
+        average = fit(self.network, batches, self.loss, train_config, Training(self.run, task, "ddpm"), hooks)
         self.generator = average if average is not None else self.network
         self.fitted_classes |= set(task.classes)
-        self.let_watch(task, math.ceil(steps / len(batches)))
+        show_progress(self, task, math.ceil(steps / len(batches)))
 
-    def _before_epoch(self, task: Task, epoch: int) -> None:
+    def _before_epoch(self, task: Task, step: Step) -> None:
         self.generator = self.network.eval()  # while it trains, the average is not at hand
-        self.let_watch(task, epoch)
+        show_progress(self, task, step.epoch)
+
+    def hide_labels(self, labels: Tensor) -> Tensor:
+        """Replace some labels of a batch, int64 (B,), by -1, so that the network learns to do without."""
+        if not self.config.guidance:
+            return labels
+        hidden = torch.rand(len(labels)) < self.config.label_dropout
+        return labels.masked_fill(hidden.to(labels.device), -1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Noise prediction error of one batch."""
-        labels = batch.labels
-        if self.config.guidance:
-            hidden = torch.rand(len(labels)) < self.config.label_dropout
-            labels = labels.masked_fill(hidden.to(labels.device), -1)
+        """Compute the noise prediction error of one batch, as named terms."""
+        labels = self.hide_labels(batch.labels)
         loss = noise_prediction_loss(lambda xt, t: self.network(xt, t, labels), self.train_process, batch.images)
         return {"mse": loss}
 
@@ -180,21 +206,23 @@ class DDPM(ReplaySource):
         labels = draw_labels(old, count, draw, balanced=self.config.counts == "balanced")
         log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)
         self.generator = self.network.eval()
-        folder = self.run.folder / "rehearsal" / f"task_{task.index}"
-        draw_missing(self, folder, [Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))])
-        files = {label: images_in(folder / str(label)) for label in old}
+        identity = {"run_seed": self.run.seed, "task": task.index, "count": count, "weights": self.fingerprint()}
+        place = self.run.folder / "rehearsal" / f"task_{task.index}"
+        folder = ImageFolder(place, self.run, identity, "Delete the folder, and the same command draws it again")
+        folder.claim()
+        folder.draw(self, [Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))])
+        files = {label: folder.of_class(label) for label in old}
         drawn = torch.tensor([label for label, paths in files.items() for _ in paths], dtype=torch.int64)
         return ImageSet.of([str(path) for paths in files.values() for path in paths], drawn)
 
     # ------------------------------------------------------------------ generating
 
     @torch.no_grad()
-    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+    def generate(self, requests: Requests) -> ImageSet:
         """Draw one image per request.
 
         Args:
             requests: N labels with item and copy numbers.
-            guide: other time steps than the source's own, and what bends the denoising; None for neither.
 
         Returns:
             N images, (N, C, H, W) uint8, in the order of ``requests``.
@@ -202,30 +230,36 @@ class DDPM(ReplaySource):
         Raises:
             NotFittedError: if a label was never learned.
         """
+        return self.draw(requests, self.sampling)
+
+    @torch.no_grad()
+    def draw(
+        self, requests: Requests, sampling: Sampling, bend: Callable[[Requests], Bend] | None = None
+    ) -> ImageSet:
+        """Draw one image per request, as ``generate`` does, with other time steps or bent toward another goal.
+
+        Args:
+            requests: N labels with item and copy numbers.
+            sampling: time steps and sampler.
+            bend: the requests of one chunk to what sampling follows uphill, see `synth.diffusion`; None: nothing.
+        """
         self.require_fitted(requests.labels)
-        images = self.in_chunks(requests, lambda chunk: self._draw(chunk, guide or self.own_sampling))
+        images = self.in_chunks(requests, lambda chunk: self._draw(chunk, sampling, bend))
         return ImageSet.of(torch.stack(images), requests.labels)
 
-    def check_guide(self, guide: Guide) -> None:
-        """See that the full process has the guide's time steps.
-
-        Raises:
-            ConfigError: if not.
-        """
-        respace(self.process, guide.timestep_respacing)
-
-    def _draw(self, requests: Requests, guide: Guide) -> Tensor:
-        """uint8 (N, C, H, W) of one chunk, on the CPU."""
+    def _draw(self, requests: Requests, sampling: Sampling, bend: Callable[[Requests], Bend] | None) -> Tensor:
+        """Draw uint8 (N, C, H, W) of one chunk, on the CPU."""
         generators = requests.generators()
         noise = draw_noise(generators, self.image_shape).to(self.run.device)
-        process = respace(self.process, guide.timestep_respacing)
-        bend = None if guide.bend is None else guide.bend(requests)
+        process = respace(self.process, sampling.timestep_respacing)
+        uphill, clip = None if bend is None else bend(requests), self.config.clip_x0
         with fixed(self.generator) as network:
             model = self._model(network, requests.labels.to(self.run.device))
-            if guide.sampler == "ddpm":
-                x0 = sample_ddpm(model, noise, process, lambda: draw_noise(generators, self.image_shape), bend)
+            if sampling.sampler == "ddpm":
+                fresh = partial(draw_noise, generators, self.image_shape)
+                x0 = sample_ddpm(model, noise, process, fresh, uphill, clip)
             else:
-                x0 = sample_ddim(model, noise, process, bend)
+                x0 = sample_ddim(model, noise, process, uphill, clip)
         return to_uint8(x0).cpu()
 
     def _model(self, network: nn.Module, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -259,7 +293,7 @@ class DDPM(ReplaySource):
         if (directory / "generator.safetensors").exists():
             self.generator = copy.deepcopy(self.network).requires_grad_(False)
             self.generator.load_state_dict(load_tensors(directory / "generator.safetensors"))
-        self.fitted_classes = set(json.loads((directory / "source.json").read_text())["fitted_classes"])
+        self.fitted_classes = set(read_json(directory / "source.json", "fit the source again")["fitted_classes"])
 
     def describe(self) -> str:
         """Size of the UNet and length of its trainings."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from utils.run.errors import ConfigError
+from utils.run.words import Words, register_words
 
 
 def is_true(value: Any) -> bool:
@@ -52,6 +53,16 @@ IDLE = {
     "use_new_attention_order", "save_interval", "log_interval", "train_with_disjoint_classifier",
     "wandb_experiment_name", "wandb_project_name", "wandb_online", "microbatch",
 }  # fmt: skip
+# Flags of the diffusion run that GUIDE names in the command of its classifier too.
+SHARED = (
+    "num_channels", "channel_mult", "num_res_blocks", "num_head_channels", "attention_resolutions", "resblock_updown",
+    "diffusion_steps", "first_task_num_steps", "num_steps", "gr_n_generated_examples_per_task",
+)  # fmt: skip
+
+register_words(Words(
+    source="ddpm", keys={"diffusion_pretrained_dir": "source_dir", **{key: key for key in SHARED}},
+    idle=frozenset(IDLE),
+))  # fmt: skip
 
 
 def translate(raw: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from utils.data.batches import ImageBatches
+from utils.data.batches import ImageBatches, Loading
 from utils.data.images import ImageSet
 from utils.data.transforms import stacks
 from utils.training import seeding
@@ -20,17 +20,19 @@ class Copies(Protocol):
     Attributes:
         chances: float (N,), of each sample, that a copy stands for it; 1 where there is no other image of it.
         num_copies: K, copies of each sample, all equally likely.
+        first: int64 (M,), samples that are themselves their copy 0.
     """
 
     chances: Tensor
     num_copies: int
+    first: Tensor
 
     def draw(self, samples: Tensor, numbers: Tensor) -> ImageSet:
-        """The copies of these numbers, int64 (M,), of these samples, int64 (M,), in their order."""
+        """Return the copies of these numbers, int64 (M,), of these samples, int64 (M,), in their order."""
 
 
 def swap(chances: Tensor, num_copies: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which samples are shown as a copy, and as which one (ESCORT, arXiv:2311.18266).
+    """Choose which samples are shown as a copy, and as which one (ESCORT, arXiv:2311.18266).
 
     Args:
         chances: float (N,).
@@ -50,22 +52,22 @@ class CopiedBatches(ImageBatches):
     Copies are asked for when an epoch first shows them, and kept.
 
     Args:
-        images, replay: see `ImageBatches`: the N samples. Of a sample that has no real image, its copy 0.
+        images, replay: the N samples, see `ImageBatches`; a sample without a real image is there as its copy 0.
         copies: of all samples, in this order.
-        options: of `ImageBatches`.
+        loading: see `Loading`.
     """
 
-    def __init__(self, images: ImageSet, replay: ImageSet, copies: Copies, **options):
-        super().__init__(images, replay, **options)
+    def __init__(self, images: ImageSet, replay: ImageSet, copies: Copies, loading: Loading):
+        super().__init__(images, replay, loading)
         self.copies = copies
-        self.row_of = torch.full((len(self.labels), copies.num_copies), -1)  # where a copy lies; -1: nowhere yet
-        lone = torch.arange(len(images), len(self.labels))  # what is there of them is their copy 0
-        self.row_of[lone, 0] = lone
+        # Row (sample, copy) says where that copy lies among all images; -1: it was not drawn yet.
+        self.row_of = torch.full((len(self.labels), copies.num_copies), -1)
+        self.row_of[copies.first, 0] = copies.first
         self.num_rows = len(self.labels)
-        self.copied: Tensor | None = None  # of copies in memory: all in one store, so that its growth moves no bit
+        self.copied: Tensor | None = None  # copies in memory share one store, so that a new one moves no old one's row
 
     def rows(self, epoch: int) -> Tensor:
-        generator = seeding.generator(*self.key, "copies", epoch)
+        generator = seeding.generator(*self.loading.key, "copies", epoch)
         swapped, numbers = swap(self.copies.chances, self.copies.num_copies, generator)
         samples = torch.arange(len(numbers))
         absent = swapped & (self.row_of[samples, numbers] < 0)

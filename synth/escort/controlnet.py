@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from itertools import groupby
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from models.latent.control import CLIP_TOKENIZER, ControlNetPipeline, check_controlnet, load_controlnet
 from synth import SOURCES
+from synth.base import weights_place
 from synth.escort.edges import EdgeMap, drawing_size, resize, resize_edges, restore, short_side
 from synth.escort.source import ExemplarCompression
 from synth.prompts import class_words
 from synth.requests import Requests
 from utils.data.images import ImageSet
 from utils.data.manager import Task
+from utils.run.carried import Carried
 from utils.run.command import promised_offline
 
 CLASS = "{class}"  # stands in a prompt for the words of the class
@@ -44,6 +46,8 @@ class ControlNetSource(ExemplarCompression):
     """
 
     class Config(ExemplarCompression.Config):
+        places: ClassVar[frozenset[str]] = frozenset({"base", "controlnet", "tokenizer", "class_prompts"})
+
         sample_batch: int = Field(4, ge=1, description="images drawn at once, of one size each")
         base: str = Field(
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -79,8 +83,6 @@ class ControlNetSource(ExemplarCompression):
             if self.short_side is not None and self.short_side < self.grid:
                 raise ValueError(f"synth.short_side={self.short_side} is below synth.grid={self.grid}: lower the grid")
             return self
-
-    places = frozenset({"base", "controlnet", "tokenizer", "class_prompts"})
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -160,9 +162,10 @@ class ControlNetSource(ExemplarCompression):
 
     # ------------------------------------------------------------------ keeping
 
-    def frozen_bytes(self) -> int:
-        """Bytes of Stable Diffusion and ControlNet, if they are needed at all."""
-        return self.model.frozen_bytes() if self._draws else 0
+    def carried(self) -> list[Carried]:
+        """Name the maps, and beside them the frozen networks, if they are needed."""
+        nbytes = self.model.frozen_bytes() if self._draws else 0
+        return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
 
     def fingerprint(self) -> str:
         """SHA-256 over the frozen weights and the words for every class; maps name themselves in every copy."""
@@ -171,4 +174,4 @@ class ControlNetSource(ExemplarCompression):
     def describe(self) -> str:
         """Whose networks and whether they are here, length of the sampling."""
         sampling = f"DDIM of {self.steps} steps, guidance {self.config.guidance:g}"
-        return f"{self.config.base} with ControlNet, {self.weights_place()}; {super().describe()}; {sampling}"
+        return f"{self.config.base} with ControlNet, {weights_place(self)}; {super().describe()}; {sampling}"

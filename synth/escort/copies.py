@@ -1,135 +1,172 @@
-"""Copies of exemplars and of new images on disk: drawn when they are first wanted, found ever after."""
+"""How edge maps enter a training: exemplars as maps, samples shown as copies of themselves, drawn when first wanted."""
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from synth.bank import REMEDY, Bank
-from synth.drawing import MANIFEST, damaged_files, draw_missing, find_image, image_paths, preview, require_same
-from synth.escort.source import ExemplarCompression
+from synth.drawing import ImageFolder, stems_of
+from synth.escort.batches import CopiedBatches
+from synth.replay import Banked
 from synth.requests import Requests
-from utils.data.images import ImageSet, encode_image
+from utils.data.batches import Loading
+from utils.data.images import ImageSet
 from utils.data.manager import DataManager, Task
 from utils.results.panels import Cell, Panel, PanelRow
-from utils.run.config import SourceConfig
-from utils.training.checkpoint import atomic_write, file_hash, write_json
+from utils.run.config import RunConfig
+from utils.run.errors import ConfigError
+from utils.run.folder import replay_manifest
 from utils.training.run import Run
 
-log = logging.getLogger("reprise")
+if TYPE_CHECKING:
+    from synth.escort.source import ExemplarCompression
+
 PICTURED = 6  # exemplars of a task that the report shows
 NOTE = (
     "Exemplars as they were, the edge maps that are kept of them, and copies that were drawn from these maps. Nothing "
     "but the maps is carried to later tasks."
 )
+REMEDY = "Give another --name or syn_image_path, or delete the folder"
 
 
-class CopyBank(Bank):
+class Copied(Banked):
     """`task_<t>/<class>/<class>-<item>_seed<copy>.png`: copies of the images of a task's classes.
 
     What a copy is called and shows depends on its class, its edge map, its number and the run's seed alone, so one that
     was drawn for a new image serves again when this image has become an exemplar; in another chunk a pixel may move by
-    a grey level. The manifest's ``files`` grow with every drawing.
-
-    Args:
-        root, config, data, run: see `Bank`.
-        source: draws what is missing.
+    a grey level. The maps bring copies back, so none is carried on.
     """
 
-    def __init__(self, root: Path, config: SourceConfig, data: DataManager, run: Run, source: ExemplarCompression):
-        super().__init__(root, config, data, run)
-        self.source = source
+    source: ExemplarCompression
 
-    def draw(self, source: ExemplarCompression, task: Task, classes: Iterable[int]) -> None:
-        """Copies of the compressed exemplars of a task's classes: the first, or with ``prepare: all`` every one."""
-        classes = list(classes)
-        every = source.config.augmentations_per_image if source.config.prepare == "all" else 1
-        images = self.copies(source.requests(classes, every))
-        if not len(images):
+    def __init__(self, config: RunConfig, source: ExemplarCompression, data: DataManager, run: Run, folder: Path):
+        super().__init__(config, source, data, run, folder)
+        self.folders: dict[int, ImageFolder] = {}  # of the tasks whose copies were looked at
+
+    def divide(self, per_class: int | None) -> tuple[int, int]:
+        """Keep R images of ``per_class`` images' worth and hand S on: R + S / maps per image must not be more."""
+        real, compressed = self.config.real_per_class, self.config.syn_per_class
+        if per_class is None:
+            if real:
+                raise ConfigError(
+                    f"synth.real_per_class={real}, but this learner keeps no real exemplars: set it to 0 or null"
+                )
+            return 0, compressed
+        if real is not None and real > per_class:
+            raise ConfigError(
+                f"synth.real_per_class={real} is more than all of memory_per_class={per_class}: lower it"
+            )
+        if not compressed:
+            return per_class if real is None else real, 0
+        ratio = self.source.maps_per_image(self.data)
+        if real is None:
+            real = max(0, int(per_class - compressed / ratio + 1e-9))
+        units = real + compressed / ratio
+        if units > per_class + 1e-9:
+            fits = int((per_class - real) * ratio + 1e-9)
+            raise ConfigError(
+                f"real_per_class + syn_per_class / {ratio:g} = {real} + {compressed} / {ratio:g} = {units:.3f} images' "
+                f"worth per class is more than memory_per_class={per_class}: with {real} real ones at most "
+                f"syn_per_class={fits} fit (on {self.data.dataset.name} {ratio:g} edge maps cost what an image costs)"
+            )
+        return real, compressed
+
+    # ------------------------------------------------------------------ the life of a task
+
+    def learned(self, task: Task) -> None:
+        """Draw copies of the task's compressed exemplars: the first, or with ``prepare: all`` every one."""
+        if not self.source.fitted_classes.issuperset(task.classes):
             return
-        self._show(task, classes)
-        if self.run.runtime.is_main:
-            rows = [images.select([label]) for label in classes]
-            atomic_write(self._folder(task.index) / "preview.png", encode_image(preview(rows), ".png"))
+        every = self.config.augmentations_per_image if self.config.prepare == "all" else 1
+        with self.run.timed("generate"):
+            images = self.copies(self.source.requests(list(task.classes), every))
+            if len(images):
+                self._show(task)
+                self.folders[task.index].write_preview([images.select([label]) for label in task.classes])
 
-    def stored(self, classes: Iterable[int]) -> ImageSet:
-        """The first copy of every compressed exemplar of these classes."""
+    def past(self, task: Task) -> ImageSet:
+        """Return the first copy of every compressed exemplar of the old classes."""
+        with self.run.timed("generate"):
+            return self._first_copies(range(task.num_old))
+
+    def drawn_of_new(self, task: Task) -> ImageSet:
+        if not self.source.fitted_classes.issuperset(task.classes):
+            return ImageSet()
+        with self.run.timed("generate"):
+            return self._first_copies(task.classes)
+
+    def batches(self, present: ImageSet, past: ImageSet, loading: Loading) -> CopiedBatches:
+        return CopiedBatches(present, past, TrainingCopies(self, present + past), loading)
+
+    def _first_copies(self, classes: Iterable[int]) -> ImageSet:
         return self.copies(self.source.requests(list(classes)))
 
     def copies(self, requests: Requests) -> ImageSet:
-        """The images asked for, as files, in the order of ``requests``; those that are not there are drawn.
+        """Return the images asked for, as files, in the order of ``requests``; those that are not there are drawn.
 
         Raises:
             BankError: if a folder holds images of another run.
         """
-        tasks = torch.tensor([self.task_of[label] for label in requests.labels.tolist()], dtype=torch.int64)
+        tasks = torch.tensor([self.bank.task_of[label] for label in requests.labels.tolist()], dtype=torch.int64)
         paths: list[str] = [""] * len(requests)
         for index in tasks.unique().tolist():
             places = (tasks == index).nonzero().flatten()
-            for place, path in zip(places.tolist(), self._bring(self._folder(index), requests.take(places))):
-                paths[place] = str(path)
-        return ImageSet.of(paths, requests.labels)
+            for place, path in zip(places.tolist(), self._bring(index, requests.take(places))):
+                paths[place] = path
+        return ImageSet.of(paths, requests.labels, items=requests.item)
 
-    def _bring(self, folder: Path, requests: Requests) -> list[Path]:
-        """The files of these requests. The manifest names those of earlier calls; only the others are drawn.
+    def _bring(self, index: int, requests: Requests) -> list[str]:
+        """Return the files of these requests; those that no earlier call drew are drawn.
 
-        It is written at the end, so that after a kill the same ones are missing, and fall into the same chunks.
+        The manifest is written when all are there, so that after a kill the same ones are missing, and fall into the
+        same chunks.
         """
-        manifest = self._open(folder)
-        paths = image_paths(folder, requests)
-        there = {name.rpartition(".")[0] for name in manifest["files"]}
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        first = {name: position for position, name in reversed(list(enumerate(names))) if name not in there}
+        folder = self._open(index)
+        there = {name.rpartition(".")[0] for name in folder.files}
+        first = {stem: place for place, stem in reversed(list(enumerate(stems_of(requests)))) if stem not in there}
         if first:
-            wanted = self.source.in_drawing_order(requests.take(torch.tensor(sorted(first.values()))))
-            draw_missing(self.source, folder, [wanted])
-            new = {path.relative_to(folder).as_posix(): path for name in first if (path := find_image(folder / name))}
-            manifest["files"] |= {name: file_hash(path) for name, path in sorted(new.items())}
-            if self.run.runtime.is_main:
-                write_json(folder / MANIFEST, manifest)
-            self.run.runtime.accelerator.wait_for_everyone()  # others would read the manifest of before
-        return [find_image(path) for path in paths]
+            wanted = requests.take(torch.tensor(sorted(first.values())))
+            folder.draw(self.source, [self.source.in_drawing_order(wanted)])
+        return folder.paths(requests)
 
-    def _open(self, folder: Path) -> dict[str, Any]:
-        """The folder's manifest, new where there is none; without images that were damaged since they were drawn."""
-        if folder not in self._verified:
-            self._verified.add(folder)
-            with self.run.runtime.accelerator.main_process_first():
-                if self.run.runtime.is_main:
-                    write_json(folder / MANIFEST, self._verified_manifest(folder))
-        return json.loads((folder / MANIFEST).read_text())
+    def _open(self, index: int) -> ImageFolder:
+        if index not in self.folders:
+            if self.config.syn_image_path is None and self.run.runtime.is_main:
+                replay_manifest(self.folder).claim()
+            identity = self.bank.identity(self.bank.classes_of(index), (self.run.seed, self.config.name))
+            folder = ImageFolder(self.folder / f"task_{index}", self.run, identity, REMEDY)
+            folder.claim()
+            self.folders[index] = folder
+        return self.folders[index]
 
-    def _verified_manifest(self, folder: Path) -> dict[str, Any]:
-        classes = self._classes(int(folder.name.rpartition("_")[2]))
-        manifest = self._manifest(self.source, classes, (self.run.seed, self.config.name))
-        del manifest["per_class"]
-        if not (folder / MANIFEST).exists():
-            return manifest
-        stored = json.loads((folder / MANIFEST).read_text())
-        require_same(folder, stored, manifest, [field for field in manifest if field != "files"], REMEDY)
-        for name in damaged_files(folder, stored["files"]):
-            log.warning("%s is missing or damaged: it is drawn again when it is wanted", folder / name)
-            (folder / name).unlink(missing_ok=True)
-            del stored["files"][name]
-        return stored
+    # ------------------------------------------------------------------ what is said of it
+
+    def expected(self) -> int:
+        """Count the copies that a run may come to show, if it is long enough."""
+        exemplars, images = self.config.syn_per_class * self.data.num_classes, sum(self.data.class_counts)
+        return self.config.augmentations_per_image * (images if self.config.augmentation_prob else exemplars)
+
+    def first_task_settings(self) -> dict[str, Any]:
+        """Say what copies of new images bring into the first task's training; nothing where none are shown."""
+        if not self.config.augmentation_prob:
+            return {}
+        later = {"syn_image_path", "syn_per_class", "real_per_class", "fit_after_last_task", "keep_sources", "prepare"}
+        settings = self.config.dump_without(later | self.config.places)
+        return {**settings, "weights": self.source.published_weights()}
 
     def newest(self, label: int) -> list[str]:
-        """Paths of one copy of each image of a class, the first that was drawn."""
-        paths = sorted((self._folder(self.task_of[label]) / str(label)).glob(f"{label}-*_seed*.*"))
-        return list({path.name.partition("_seed")[0]: str(path) for path in reversed(paths)}.values())[::-1]
+        """Return one copy of each image of a class, the first that was drawn."""
+        folder = self.folders.get(self.bank.task_of[label])
+        paths = [] if folder is None else sorted(map(str, folder.of_class(label)))
+        return list({path.partition("_seed")[0]: path for path in reversed(paths)}.values())[::-1]
 
-    def memory_bytes(self) -> int:
-        """0: all of them can be drawn again from the edge maps."""
-        return 0
-
-    def _show(self, task: Task, classes: list[int]) -> None:
-        """Originals, maps and copies of some of the task's exemplars, for the report."""
+    def _show(self, task: Task) -> None:
+        """Lay out originals, maps and copies of some of the task's exemplars, for the report."""
+        classes = list(task.classes)
         chosen = self.source.requests(classes)
         best = [int((chosen.labels == label).nonzero()[0]) for label in classes if (chosen.labels == label).any()]
         picks = chosen.take(torch.tensor(best[:PICTURED]))
@@ -154,30 +191,25 @@ class TrainingCopies:
     """Copies of all samples of a training: see `synth.escort.batches.Copies`.
 
     Args:
-        bank: where they lie.
-        images: new images and real exemplars, each shown as a copy with ``augmentation_prob``.
-        replay: the first copies of compressed exemplars, of which there is no other image.
+        replay: draws them.
+        samples: real images, each shown as a copy with ``augmentation_prob``, and first copies of compressed
+            exemplars, of which there is no other image: their items name the maps.
     """
 
-    def __init__(self, bank: CopyBank, images: ImageSet, replay: ImageSet):
-        config = bank.config
-        self.bank, self.num_copies = bank, config.augmentations_per_image
-        self.labels = torch.cat([images.labels, replay.labels])
-        chance = torch.full((len(images),), config.augmentation_prob)
-        self.chances = torch.cat([chance, torch.ones(len(replay))])
-        at_hand = bank.source.read(images) if config.augmentation_prob else torch.full((len(images),), -1)
-        self.items = torch.cat([at_hand, _items(replay)])
+    def __init__(self, replay: Copied, samples: ImageSet):
+        config, source = replay.config, replay.source
+        self.replay, self.num_copies, self.labels = replay, config.augmentations_per_image, samples.labels
+        self.items = samples.items()
+        real = self.items < 0
+        self.first = (~real).nonzero().flatten()
+        self.chances = torch.where(real, config.augmentation_prob, 1.0)
+        if config.augmentation_prob and real.any():
+            self.items[real] = source.read(samples.take(real.nonzero().flatten()))
         if config.prepare == "all":
             shown = (self.chances > 0).nonzero().flatten()
             every = torch.arange(self.num_copies).repeat_interleave(len(shown))
             self.draw(shown.repeat(self.num_copies), every)
 
     def draw(self, samples: Tensor, numbers: Tensor) -> ImageSet:
-        with self.bank.run.timed("generate"):
-            return self.bank.copies(self.bank.source.ask(self.labels[samples], self.items[samples], numbers))
-
-
-def _items(copies: ImageSet) -> Tensor:
-    """The items that stored copies are of, by their names, int64 (N,)."""
-    names = [Path(path).stem for part in copies.parts for path in part.images]
-    return torch.tensor([int(name.rpartition("-")[2].partition("_")[0], 16) for name in names], dtype=torch.int64)
+        with self.replay.run.timed("generate"):
+            return self.replay.copies(self.replay.source.ask(self.labels[samples], self.items[samples], numbers))

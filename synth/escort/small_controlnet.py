@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,9 +20,10 @@ from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import DiffusionTransform, to_uint8
+from utils.run.carried import Carried
 from utils.run.errors import ConfigError, NotFittedError
 from utils.training import seeding
-from utils.training.fit import TrainConfig, fit
+from utils.training.fit import TrainConfig, Training, fit
 
 
 @SOURCES.register("small_controlnet")
@@ -34,6 +35,8 @@ class SmallControlNetSource(ExemplarCompression):
     """
 
     class Config(ExemplarCompression.Config):
+        places: ClassVar[frozenset[str]] = frozenset({"weights"})
+
         sample_batch: int = Field(256, ge=1, description="images drawn at once")
         weights: str | None = Field(None, description="folder of a model that was trained before; then none is trained")
         map_size: int | None = Field(None, ge=4, description="side of the edge maps; null: the images' own")
@@ -51,8 +54,6 @@ class SmallControlNetSource(ExemplarCompression):
         control_strength: float = Field(1.0, ge=0, description="factor of what the ControlNet adds")
         scheduler: Literal["ddim", "dpmpp", "unipc", "euler"] = Field("ddim", description="how copies are drawn")
         sample_steps: int = Field(20, ge=1, lt=1000, description="steps of it")
-
-    places = frozenset({"weights"})
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -119,10 +120,8 @@ class SmallControlNetSource(ExemplarCompression):
         """Train the UNet alone, or the ControlNet under the frozen UNet; the average of its weights is kept."""
         config, run, side = self.config, self.run, model.image_shape[1]
         scheduler = noise_scheduler(model.schedule)
-        batches = ImageBatches(
-            images, transform=TurningTransform(side) if config.turns else DiffusionTransform(side, flip=False),
-            batch_size=config.batch_size, key=(run.seed, task.index, name), device=run.device, shard=run.runtime.shard,
-        )  # fmt: skip
+        transform = TurningTransform(side) if config.turns else DiffusionTransform(side, flip=False)
+        batches = ImageBatches(images, None, run.loading(transform, config.batch_size, task.index, name))
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             edges = self._edges(batch.images) if part is model.control else None
@@ -131,7 +130,7 @@ class SmallControlNetSource(ExemplarCompression):
         length = TrainConfig(
             steps=steps, lr=config.lr, optimizer="adamw", schedule=config.lr_schedule, ema_decay=config.ema_rate
         )
-        average = fit(part, batches, loss, length, run=run, task=task.index, purpose=name)
+        average = fit(part, batches, loss, length, Training(run, task, name))
         if average is not None:
             part.load_state_dict(average.state_dict())
 
@@ -176,13 +175,10 @@ class SmallControlNetSource(ExemplarCompression):
         if self.config.weights is None:
             self._model = SmallControlNet.load(directory).to(self.run.device)
 
-    def memory_bytes(self) -> int:
-        """Bytes that ``save`` writes; 0 before it has learned."""
-        return 0 if self._model is None else self.saved_bytes()
-
-    def frozen_bytes(self) -> int:
-        """Bytes of a generator that came from elsewhere; one that was learned here is memory of the past."""
-        return 0 if self.config.weights is None else self.model.frozen_bytes()
+    def carried(self) -> list[Carried]:
+        """Name the maps and the generator, which is memory of the past only if it was learned here."""
+        nbytes = 0 if self.config.weights is None else self.model.frozen_bytes()
+        return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
 
     def fingerprint(self) -> str:
         """SHA-256 over the generator; the maps name themselves in every copy."""

@@ -8,21 +8,23 @@ from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from synth.base import Guide, ReplaySource
+from synth.base import ReplaySource
+from synth.escort.copies import Copied
 from synth.escort.edges import EdgeMap, canny, pack, unpack
 from synth.requests import Requests
 from utils.data.images import ImageSet
 from utils.data.manager import DataManager, Task
+from utils.run.carried import Carried, Items
 from utils.run.config import SourceConfig
-from utils.run.errors import ConfigError, NotFittedError
-from utils.training.checkpoint import load_tensors, save_tensors
+from utils.run.errors import NotFittedError
+from utils.run.files import load_tensors, save_tensors
 
 log = logging.getLogger("reprise")
 EDGE_MAPS = "edge_maps.safetensors"
@@ -39,6 +41,11 @@ class ExemplarCompression(ReplaySource):
     """
 
     class Config(SourceConfig):
+        elsewhere: ClassVar[frozenset[str]] = SourceConfig.elsewhere | {
+            "real_per_class", "augmentation_prob", "augmentations_per_image", "prepare",
+        }  # fmt: skip
+        places: ClassVar[frozenset[str]] = frozenset()  # keys that say where weights lie, and not what they are
+
         replay: Literal["keep"] = Field("keep", description="copies are drawn when they are wanted, and stay on disk")
         fit_after_last_task: bool = Field(True, description="also compress the exemplars of the last task")
         sample_batch: int = Field(16, ge=1, description="images drawn at once, of one size each")
@@ -70,9 +77,7 @@ class ExemplarCompression(ReplaySource):
                 raise ValueError(f"synth.canny_low={self.canny_low} is above canny_high={self.canny_high}")
             return self
 
-    makes_copies = True
-    places: frozenset[str] = frozenset()  # keys that say where weights lie, and not what they are
-    ledger_parts = {EDGE_MAPS: "edge_maps"}
+    usual_replay = Copied
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -80,18 +85,6 @@ class ExemplarCompression(ReplaySource):
         self.at_hand: dict[int, EdgeMap] = {}  # maps of images that are there anyway; not kept
         self.originals: dict[int, Tensor] = {}  # item -> image, of the newest task's exemplars, to be looked at
         self._said_that_a_map_is_empty = False
-
-    @classmethod
-    def wants_replay(cls, config) -> bool:
-        """No: it learns from new images alone."""
-        return False
-
-    def first_task_settings(self) -> dict[str, Any]:
-        """What copies of new images bring into the first task's training; nothing where none are shown."""
-        if not self.config.augmentation_prob:
-            return {}
-        later = {"syn_image_path", "syn_per_class", "real_per_class", "fit_after_last_task", "keep_sources", "prepare"}
-        return {**self.config.dump_without(later | self.places), "weights": self.published_weights()}
 
     def published_weights(self) -> str:
         """The fingerprint of weights that came from elsewhere; "" where all is learned here."""
@@ -113,57 +106,13 @@ class ExemplarCompression(ReplaySource):
         raw = sum(count * math.prod(size) for size, count in sizes.items()) * 8 * self.dataset.channels
         return raw / sum(count * math.prod(self.map_shape(*size)) for size, count in sizes.items())
 
-    def split_memory(self, memory_per_class: int | None, data: DataManager) -> tuple[int, int]:
-        """R and S of ``memory_per_class`` images' worth per class: R + S / `maps_per_image` must not be more."""
-        real, compressed = self.config.real_per_class, self.config.syn_per_class
-        if memory_per_class is None:
-            if real:
-                raise ConfigError(
-                    f"synth.real_per_class={real}, but this learner keeps no real exemplars: set it to 0 or null"
-                )
-            return 0, compressed
-        if real is not None and real > memory_per_class:
-            raise ConfigError(
-                f"synth.real_per_class={real} is more than all of memory_per_class={memory_per_class}: lower it"
-            )
-        if not compressed:
-            return memory_per_class if real is None else real, 0
-        ratio = self.maps_per_image(data)
-        if real is None:
-            real = max(0, int(memory_per_class - compressed / ratio + 1e-9))
-        units = real + compressed / ratio
-        if units > memory_per_class + 1e-9:
-            fits = int((memory_per_class - real) * ratio + 1e-9)
-            raise ConfigError(
-                f"real_per_class + syn_per_class / {ratio:g} = {real} + {compressed} / {ratio:g} = {units:.3f} images' "
-                f"worth per class is more than memory_per_class={memory_per_class}: with {real} real ones at most "
-                f"syn_per_class={fits} fit (on {self.dataset.name} {ratio:g} edge maps cost what an image costs)"
-            )
-        return real, compressed
-
-    @property
-    def num_compressed(self) -> int:
-        """Edge maps that are kept."""
-        return sum(map(len, self.maps.values()))
-
-    @property
-    def nominal_share(self) -> float:
-        """What a map of an image's own size costs of it: a bit against the 24 of a coloured pixel, 8 of a grey one."""
-        return 1 / (8 * self.dataset.channels)
-
-    def compressed_counts(self) -> dict[int, int]:
-        return {label: len(maps) for label, maps in self.maps.items() if maps}
-
-    def drop_compressed(self, label: int) -> int:
-        return len(self.maps[label].pop().bits) if self.maps.get(label) else 0
-
     # ------------------------------------------------------------------ compressing
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Forget what was at hand in the task before."""
         self.at_hand, self.originals = {}, {}
 
-    def fit_after(self, task: Task, images: ImageSet, replay: ImageSet, exemplars: ImageSet, encoder) -> None:
+    def fit_after(self, task: Task, images: ImageSet, past: ImageSet, exemplars: ImageSet, encoder) -> None:
         """Compress the exemplars; without any, as outside a run, the first images of every class."""
         if not self.config.syn_per_class:
             return
@@ -202,11 +151,6 @@ class ExemplarCompression(ReplaySource):
         self.at_hand |= {one.item: one for one in made}
         return torch.tensor([one.item for one in made], dtype=torch.int64)
 
-    def most_copies(self, data: DataManager) -> int:
-        """Copies that a run may come to show, if it is long enough."""
-        exemplars, images = self.config.syn_per_class * data.num_classes, sum(data.class_counts)
-        return self.config.augmentations_per_image * (images if self.config.augmentation_prob else exemplars)
-
     def requests(self, classes: list[int], num_copies: int = 1) -> Requests:
         """All compressed exemplars of these classes, best first, and so many copies of each, copy by copy."""
         rows = [(label, one.item) for label in classes for one in self.maps.get(label, [])]
@@ -225,18 +169,15 @@ class ExemplarCompression(ReplaySource):
         """N images uint8 (C, h, w) of the maps, each at the size that its map names; C = 1 or 3."""
 
     @torch.no_grad()
-    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+    def generate(self, requests: Requests) -> ImageSet:
         """Draw one image per request along the edges of its map.
 
         Returns:
             N images in the order of ``requests``, uint8, each at the size of the image that its map was made of.
 
         Raises:
-            ConfigError: if there is a guide.
             NotFittedError: if a class has no compressed exemplar, or an item is unknown.
         """
-        if guide is not None:
-            raise ConfigError(f"the source {self.config.name!r} draws along edges and cannot be guided")
         known = {one.item: one for maps in self.maps.values() for one in maps}
         known |= self.at_hand
         items = requests.item.tolist()
@@ -281,6 +222,19 @@ class ExemplarCompression(ReplaySource):
 
     # ------------------------------------------------------------------ keeping
 
+    def carried(self) -> list[Carried]:
+        """Name the edge maps, and what a subclass has learned beside them."""
+        # A map of an image's own size costs a bit against the 24 of a coloured pixel, or the 8 of a grey one.
+        share = 1 / (8 * self.dataset.channels)
+        items = Items("compressed exemplars", True, share, self._counts, self._drop_last)
+        return [Carried("edge_maps", (f"source/{EDGE_MAPS}",), items=items), *super().carried()]
+
+    def _counts(self) -> dict[int, int]:
+        return {label: len(maps) for label, maps in self.maps.items() if maps}
+
+    def _drop_last(self, label: int) -> int:
+        return len(self.maps[label].pop().bits) if self.maps.get(label) else 0
+
     def describe(self) -> str:
         """What becomes of an exemplar and of a new image."""
         config, probability = self.config, self.config.augmentation_prob
@@ -289,7 +243,7 @@ class ExemplarCompression(ReplaySource):
 
     def save(self, directory: Path) -> None:
         """The edge maps; a subclass adds its generator if that was learned here."""
-        if self.num_compressed:
+        if self._counts():
             save_tensors(Path(directory) / EDGE_MAPS, pack(self.maps))
 
     def load(self, directory: Path) -> None:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from models.latent.contract import LatentDiffusion
 from synth.diffusion import Model
-from utils.data.batches import Batch
+from utils.data.batches import Batch, Loading, ShuffledBatches
 from utils.data.images import ImageSet
 from utils.data.transforms import match_channels, stack, to_unit_range
-from utils.training import seeding
 from utils.training.run import Run
 
 # How replay is drawn: diffusers' scheduler and what differs from its defaults. All are deterministic.
@@ -117,42 +116,26 @@ def encode(model: LatentDiffusion, images: ImageSet, mirror: bool, chunk: int, r
     return Latents(torch.cat(pieces), images.labels)
 
 
-class LatentBatches:
+class LatentBatches(ShuffledBatches):
     """Shuffled batches of latents, each a fresh sample of the posterior of an image or its mirror image.
 
     Args:
         latents: of the images.
-        batch_size: latents per batch; the last one of an epoch may be smaller.
-        key: random key such as (seed, task, purpose).
-        device: where batches go.
-        shard: (rank, world size): this process takes every world-size-th latent of each batch.
+        loading: see `Loading`; there is no transform.
     """
 
-    def __init__(self, latents: Latents, *, batch_size: int, key: tuple, device, shard=(0, 1)):
-        self.latents, self.batch_size, self.key = latents, batch_size, key
-        self.device, self.shard = device, shard
+    def __init__(self, latents: Latents, loading: Loading):
+        super().__init__(latents.labels, loading)
+        self.latents = latents
 
-    def __len__(self) -> int:
-        return -(-len(self.latents.labels) // self.batch_size)
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore: position is enough."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        order = torch.randperm(len(self.latents.labels), generator=seeding.generator(*self.key, "shuffle", epoch))
-        rank, world = self.shard
-        for step, pick in enumerate(order.split(self.batch_size)[start:], start):
-            pick = pick[rank::world] if len(pick) >= world else pick  # as ImageBatches: no process goes without
-            generator = seeding.generator(*self.key, "augment", epoch, step, rank)
+    def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
+        for pick, generator in zip(picks, generators):
+            labels = self.labels[pick.to(self.device)]
             z0 = self._sample(pick, generator).to(self.device)
-            labels = self.latents.labels[pick].to(self.device)
-            yield Batch(z0, labels, torch.zeros_like(labels, dtype=torch.bool), pick.to(self.device))
+            yield Batch(z0, labels, torch.zeros_like(labels, dtype=torch.bool))
 
     def _sample(self, pick: Tensor, generator: torch.Generator) -> Tensor:
-        """z0 = mean + std * noise, (B, c, h, w)."""
+        """Draw z0 = mean + std * noise, (B, c, h, w)."""
         view = torch.randint(self.latents.moments.shape[1], (len(pick),), generator=generator)
         mean, std = self.latents.moments[pick, view].chunk(2, dim=1)
         return mean + std * torch.randn(mean.shape, generator=generator)

@@ -13,6 +13,7 @@ from pydantic import Field
 from models.latent.contract import LatentDiffusion
 from models.latent.text_to_image import check_text_to_image, load_text_to_image
 from synth import SOURCES
+from synth.base import weights_place
 from synth.inversion.source import ClassInversion
 from utils.run.command import promised_offline
 
@@ -61,7 +62,7 @@ class LDM(ClassInversion):
 
     def describe(self) -> str:
         """Whose model and whether it is here, length of the search and of the sampling."""
-        return f"{self.config.ldm_ckpt}, {self.weights_place()}; {super().describe()}"
+        return f"{self.config.ldm_ckpt}, {weights_place(self)}; {super().describe()}"
 
 
 def unread(path: str, config: LDM.Config) -> list[str]:

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from models.latent.small import SmallLDM
 from synth import SOURCES
+from synth.base import show_progress
 from synth.inversion.latents import LatentBatches, Latents, denoising_loss, encode, noise_scheduler
 from synth.inversion.source import ClassInversion
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import DiffusionTransform
+from utils.run.carried import Carried
 from utils.run.errors import ConfigError
 from utils.training import seeding
-from utils.training.fit import TrainConfig, fit
+from utils.training.fit import Hooks, TrainConfig, Training, fit
 
 
 @SOURCES.register("small_ldm")
@@ -125,10 +127,7 @@ class SmallLDMSource(ClassInversion):
         config, run = self.config, self.run
         size = model.image_size
         transform = TurningTransform(size) if config.vae_turns else DiffusionTransform(size, self.flip)
-        batches = ImageBatches(
-            images, transform=transform, batch_size=config.vae_batch_size, key=(run.seed, task.index, "vae"),
-            device=run.device, shard=run.runtime.shard,
-        )  # fmt: skip
+        batches = ImageBatches(images, None, run.loading(transform, config.vae_batch_size, task.index, "vae"))
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             posterior = model.vae.encode(batch.images).latent_dist
@@ -137,14 +136,11 @@ class SmallLDMSource(ClassInversion):
             return {"reconstruction": F.mse_loss(drawn.float(), batch.images), "kl": config.kl_weight * kl}
 
         length = self._length(config.vae_steps, config.vae_lr)
-        _keep(model.vae, fit(model.vae, batches, loss, length, run=run, task=task.index, purpose="vae"))
+        _keep(model.vae, fit(model.vae, batches, loss, length, Training(run, task, "vae")))
 
     def _train_denoiser(self, model: SmallLDM, task: Task, latents: Latents) -> None:
         config, run, scheduler = self.config, self.run, noise_scheduler(model.schedule)
-        batches = LatentBatches(
-            latents, batch_size=config.unet_batch_size, key=(run.seed, task.index, "unet"), device=run.device,
-            shard=run.runtime.shard,
-        )  # fmt: skip
+        batches = LatentBatches(latents, run.loading(None, config.unet_batch_size, task.index, "unet"))
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             shown = (torch.rand(len(batch)) >= config.label_dropout).tolist()
@@ -152,17 +148,15 @@ class SmallLDMSource(ClassInversion):
             context = model.context([config.prompt if show else "" for show in shown], vectors)
             return {"mse": denoising_loss(model, batch.images, context, scheduler)}
 
-        def before_epoch(epoch: int) -> None:
+        def show(epoch: int) -> None:
             model.denoiser.eval()
             self.vectors = dict(zip(task.classes, model.denoiser.table.detach()))
-            self.let_watch(task, epoch)
+            show_progress(self, task, epoch)
 
         length = self._length(config.unet_steps, config.unet_lr)
-        average = fit(
-            model.denoiser, batches, loss, length, run=run, task=task.index, purpose="unet", before_epoch=before_epoch
-        )
-        _keep(model.denoiser, average)
-        before_epoch(math.ceil(config.unet_steps / len(batches)))
+        hooks = Hooks(before_epoch=lambda step: show(step.epoch))
+        _keep(model.denoiser, fit(model.denoiser, batches, loss, length, Training(run, task, "unet"), hooks))
+        show(math.ceil(config.unet_steps / len(batches)))
 
     def _length(self, steps: int, lr: float) -> TrainConfig:
         schedule, decay = self.config.lr_schedule, self.config.ema_rate
@@ -182,9 +176,9 @@ class SmallLDMSource(ClassInversion):
         if self.fitted_classes:
             self.use(SmallLDM.load(self.config.weights or directory).to(self.run.device))
 
-    def frozen_bytes(self) -> int:
-        """Bytes of a model that came from elsewhere; one that was learned here is memory of the past."""
-        return 0 if self.config.weights is None else super().frozen_bytes()
+    def carried(self) -> list[Carried]:
+        """Name vectors and model, which stands apart as frozen only if it came from elsewhere."""
+        return [line for line in super().carried() if self.config.weights is not None or not line.frozen]
 
     def describe(self) -> str:
         """Size of the model, and length of its training or where it comes from."""

@@ -8,14 +8,14 @@ import math
 from abc import abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from models.latent.contract import PLACEHOLDER, LatentDiffusion
-from synth.base import Guide, ReplaySource
+from synth.base import ReplaySource, show_progress
 from synth.diffusion import Model, classifier_free
 from synth.inversion.federated import federated_mean, split_clients
 from synth.inversion.latents import (
@@ -33,11 +33,14 @@ from utils.data.batches import Batch
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import RECIPES, to_uint8
+from utils.run.carried import Carried
 from utils.run.config import SourceConfig
-from utils.run.errors import ConfigError, WeightsError
+from utils.run.errors import WeightsError
+from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.training import seeding
-from utils.training.checkpoint import load_tensors, save_tensors, write_json
-from utils.training.fit import TrainConfig, fit
+from utils.training.fit import Hooks, TrainConfig, Training, fit
+
+EMBEDDINGS = "class_embeddings.safetensors"  # of one float32 vector per class
 
 
 class ClassVectors(nn.Module):
@@ -57,6 +60,8 @@ class ClassInversion(ReplaySource):
     """
 
     class Config(SourceConfig):
+        drawing: ClassVar[frozenset[str]] = frozenset({"scheduler", "sample_steps", "guidance"})
+
         syn_per_class: int | None = Field(20, ge=1, description="replay images per class; 200 in DDDR")
         sample_batch: int = Field(40, ge=1, description="images drawn at once")
         inversion: bool = Field(True, description="false: no search, the class's name is the prompt (text models)")
@@ -86,9 +91,6 @@ class ClassInversion(ReplaySource):
             if value.count(PLACEHOLDER) != 1:
                 raise ValueError(f"a prompt needs the placeholder {PLACEHOLDER} exactly once")
             return value
-
-    drawing_keys = frozenset({"scheduler", "sample_steps", "guidance"})
-    ledger_parts = {"class_embeddings.safetensors": "class_embeddings"}
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -125,9 +127,10 @@ class ClassInversion(ReplaySource):
             )
         self._model, self._kept = model, {"model": fingerprint, "frozen_bytes": model.frozen_bytes()}
 
-    def frozen_bytes(self) -> int:
-        """Bytes of the frozen model; 0 before it was needed."""
-        return self._kept.get("frozen_bytes", 0)
+    def carried(self) -> list[Carried]:
+        """Name the vectors, what a subclass has learned, and the frozen model once it was needed."""
+        frozen = Carried("frozen", nbytes=self._kept.get("frozen_bytes", 0), frozen=True)
+        return [Carried("class_embeddings", (f"source/{EMBEDDINGS}",)), *super().carried(), frozen]
 
     # ------------------------------------------------------------------ learning
 
@@ -165,10 +168,7 @@ class ClassInversion(ReplaySource):
         """One client's training of one round: (C, D)."""
         run, config, purpose = self.run, self.config, f"invert_r{round_}_c{client}"
         steps, batch_size = self.budget(task, len(classes))
-        batches = LatentBatches(
-            latents, batch_size=batch_size, key=(run.seed, task.index, purpose), device=run.device,
-            shard=run.runtime.shard,
-        )  # fmt: skip
+        batches = LatentBatches(latents, run.loading(None, batch_size, task.index, purpose))
         train_config = TrainConfig(
             steps=steps, lr=config.inversion_lr, optimizer="adamw", weight_decay=config.inversion_weight_decay
         )
@@ -178,8 +178,9 @@ class ClassInversion(ReplaySource):
             self.loss, module=module, classes=torch.tensor(classes, device=run.device),
             scheduler=noise_scheduler(self.model.schedule),
         )  # fmt: skip
-        watch = partial(self.let_watch, task, before=round_ * epochs)
-        fit(module, batches, loss, train_config, run=run, task=task.index, purpose=purpose, before_epoch=watch)
+        watch = partial(show_progress, self, task, before=round_ * epochs)
+        hooks = Hooks(before_epoch=lambda step: watch(step.epoch))
+        fit(module, batches, loss, train_config, Training(run, task, purpose), hooks)
         watch(epochs)
         return module.vectors.detach()
 
@@ -205,25 +206,18 @@ class ClassInversion(ReplaySource):
     # ------------------------------------------------------------------ generating
 
     @torch.no_grad()
-    def generate(self, requests: Requests, guide: Guide | None = None) -> ImageSet:
+    def generate(self, requests: Requests) -> ImageSet:
         """Draw one image per request, by a deterministic sampler with classifier-free guidance.
 
         Args:
             requests: N labels with item and copy numbers.
-            guide: none is possible here.
 
         Returns:
             N images, (N, C, S, S) uint8, in the order of ``requests``.
 
         Raises:
-            ConfigError: if there is a guide.
             NotFittedError: if a label was never learned.
         """
-        if guide is not None:
-            raise ConfigError(
-                f"the source {self.config.name!r} draws latents, which a classifier cannot guide: choose the source "
-                "'ddpm', or a learner without guidance"
-            )
         self.require_fitted(requests.labels)
         classes = requests.labels.unique()  # ascending
         with self.run.runtime.autocast():
@@ -265,14 +259,15 @@ class ClassInversion(ReplaySource):
         labels, model = sorted(self.vectors), self._known() if self.fitted_classes else {}
         if labels:
             vectors = {"labels": torch.tensor(labels), "vectors": torch.stack([self.vectors[i] for i in labels])}
-            save_tensors(Path(directory) / "class_embeddings.safetensors", vectors)
+            save_tensors(Path(directory) / EMBEDDINGS, vectors)
         write_json(Path(directory) / "source.json", {"fitted_classes": sorted(self.fitted_classes), **model})
 
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
-        self._kept = json.loads((Path(directory) / "source.json").read_text())
+        self._kept = read_json(Path(directory) / "source.json", "fit the source again")
+        self._kept = {key: self._kept[key] for key in ("fitted_classes", "model", "frozen_bytes") if key in self._kept}
         self.fitted_classes, self.vectors, self._model = set(self._kept.pop("fitted_classes")), {}, None
-        if (path := Path(directory) / "class_embeddings.safetensors").exists():
+        if (path := Path(directory) / EMBEDDINGS).exists():
             stored = load_tensors(path)
             self.vectors = dict(zip(stored["labels"].tolist(), stored["vectors"]))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.training.checkpoint import load_tensors
+from utils.run.files import load_tensors
 
 ROOT = Path(__file__).parents[2]
 # A configuration that takes about 20 seconds, generator and replay included.

@@ -16,7 +16,7 @@ from synth import drawing
 from tests.support.toy import tiny_source, toy_dataset, toy_experiment, toy_raw
 from utils.data.images import ImageSet
 from utils.run.errors import BankError, ConfigError
-from utils.training.checkpoint import file_hash, load_tensors
+from utils.run.files import file_hash, load_tensors
 from utils.training.runtime import Runtime
 
 

@@ -6,7 +6,7 @@ import torch
 from learners import LEARNERS
 from synth import SOURCES
 from tests.support.toy import TINY_SOURCES, goes_with, toy_experiment
-from utils.training.checkpoint import folder_bytes
+from utils.run.files import folder_bytes
 
 ALL = LEARNERS.names()
 PAIRS = [(name, source) for name in ALL for source in SOURCES.names() if goes_with(LEARNERS[name], SOURCES[source])]

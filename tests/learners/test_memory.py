@@ -7,8 +7,8 @@ from torch.testing import assert_close
 
 from learners.memory import ExemplarMemory, class_mean, herding, reservoir_slots
 from utils.data.images import ImageSet
+from utils.run.files import load_tensors, save_tensors
 from utils.training import seeding
-from utils.training.checkpoint import load_tensors, save_tensors
 
 
 def numbered(count, label, start=0) -> ImageSet:

@@ -15,7 +15,8 @@ from synth.stored import keep_source
 from tests.support.toy import tiny_source, toy_experiment, toy_images, toy_raw
 from utils.data.images import encode_image
 from utils.run.errors import CheckpointError, ConfigError
-from utils.training.checkpoint import Checkpoints, load_tensors
+from utils.run.files import load_tensors
+from utils.training.checkpoint import Checkpoints
 
 
 def experiment(folder, source="ddpm", learner="generative_replay", keys=None, **synth):

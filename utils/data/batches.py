@@ -5,18 +5,25 @@ Position alone restores an iteration, so nothing about the past has to be stored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.data.images import ImageSet
+from utils.data.images import FeatureSet, ImageSet
 from utils.data.transforms import stacks
 from utils.training import seeding
+
+
+class Mixed(NamedTuple):
+    """Images and, for the samples behind them, features in their place; an `IncrementalNet` takes both."""
+
+    images: Tensor  # float (B - R, C, H, W)
+    features: Tensor  # float (R, D)
 
 
 @dataclass
@@ -24,114 +31,161 @@ class Batch:
     """One training step's data.
 
     Attributes:
-        images: float (B, C, H, W) on the device, as the network wants it.
+        images: float (B, C, H, W) on the device, as the network wants it; or `Mixed`.
         labels: int64 (B,), in learning order, on the device.
-        is_replay: bool (B,), True where the sample is of the replay: generated images of old classes.
-        index: int64 (B,), number of the sample in the set that the batches were cut from.
-        soft_targets: float (B, num_classes) or None.
+        is_replay: bool (B,), True where the sample stands for an old class.
+        soft_targets: float (B, K), a distribution over classes for each sample; None: the labels are all there is.
         replay: a second batch, of old classes, that goes through the network on its own; None: there is none.
     """
 
-    images: Tensor
+    images: Tensor | Mixed
     labels: Tensor
     is_replay: Tensor
-    index: Tensor
     soft_targets: Tensor | None = None
     replay: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, wanted: Tensor) -> Batch:
-        """The rows where the bool mask (B,) is True."""
-        soft = None if self.soft_targets is None else self.soft_targets[wanted]
-        return Batch(self.images[wanted], self.labels[wanted], self.is_replay[wanted], self.index[wanted], soft)
+
+@dataclass(frozen=True)
+class Loading:
+    """How samples become batches.
+
+    Attributes:
+        transform: `utils.data.transforms.ClassifierTransform` or its like; None for samples that need none.
+        batch_size: samples per batch; the last one of an epoch may be smaller.
+        key: random key such as (seed, task, purpose).
+        device: where batches go. Small images live there as uint8.
+        num_workers: processes that decode large images.
+        shard: (rank, world size): this process takes every world-size-th sample of each batch; where the batch does
+            not divide, ranks with one sample less weigh theirs a little more.
+        drop_last: leave out what does not fill a batch, unless there is no other.
+    """
+
+    transform: Any
+    batch_size: int
+    key: tuple[int | str, ...]
+    device: torch.device
+    num_workers: int = 0
+    shard: tuple[int, int] = (0, 1)
+    drop_last: bool = False
 
 
 class Batches(Protocol):
     """What `fit` iterates over."""
 
     def __len__(self) -> int:
-        """Steps per epoch."""
+        """Count the steps of an epoch."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step ``start`` on."""
+        """Yield the batches of one epoch from step ``start`` on."""
 
     def state_dict(self) -> dict:
-        """Tensors and JSON values that position alone does not restore."""
+        """Return tensors and JSON values that position alone does not restore."""
 
     def load_state_dict(self, state: dict) -> None: ...
 
 
-class ImageBatches:
-    """Shuffled, augmented batches of images that are real, replayed or both.
+class ShuffledBatches:
+    """Batches of N samples, each epoch in an order of its own; subclasses say in ``batches`` what a batch holds.
 
     Args:
-        images: what is stored: the current task, exemplars.
-        replay: generated images; None for none.
-        transform: `utils.data.transforms.ClassifierTransform` or its like.
-        batch_size: images per batch; the last one of an epoch may be smaller.
-        key: random key such as (seed, task, purpose).
-        device: where batches go. Small images live there as uint8.
-        shard: (rank, world size): this process takes every world-size-th image of each batch; where the batch does
-            not divide, ranks with one image less weigh theirs a little more.
-        drop_last: leave out what does not fill a batch, unless there is no other.
+        labels: int64 (N,).
+        loading: size, random key, device, share of this process.
     """
 
-    def __init__(
-        self, images, replay=None, *, transform, batch_size, key, device, num_workers=0, shard=(0, 1), drop_last=False
-    ):
-        everything = images if replay is None else images + replay
-        self.labels = everything.labels.to(device)
-        self.is_replay = (torch.arange(len(everything)) >= len(images)).to(device)
-        self.transform, self.batch_size, self.key, self.device = transform, batch_size, key, device
-        self.num_workers, self.shard, self.drop_last = num_workers, shard, drop_last
-        if transform.whole_batch:
-            # Mostly one tensor; replay of another size than the real images makes a second one.
-            self.stores = [pixels.to(device) for pixels in stacks(everything, partial(transform.keep, training=True))]
-        else:
-            self.images = everything
+    def __init__(self, labels: Tensor, loading: Loading):
+        self.loading, self.device = loading, loading.device
+        self.labels = labels.to(loading.device)
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.labels), self.batch_size)
-        return whole if self.drop_last and whole else whole + (rest > 0)
+        whole, rest = divmod(len(self.labels), self.loading.batch_size)
+        return whole if self.loading.drop_last and whole else whole + (rest > 0)
 
     def state_dict(self) -> dict:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore: position is enough."""
-
-    def rows(self, epoch: int) -> Tensor:
-        """Where the image lies that stands for each sample in this epoch, int64 (N,)."""
-        return torch.arange(len(self.labels))
+        """Restore nothing: position is enough."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        order = torch.randperm(len(self.labels), generator=seeding.generator(*self.key, "shuffle", epoch))
-        picks = [self._share(pick) for pick in order.split(self.batch_size)[start : len(self)]]
-        rows = self.rows(epoch)
-        loaded = None if self.transform.whole_batch else self._load(picks, rows, epoch)
-        for step, pick in enumerate(picks, start):
-            augment = seeding.generator(*self.key, "augment", epoch, step, self.shard[0])
-            images = self._take(rows[pick], augment) if loaded is None else self.transform.train(next(loaded), augment)
-            pick = pick.to(self.device)
-            yield Batch(images, self.labels[pick], self.is_replay[pick], pick)
+        order = torch.randperm(len(self.labels), generator=seeding.generator(*self.loading.key, "shuffle", epoch))
+        picks = [self._share(pick) for pick in order.split(self.loading.batch_size)[start : len(self)]]
+        generators = (
+            seeding.generator(*self.loading.key, "augment", epoch, step, self.loading.shard[0])
+            for step in range(start, start + len(picks))
+        )
+        yield from self.batches(epoch, picks, generators)
+
+    def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
+        """Yield a batch for every pick, int64 (B,); each has a generator for its augmentation."""
+        raise AssertionError("a subclass says what a batch holds")
 
     def _share(self, pick: Tensor) -> Tensor:
-        """This process's part of a batch; one with fewer images than processes goes to all of them whole.
+        """Return this process's part of a batch; one with fewer samples than processes goes to all of them whole.
 
         None then has an empty batch, whose mean would not be a number, and the mean over processes stays that of one.
         """
-        rank, world = self.shard
+        rank, world = self.loading.shard
         return pick[rank::world] if len(pick) >= world else pick
 
-    def _take(self, pick: Tensor, augment: torch.Generator) -> Tensor:
-        """Augmented float (B, C, S, S): images of one size together, then all in the order of the pick."""
+
+class ImageBatches(ShuffledBatches):
+    """Shuffled, augmented batches of images that are real, replayed or both.
+
+    Args:
+        images: what stands for the present, and exemplars.
+        replay: what stands for old classes beside them; None for none.
+        loading: see `Loading`.
+    """
+
+    def __init__(self, images: ImageSet, replay: ImageSet | None, loading: Loading):
+        everything = images if replay is None else images + replay
+        super().__init__(everything.labels, loading)
+        self.is_replay = (torch.arange(len(everything)) >= len(images)).to(self.device)
+        soft_targets = everything.soft_targets()
+        self.soft_targets = None if soft_targets is None else soft_targets.to(self.device)
+        self.transform = loading.transform
+        if self.transform.whole_batch:
+            # Mostly one tensor; replay of another size than the real images makes a second one.
+            keep = partial(self.transform.keep, training=True)
+            self.stores = [pixels.to(self.device) for pixels in stacks(everything, keep)] if len(everything) else []
+        else:
+            self.images = everything
+
+    def rows(self, epoch: int) -> Tensor:
+        """Return where the image lies that stands for each sample in this epoch, int64 (N,)."""
+        return torch.arange(len(self.labels))
+
+    def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
+        rows = self.rows(epoch)
+        for images, pick in zip(self.views(picks, rows, epoch, generators), picks):
+            yield self.batch(images, pick)
+
+    def batch(self, images: Tensor | Mixed, pick: Tensor) -> Batch:
+        """Put the labels of a pick, int64 (B,), beside its images."""
+        pick = pick.to(self.device)
+        soft_targets = None if self.soft_targets is None else self.soft_targets[pick]
+        return Batch(images, self.labels[pick], self.is_replay[pick], soft_targets)
+
+    def views(
+        self, picks: list[Tensor], rows: Tensor, epoch: int, generators: Iterator[torch.Generator]
+    ) -> Iterator[Tensor]:
+        """Yield the augmented images of every pick."""
+        if self.transform.whole_batch:
+            yield from (self.take(rows[pick], generator) for pick, generator in zip(picks, generators))
+        else:
+            loaded = self._load(picks, rows, epoch)
+            yield from (self.transform.train(pixels, generator) for pixels, generator in zip(loaded, generators))
+
+    def take(self, rows: Tensor, augment: torch.Generator) -> Tensor:
+        """Return augmented float (B, C, S, S): images of one size together, then all in the order of the rows."""
         pieces, places, start = [], [], 0
         for pixels in self.stores:
-            place = ((pick >= start) & (pick < start + len(pixels))).nonzero().flatten()
+            place = ((rows >= start) & (rows < start + len(pixels))).nonzero().flatten()
             if len(place):
-                pieces.append(pixels[(pick[place] - start).to(self.device)])
+                pieces.append(pixels[(rows[place] - start).to(self.device)])
                 places.append(place)
             start += len(pixels)
         if len(pieces) == 1:
@@ -142,69 +196,39 @@ class ImageBatches:
         return views[torch.cat(places).argsort().to(self.device)]
 
     def _load(self, picks: list[Tensor], rows: Tensor, epoch: int) -> Iterator[Tensor]:
-        """uint8 (B, C, S, S) on the device, one per pick, decoded and cropped by workers."""
+        """Yield uint8 (B, C, S, S) on the device, one per pick, decoded and cropped by workers."""
         loader = DataLoader(
-            _Decoded(self.images, self.transform.load_train, (*self.key, "crop", epoch)),
+            _Decoded(self.images, self.transform.load_train, (*self.loading.key, "crop", epoch)),
             batch_sampler=[list(zip(rows[pick].tolist(), pick.tolist())) for pick in picks],
-            num_workers=self.num_workers,
+            num_workers=self.loading.num_workers,
             pin_memory=self.device.type == "cuda",
         )
         yield from (pixels.to(self.device, non_blocking=True) for pixels in loader)
 
 
-class RenewedBatches(ImageBatches):
-    """A few real images beside replay that is drawn anew every so many steps, all of it in every batch.
-
-    So GUIDE trains (Cywinski et al. 2024, arXiv:2403.03938). Between two draws the same replay meets fresh real images
-    in a fresh order under fresh augmentation; a checkpoint holds it, since the classifier that bent it has moved on.
+class MixedBatches(ImageBatches):
+    """Image batches with features of old classes among the samples; see `Mixed`.
 
     Args:
-        images: real ones, kept in memory; the rest of an epoch that does not fill a batch is left out.
-        draw: the number of a step, from 0, to the replay of this step and of those up to the next draw; None: real
-            images alone.
-        interval: steps from one draw to the next.
-        options: of `ImageBatches`; ``batch_size`` counts real images.
+        images: of the present, and exemplars.
+        features: of old classes.
+        loading: see `Loading`.
     """
 
-    def __init__(self, images: ImageSet, draw: Callable[[int], ImageSet] | None, interval: int, **options):
-        super().__init__(images, **options)
-        self.draw, self.interval = draw, interval
-        self.real = (self.stores, self.labels)
-        self.replay = ImageSet()
+    def __init__(self, images: ImageSet, features: FeatureSet, loading: Loading):
+        super().__init__(images, None, loading)
+        self.num_images, self.features = len(images), features.tensor().to(self.device)
+        self.labels = torch.cat([self.labels, features.labels.to(self.device)])
+        self.is_replay = torch.arange(len(self.labels), device=self.device) >= self.num_images
 
-    def __len__(self) -> int:
-        return max(1, len(self.real[1]) // self.batch_size)
-
-    def state_dict(self) -> dict:
-        """The replay between two draws."""
-        if not len(self.replay):
-            return {}
-        return {"pixels": self.replay.parts[0].images, "labels": self.replay.labels}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state:
-            self._renew(ImageSet.of(state["pixels"], state["labels"]))
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        order = torch.randperm(len(self.real[1]), generator=seeding.generator(*self.key, "shuffle", epoch))
-        for step, real in list(enumerate(order.split(self.batch_size)[: len(self)]))[start:]:
-            position = epoch * len(self) + step
-            if self.draw is not None and position % self.interval == 0:
-                self._renew(self.draw(position))
-            pick = torch.cat([real, len(order) + torch.arange(len(self.replay))])
-            mixed = torch.randperm(len(pick), generator=seeding.generator(*self.key, "mix", epoch, step))
-            pick = self._share(pick[mixed])
-            images = self._take(pick, seeding.generator(*self.key, "augment", epoch, step, self.shard[0]))
-            pick = pick.to(self.device)
-            yield Batch(images, self.labels[pick], self.is_replay[pick], pick)
-
-    def _renew(self, replay: ImageSet) -> None:
-        self.replay = ImageSet.of(torch.cat([part.images for part in replay.parts]), replay.labels)
-        stores, labels = self.real
-        pixels = self.transform.keep(self.replay.parts[0].images, training=True)
-        self.stores = [*stores, pixels.to(self.device)]
-        self.labels = torch.cat([labels, replay.labels.to(self.device)])
-        self.is_replay = torch.arange(len(self.labels), device=self.device) >= len(labels)
+    def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
+        # Images first, so that the rows of images and features behind each other are those of the labels.
+        parts = [(pick[pick < self.num_images], pick[pick >= self.num_images]) for pick in picks]
+        views = self.views([real for real, _ in parts if len(real)], self.rows(epoch), epoch, generators)
+        for real, replayed in parts:
+            features = self.features[(replayed - self.num_images).to(self.device)]
+            images = Mixed(next(views), features) if len(real) else Mixed(features.new_empty(0, 3, 1, 1), features)
+            yield self.batch(images, torch.cat([real, replayed]))
 
 
 class PairedBatches:
@@ -217,7 +241,7 @@ class PairedBatches:
         replay: of the old classes.
     """
 
-    def __init__(self, current: ImageBatches, replay: ImageBatches):
+    def __init__(self, current: Batches, replay: Batches):
         self.current, self.replay = current, replay
 
     def __len__(self) -> int:
@@ -227,7 +251,7 @@ class PairedBatches:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore: position is enough."""
+        """Restore nothing: position is enough."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         beside = self._endless(epoch * len(self) + start)
@@ -251,7 +275,7 @@ class _Decoded(Dataset):
         return len(self.images)
 
     def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
-        """Of a test image its position; of a training image where it lies, and which sample it stands for."""
+        """Load the test image at a position, or the training image at a row for the sample that it stands for."""
         if self.key is None:
             return self.load(self.images.image(place)).contiguous()
         row, sample = place
@@ -259,7 +283,7 @@ class _Decoded(Dataset):
 
 
 def test_batches(images: ImageSet, transform, batch_size: int, device, num_workers: int = 0) -> Iterator[Tensor]:
-    """Un-augmented batches in stored order: float (B, C, S, S) on the device."""
+    """Yield un-augmented batches in stored order: float (B, C, S, S) on the device."""
     if len(images) == 0:
         return
     if transform.whole_batch:

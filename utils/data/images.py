@@ -1,4 +1,7 @@
-"""The one image format at every border: uint8 (N, C, H, W) or file paths that decode to it, with int64 labels."""
+"""The one format at every border: images as uint8 (N, C, H, W) or as file paths that decode to it, with int64 labels.
+
+Features, float32 (N, D), are the other kind of samples that a replay source may make.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from utils.run.errors import DataError
 
+S = TypeVar("S", bound="Samples")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -67,30 +72,40 @@ def _file_size(path: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Part:
-    """Images of one kind: a uint8 tensor (N, C, H, W), or N file paths; labels are int64 (N,)."""
+    """Samples of one kind: a uint8 tensor (N, C, H, W), N file paths, or float32 features (N, D).
+
+    Attributes:
+        images: the samples.
+        labels: int64 (N,).
+        columns: what else is known of each sample, a row for each: "items", int64 (N,), numbers of exemplars;
+            "soft_targets", float32 (N, K).
+    """
 
     images: Tensor | tuple[str, ...]
     labels: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        assert len(self.images) == len(self.labels), f"{len(self.images)} images, {len(self.labels)} labels"
+        lengths = {len(self.images), len(self.labels), *map(len, self.columns.values())}
+        assert len(lengths) == 1, f"{len(self.images)} samples, {len(self.labels)} labels, {self.columns.keys()}"
         assert self.labels.dtype == torch.int64
         if isinstance(self.images, Tensor):
-            assert self.images.dtype == torch.uint8 and self.images.ndim == 4
+            assert (self.images.dtype, self.images.ndim) in ((torch.uint8, 4), (torch.float32, 2))
 
     @property
     def nbytes(self) -> int:
         if isinstance(self.images, Tensor):
-            return self.images.numel()
+            return self.images.nbytes
         return sum(Path(path).stat().st_size for path in self.images)
 
     def take(self, positions: Tensor) -> Part:
-        if isinstance(self.images, Tensor):
-            return Part(self.images[positions], self.labels[positions])
-        return Part(tuple(self.images[i] for i in positions.tolist()), self.labels[positions])
+        images = self.images
+        taken = images[positions] if isinstance(images, Tensor) else tuple(images[i] for i in positions.tolist())
+        columns = {name: column[positions] for name, column in self.columns.items()}
+        return Part(taken, self.labels[positions], columns)
 
     def decoded(self) -> Part:
-        """The same images in memory; all files of the part must have one size."""
+        """Read the images into memory; all files of the part must have one size."""
         if isinstance(self.images, Tensor):
             return self
         with ThreadPoolExecutor() as pool:
@@ -101,19 +116,20 @@ class Part:
                     f"{path} has shape {tuple(image.shape)}, but {self.images[0]} has {tuple(images[0].shape)}: "
                     "images that are kept in memory must have one size"
                 )
-        return Part(torch.stack(images), self.labels)
+        return replace(self, images=torch.stack(images))
 
 
 def _joined(parts: list[Part]) -> Part:
-    """Parts of one kind as one."""
+    """Join parts of one kind that have the same columns."""
     labels = torch.cat([part.labels for part in parts])
+    columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     if isinstance(parts[0].images, Tensor):
-        return Part(torch.cat([part.images for part in parts]), labels)
-    return Part(tuple(path for part in parts for path in part.images), labels)
+        return Part(torch.cat([part.images for part in parts]), labels, columns)
+    return Part(tuple(path for part in parts for path in part.images), labels, columns)
 
 
-class ImageSet:
-    """Labelled images as a list of parts, each of one image size. Immutable; ``+`` concatenates."""
+class Samples:
+    """Labelled samples as a list of parts. Immutable; ``+`` concatenates."""
 
     def __init__(self, parts: Iterable[Part] = ()):
         self.parts = tuple(part for part in parts if len(part.labels))
@@ -121,19 +137,19 @@ class ImageSet:
         self.labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)  # (N,)
 
     @classmethod
-    def of(cls, images: Tensor | Sequence[str], labels: Tensor) -> ImageSet:
-        """One part: uint8 (N, C, H, W) or N paths, with int64 labels (N,)."""
-        return cls([Part(images if isinstance(images, Tensor) else tuple(images), labels)])
+    def of(cls: type[S], images: Tensor | Sequence[str], labels: Tensor, **columns: Tensor) -> S:
+        """Make one part; see `Part`."""
+        return cls([Part(images if isinstance(images, Tensor) else tuple(images), labels, columns)])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __add__(self, other: ImageSet) -> ImageSet:
-        return ImageSet(self.parts + other.parts)
+    def __add__(self: S, other: S) -> S:
+        return type(self)(self.parts + other.parts)
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored: pixels of tensors, sizes of files."""
+        """Bytes as stored: values of tensors, sizes of files."""
         return sum(part.nbytes for part in self.parts)
 
     @property
@@ -141,43 +157,75 @@ class ImageSet:
         """The labels that occur, ascending."""
         return self.labels.unique().tolist()
 
-    def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
-        """The images at these positions, in this order where they lie in one part, else part by part."""
+    def take(self: S, positions: Sequence[int] | Tensor) -> S:
+        """Return the samples at these positions, in this order where they lie in one part, else part by part."""
         positions = torch.as_tensor(positions, dtype=torch.int64)
         parts, start = [], 0
         for part in self.parts:
             inside = (positions >= start) & (positions < start + len(part.labels))
             parts.append(part.take(positions[inside] - start))
             start += len(part.labels)
-        return ImageSet(parts)
+        return type(self)(parts)
 
-    def select(self, classes: Iterable[int]) -> ImageSet:
-        """Only the images of these classes, in their stored order."""
+    def select(self: S, classes: Iterable[int]) -> S:
+        """Return the samples of these classes, in their stored order."""
         wanted = torch.isin(self.labels, torch.tensor(list(classes), dtype=torch.int64))
         return self.take(wanted.nonzero().flatten())
 
-    def relabelled(self, labels: Tensor) -> ImageSet:
-        """The same images with other labels, int64 (N,)."""
+    def first_of_each(self: S, per_class: int) -> S:
+        """Return the first samples of every class, as they are stored."""
+        kept = [(self.labels == label).nonzero().flatten()[:per_class] for label in self.classes]
+        return self.take(torch.cat(kept).sort().values) if kept else self
+
+    def relabelled(self: S, labels: Tensor) -> S:
+        """Return the same samples with other labels, int64 (N,)."""
         pieces = labels.split([len(part.labels) for part in self.parts]) if self.parts else ()
-        return ImageSet(Part(part.images, piece) for part, piece in zip(self.parts, pieces))
+        return type(self)(replace(part, labels=piece) for part, piece in zip(self.parts, pieces))
 
     def counts(self, num_classes: int) -> Tensor:
-        """Images per class, int64 (num_classes,)."""
+        """Count the samples of each class, int64 (num_classes,)."""
         return torch.bincount(self.labels, minlength=num_classes)
 
+    def items(self) -> Tensor:
+        """Return the exemplar that each sample is made of, int64 (N,); -1 for none."""
+        columns = [part.columns.get("items", torch.full_like(part.labels, -1)) for part in self.parts]
+        return torch.cat(columns) if columns else torch.empty(0, dtype=torch.int64)
+
+    def soft_targets(self) -> Tensor | None:
+        """Return a distribution over classes for each sample, (N, K): its own, else its label's; None if none has one."""
+        widths = {part.columns["soft_targets"].shape[1] for part in self.parts if "soft_targets" in part.columns}
+        if not widths:
+            return None
+        assert len(widths) == 1, f"soft targets of several widths: {widths}"
+        hard = torch.nn.functional.one_hot(self.labels, widths.pop()).float().split([len(p.labels) for p in self.parts])
+        return torch.cat([part.columns.get("soft_targets", rows) for part, rows in zip(self.parts, hard)])
+
+
+class FeatureSet(Samples):
+    """Features of a backbone, float32 (N, D), with int64 labels: what a source of features makes."""
+
+    def tensor(self) -> Tensor:
+        """Return all features, float32 (N, D)."""
+        return torch.cat([part.images for part in self.parts]) if self.parts else torch.empty(0, 0)
+
+
+class ImageSet(Samples):
+    """Labelled images; each part has one image size, or lies on disk."""
+
     def merged(self) -> ImageSet:
-        """The same images in as few parts as their order allows: neighbours of one shape, and of files, are one."""
+        """Return the same images in as few parts as their order allows: neighbours of one shape, and files, are one."""
         stretches = groupby(
-            self.parts, key=lambda part: part.images.shape[1:] if isinstance(part.images, Tensor) else None
+            self.parts,
+            key=lambda part: (part.images.shape[1:] if isinstance(part.images, Tensor) else None, [*part.columns]),
         )
         return ImageSet(_joined(list(parts)) for _, parts in stretches)
 
     def decoded(self) -> ImageSet:
-        """The same images with every part in memory."""
+        """Return the same images with every part in memory."""
         return ImageSet(part.decoded() for part in self.parts)
 
     def image(self, position: int) -> Tensor:
-        """One image, uint8 (C, H, W)."""
+        """Return one image, uint8 (C, H, W)."""
         for part in self.parts:
             if position < len(part.labels):
                 item = part.images[position]

@@ -129,6 +129,11 @@ class DataManager:
         own = {str(label): self._kept[labels == label] for label in classes}
         return seeding.hash_tensors(own)
 
+    def fingerprint(self) -> dict:
+        """Say what data this is, for whoever resumes."""
+        return {"dataset": self.dataset.name, "class_order": self.class_order, "class_names": self.class_names,
+                "counts": self.class_counts, "images": self.images_hash(range(self.num_classes))}  # fmt: skip
+
     @cached_property
     def all_real_bytes(self) -> int:
         """What keeping all training images would take: raw pixels in memory, file sizes on disk."""

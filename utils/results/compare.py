@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.results.figures import human_bytes, human_seconds
 from utils.run.errors import CheckpointError, RepriseError
-from utils.training.checkpoint import atomic_write
+from utils.run.files import atomic_write
 
 REPLAY_MEMORY = ("exemplars", "bank", "source")
 UNFINISHED = "*"

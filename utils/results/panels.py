@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.data.images import decode_image, encode_image
 from utils.run.errors import CheckpointError
-from utils.training.checkpoint import atomic_write, write_json
+from utils.run.files import atomic_write, write_json
 
 INDEX = "panel.json"
 

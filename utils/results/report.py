@@ -24,7 +24,7 @@ from utils.results.figures import (
 from utils.results.gallery import GalleryRow, draw_gallery, panel_sections
 from utils.results.metrics import forgetting_per_task
 from utils.results.panels import Panel
-from utils.training.checkpoint import atomic_write
+from utils.run.files import atomic_write
 
 REPLAY_MEMORY = ("exemplars", "bank", "source")
 MEMORY_NAMES = {

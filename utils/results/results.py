@@ -51,7 +51,7 @@ class Results:
         for name in self.state():
             setattr(self, name, state[name])
 
-    def add(self, task: Task, scores: dict[str, Tensor], labels: Tensor) -> None:
+    def add(self, task: Task, scores: dict[str, Tensor], labels: Tensor, val=None) -> None:
         """Take in one task's evaluation and log it in PyCIL's words.
 
         Args:

@@ -1,7 +1,7 @@
 """The keys of an experiment, in PyCIL's words, checked as a whole before any data is read.
 
 The base class owns the keys of the run, the data, the memory and the network; every learner and every source adds
-its own. `learners/configure.py` puts the pieces together.
+its own. `learners/run/configure.py` puts the pieces together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import types
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator
 
@@ -20,7 +20,7 @@ from utils.run.registry import nearest
 # Two settings that differ only in these are the same experiment; of a source_dir, each may hold other weights.
 NOT_IDENTITY = (
     "seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every", "synth.keep_sources",
-    "init_from",
+    "init_from", "log_with",
 )  # fmt: skip
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's legacy generator takes, which orders PyCIL's classes
@@ -60,13 +60,18 @@ class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, 
 
     @classmethod
     def parse(cls, raw: dict[str, Any], where: str = ""):
-        """Build from a dictionary; null means the default.
+        """Build from a dictionary in whichever words; see ``build``."""
+        return cls.build(cls.translate(raw), where)
+
+    @classmethod
+    def build(cls, raw: dict[str, Any], where: str = ""):
+        """Build from a dictionary in our words; null means the default.
 
         Raises:
             ConfigError: for an unknown key (names the nearest known one), a missing key, or a wrong value (names
                 key, value and what is allowed).
         """
-        given = {key: value for key, value in cls.translate(raw).items() if value is not None}
+        given = {key: value for key, value in raw.items() if value is not None}
         for key in given:
             if key not in cls.model_fields:
                 raise ConfigError(f"unknown key {where + key!r}{nearest(key, cls.model_fields)}")
@@ -95,7 +100,18 @@ def _explain(where: str, item: dict[str, Any]) -> str:
 
 
 class SourceConfig(BaseConfig):
-    """Keys of every replay source: the nested object `synth`."""
+    """Keys of every replay source: the nested object `synth`.
+
+    Attributes:
+        elsewhere: keys that say where samples lie or how many are asked for, and not what they look like.
+        drawing: keys of a subclass that shape the drawing alone, in which runs that share learned weights may differ.
+    """
+
+    elsewhere: ClassVar[frozenset[str]] = frozenset({
+        "need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task", "keep_sources",
+        "source_dir",
+    })  # fmt: skip
+    drawing: ClassVar[frozenset[str]] = frozenset()
 
     name: str = Field(description="which source: see `python main.py --list`")
     replay: Literal["keep", "redraw"] = Field(
@@ -115,6 +131,14 @@ class SourceConfig(BaseConfig):
     keep_sources: bool = Field(False, description="keep it as it is after every task, in sources/task_<t>")
     source_dir: str | None = Field(None, min_length=1, description="folder of kept sources to take; null: train")
 
+    def sample_settings(self) -> dict[str, Any]:
+        """Return the keys that shape a sample, as JSON."""
+        return self.dump_without(self.elsewhere)
+
+    def training_settings(self) -> dict[str, Any]:
+        """Return the keys that shape what is learned, as JSON; what all sources share says nothing of it."""
+        return self.dump_without({*SourceConfig.model_fields, *self.drawing})
+
 
 class RunConfig(BaseConfig):
     """Keys of the run, the data, the memory and the network, shared by all learners."""
@@ -131,10 +155,13 @@ class RunConfig(BaseConfig):
     data_dir: str = Field("data", description="where data sets lie")
     output_dir: str = Field("outputs", description="where results go")
     offline: bool = Field(False, description="fetch nothing from a network")
+    log_with: Literal["tensorboard", "wandb"] | None = Field(
+        None, description="also send metrics to this tracker, whose package must be installed"
+    )
 
     dataset: str = Field(description="a known data set or the name of a folder in data_dir")
     cub_split: Literal["asp80", "official"] = Field(
-        "asp80", description="of dataset cub: ASP's class folders (about 80 % to train), or the split it came with"
+        "asp80", description="of dataset cub: class folders (about 80 % to train), or the split it came with"
     )
     shuffle: bool = Field(True, description="permute the class order with the seed")
     init_cls: int = Field(ge=1, description="classes in the first task")
@@ -143,7 +170,7 @@ class RunConfig(BaseConfig):
         None, ge=1, description="learn only so many tasks, as if the classes of the others did not exist; null: all"
     )
     kshot: int = Field(0, ge=0, description="images per class after the first task; 0: all")
-    few_shot_draw: Literal["own", "reference"] = Field("own", description="reference: the draw of ASP's code")
+    few_shot_draw: Literal["own", "reference"] = Field("own", description="reference: as Liu et al. draw")
     imb_factor: float = Field(1.0, gt=0, le=1, description="smallest over largest class; 1: balanced")
     imb_type: Literal["exp", "step"] = Field("exp", description="shape of the long tail")
     val_share: float = Field(0.0, ge=0, lt=1, description="share of every class's training images held out")

@@ -3,104 +3,188 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
+import os
 import platform
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
 from utils.data.manager import DataManager
 from utils.run.config import RunConfig
 from utils.run.errors import CheckpointError, ConfigError
-from utils.training.checkpoint import write_json
+from utils.run.files import read_json, write_json
+from utils.run.manifest import Manifest
 from utils.training.runtime import Runtime
 
+log = logging.getLogger("reprise")
+CONFIG = "config.json"  # of a run: its manifest
+DESCRIPTION = "data.json"  # of a seed: its manifest, and what its network expects of images
 ENVIRONMENT = "environment.json"  # of a run: packages, device, threads, precision
-DESCRIPTION = "data.json"  # of a seed: what its network expects of images
+RESULTS = "results.json"  # of a seed
+PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")
 
 
-def bank_folder(config: RunConfig, name: str, seed: int) -> Path:
-    """Where the replay images of this seed lie."""
-    if config.synth.syn_image_path is not None:
+def replay_folder(config: RunConfig, name: str, seed: int) -> Path:
+    """Return where the replay images of this seed lie."""
+    if config.synth is not None and config.synth.syn_image_path is not None:
         return Path(config.synth.syn_image_path)
     return Path(config.output_dir) / f"syn_image_{name}_{config.seed_tag(seed).replace('_', '', 1)}"
 
 
+def replay_manifest(folder: Path) -> Manifest:
+    """Return the manifest by which a folder of replay images is known as this project's."""
+    remedy = "give another --name, or move the folder away"
+    return Manifest(folder, "bank", {}, remedy=remedy)
+
+
+def run_manifest(folder: Path, identity: dict[str, Any] | None, flag: str = "--name") -> Manifest:
+    """Return the manifest of a run's folder; ``flag`` is what the user names it with."""
+    remedy = f"Give another {flag}, or --overwrite"
+    return Manifest(folder, "run", identity, remedy=remedy, name=CONFIG, error=ConfigError)
+
+
 def claim_folder(config: RunConfig, name: str, overwrite: bool, flag: str = "--name") -> Path:
-    """The run's folder with its config.json; a folder of another experiment is refused.
+    """Make a folder in ``output_dir`` the run's own; a folder of another experiment is refused.
 
     Args:
         config: of the run.
-        name: of the folder in ``output_dir``.
-        overwrite: delete what is there.
+        name: of the folder.
+        overwrite: delete what this project wrote there before, replay images included.
         flag: what the user names the folder with, for messages.
 
     Raises:
-        ConfigError: if the folder holds another setting; the keys that differ are named.
+        ConfigError: if the folder holds another setting (the first key that differs is named), or anything that is no
+            run.
     """
     folder = Path(config.output_dir) / name
-    if overwrite and folder.exists():
-        if not (folder / "config.json").exists():
-            raise ConfigError(f"{folder} is no run of Reprise, so --overwrite leaves it alone: give another {flag}")
-        shutil.rmtree(folder)
-        if config.synth is not None and config.synth.syn_image_path is None:
-            for seed in config.seed:
-                shutil.rmtree(bank_folder(config, name, seed), ignore_errors=True)
-    path = folder / "config.json"
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text())["identity"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}; give --overwrite or another {flag}") from error
-        stored, here = _flat(stored), _flat(config.identity())
-        differ = [key for key in {**here, **stored} if here.get(key) != stored.get(key)]
-        if differ:
-            changes = ", ".join(f"{key} was {stored.get(key)!r} and is {here.get(key)!r}" for key in sorted(differ)[:4])
-            raise ConfigError(f"{folder} holds another experiment: {changes}. Give another {flag}, or --overwrite")
-    else:
-        write_json(path, {"identity": config.identity(), "config": config.model_dump(mode="json")})
+    manifest = run_manifest(folder, {"identity": config.identity()}, flag)
+    if not manifest.exists and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds files, but is no run of Reprise, so it is left alone: give another {flag}")
+    if overwrite and manifest.exists:
+        manifest.delete()
+        for seed in config.seed if config.synth is not None and config.synth.syn_image_path is None else ():
+            drawn = replay_manifest(replay_folder(config, name, seed))
+            if drawn.exists:
+                drawn.delete()
+    manifest.claim(config=config.model_dump(mode="json"))
     return folder
 
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    """With the keys of `synth` beside the others, so that a difference is named by its key."""
-    synth = identity.get("synth") or {}
-    return {**identity, "synth": bool(synth), **{f"synth.{key}": value for key, value in synth.items()}}
+@contextmanager
+def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
+    """Own a run's folder as long as this lasts; a killed process owns it no longer.
+
+    The lock lies beside the folder, which may be deleted and made anew.
+
+    Raises:
+        ConfigError: if another process owns it.
+    """
+    if not is_main:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise ConfigError(
+            f"{folder} belongs to a process that is running now: wait until it has ended, or give another --name"
+        ) from error
 
 
 def claim_machine(folder: Path, runtime: Runtime) -> None:
-    """Write `environment.json` at the first start; later ones take its threads and precision, which fix the bits."""
-    path = folder / ENVIRONMENT
-    if path.exists():
-        stored = json.loads(path.read_text())
-        torch.set_num_threads(stored["threads"])
-        runtime.bf16 = stored["precision"] == "bf16"
-        return
-    packages = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")
+    """Write `environment.json` at the first start; later ones take its threads and precision, which fix the bits.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    path, here = folder / ENVIRONMENT, describe_machine(runtime)
+    if not path.exists():
+        return write_json(path, here)
+    stored = read_environment(folder)
+    torch.set_num_threads(stored["threads"])
+    runtime.bf16 = stored["precision"] == "bf16"
+    changed = [key for key in here if key not in ("threads", "precision") and stored.get(key) != here[key]]
+    if changed:
+        words = ", ".join(f"{key} was {stored.get(key)}, is {here[key]}" for key in changed)
+        log.warning("This run began on another machine or with other packages (%s): its last bits may differ", words)
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Read `environment.json` of a run.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    remedy = "delete it, and the same command goes on with this machine's threads and precision"
+    stored = read_json(folder / ENVIRONMENT, remedy)
+    if not isinstance(stored.get("threads"), int) or stored["threads"] < 1 or "precision" not in stored:
+        raise CheckpointError(f"{folder / ENVIRONMENT} is damaged (no threads or precision): {remedy}")
+    return stored
+
+
+def describe_machine(runtime: Runtime) -> dict[str, Any]:
+    """Say what may move the last bits of a run."""
     environment = {
-        "python": platform.python_version(), **{package: version(package) for package in packages},
-        "machine": platform.machine(), "device": str(runtime.device), "threads": torch.get_num_threads(),
-        "precision": "bf16" if runtime.bf16 else "fp32",
+        "python": platform.python_version(), **{package: version(package) for package in PACKAGES},
+        "machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": str(runtime.device),
+        "threads": torch.get_num_threads(), "precision": "bf16" if runtime.bf16 else "fp32",
     }  # fmt: skip
     if runtime.device.type == "cuda":
         environment["gpu"] = torch.cuda.get_device_name(runtime.device)
-    write_json(path, environment)
+    return environment
 
 
-def describe_data(folder: Path, data: DataManager) -> None:
-    """Write what classifying and drawing need to know of the data, so that the data itself need not be there."""
+def claim_data(folder: Path, data: DataManager, write: bool = True) -> None:
+    """See that a seed's folder was begun with this very data, and write what its network expects of images.
+
+    Raises:
+        CheckpointError: if class order, classes or images were others when the run began.
+    """
+    remedy = "Put the data back as it was, or give --overwrite or another --name"
     fields = {field.name: getattr(data.dataset, field.name) for field in dataclasses.fields(Dataset)}
-    plain = {name: value for name, value in fields.items() if not isinstance(value, ImageSet)}
-    described = {"dataset": plain, "class_names": data.class_names, "class_order": data.class_order}
-    write_json(folder / DESCRIPTION, described)
+    plain = {name: value for name, value in fields.items() if not isinstance(value, ImageSet) and name != "root"}
+    manifest = Manifest(folder, "seed", data.fingerprint(), remedy=remedy, name=DESCRIPTION)
+    manifest.claim(write=write, view=plain)
+
+
+def read_data(folder: Path) -> tuple[Dataset, list[str], list[int]]:
+    """Read what a seed's folder says of its data: the data set without its images, class names, class order.
+
+    Raises:
+        CheckpointError: if it is damaged or absent.
+    """
+    stored = Manifest(folder, "seed", remedy="repeat the run with --overwrite", name=DESCRIPTION).read()
+    try:
+        dataset = Dataset(**stored["view"], train=ImageSet(), test=ImageSet())
+        return dataset, stored["class_names"], stored["class_order"]
+    except (KeyError, TypeError) as error:
+        message = f"{folder / DESCRIPTION} is damaged ({error!r}): repeat the run with --overwrite"
+        raise CheckpointError(message) from error
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """Read the results of a seed; None if it has none yet, or is not finished.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    path = folder / RESULTS
+    if not os.path.lexists(path):
+        return None
+    results = read_json(path, "delete it, and the same command goes on from the last checkpoint")
+    return results if results.get("finished") else None
 
 
 def finished_results(folder: Path) -> list[dict[str, Any]]:
-    """The results of every finished seed of a run, by seed."""
-    found = [json.loads(path.read_text()) for path in folder.glob("seed_*/results.json")]
-    return sorted((results for results in found if results["finished"]), key=lambda results: results["seed"])
+    """Read the results of every finished seed of a run, by seed."""
+    found = (read_results(path) for path in folder.glob("seed_*") if path.is_dir())
+    return sorted((results for results in found if results is not None), key=lambda results: results["seed"])

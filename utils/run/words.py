@@ -1,50 +1,66 @@
-"""Experiment files and `--set`: from JSON, in whichever project's words, to one object in ours."""
+"""Experiment files and `--set`: from JSON, in whichever project's words, to one object in ours.
+
+The way is one: the file is read, overrides are put in, words are translated, a Config is built; each once. Overrides
+come before the translation, because a switch among them may turn on what other keys of the file belong to.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from utils.run.config import SourceConfig
 from utils.run.errors import ConfigError
 
-ALIASES = {"backbone_type": "convnet_type"}
-# Flat keys of the original projects: the source that they imply where they are on, and their name inside `synth`.
-SOURCE_KEYS = {
-    "need_syn_imgs": ("ldm", "need_syn_imgs"),
-    "syn_image_path": ("ldm", "syn_image_path"),
-    "ldm_ckpt": ("ldm", "ldm_ckpt"),
-    "config": ("ldm", "yaml"),
-    "diffusion_pretrained_dir": ("ddpm", "source_dir"),
-    # GUIDE names these in the command of its classifier too.
-    **{
-        key: ("ddpm", key)
-        for key in (
-            "num_channels",
-            "channel_mult",
-            "num_res_blocks",
-            "num_head_channels",
-            "attention_resolutions",
-            "resblock_updown",
-            "diffusion_steps",
-            "first_task_num_steps",
-            "num_steps",
-            "gr_n_generated_examples_per_task",
-        )
-    },
-}
-# ESCORT's keys for the images that it generates.
-ESCORT_KEYS = ("augmentation_prob", "augmentations_per_image", "real_per_class", "syn_per_class")
-SOURCE_KEYS |= {key: ("controlnet", key) for key in ESCORT_KEYS}
-# Sources that take the keys of another one.
-RELATIVES = {"controlnet": ("controlnet", "small_controlnet")}
-# Keys that the files of PyCIL and FSCIL-ASP carry and nothing reads.
+ALIASES = {"backbone_type": "convnet_type"}  # PILOT's
+# Keys that the files of PyCIL and its forks carry and nothing reads.
 DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix", "base_model_path")
 
 
+@dataclass(frozen=True)
+class Words:
+    """The flat keys of an original project that stand inside `synth` here; its room registers them.
+
+    Attributes:
+        source: that these keys imply where one of them is on.
+        keys: flat key -> key inside `synth`.
+        relatives: sources that take these keys, beside ``source``.
+        switches: keys that turn the source on; None: each of them does.
+        off: what a file says without a source where none of these keys turns one on; None: they stay as they are.
+        idle: keys that are accepted and do nothing.
+    """
+
+    source: str
+    keys: dict[str, str]
+    relatives: tuple[str, ...] = ()
+    switches: tuple[str, ...] | None = None
+    off: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    idle: frozenset[str] = field(default_factory=frozenset)
+
+
+WORDS: list[Words] = []
+
+
+def register_words(words: Words) -> None:
+    """Make the flat keys of an original known."""
+    WORDS.append(words)
+
+
+def flat_keys() -> dict[str, tuple[Words, str]]:
+    """Return all flat keys with whose they are and what they are called inside `synth`."""
+    return {key: (words, inner) for words in WORDS for key, inner in words.keys.items()}
+
+
+def unread_keys() -> set[str]:
+    """Return the keys that may stand in a file and that nothing reads."""
+    return {*DEAD_KEYS, *flat_keys(), *(key for words in WORDS for key in words.idle)}
+
+
 def read_experiment(path: str | Path) -> dict[str, Any]:
-    """The JSON object in an experiment file, with PILOT's spellings replaced.
+    """Read the JSON object in an experiment file.
 
     Raises:
         ConfigError: if the file is absent, is not JSON (line and column named), or holds no object.
@@ -63,90 +79,107 @@ def read_experiment(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The object with every `key=value` put in; dots reach into `synth`, values are JSON where they parse as such."""
-    result = gather_keys(json.loads(json.dumps(raw)))
+    """Put every `key=value` in; dots reach into `synth`, values are JSON where they parse as such.
+
+    An override wins over the file in whichever spelling the file has the key.
+
+    Args:
+        raw: keys of a file, which stay as they are.
+        overrides: one after the other.
+
+    Returns:
+        The keys, with the source named that flat keys of the file imply.
+
+    Raises:
+        ConfigError: if an override is no `key=value`.
+    """
+    result = _rename(json.loads(json.dumps(raw)))
+    if overrides and result.get("synth") is None and (implied := _implied(result)):
+        result["synth"] = {"name": implied}
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise ConfigError(f"--set {override!r}: write --set key=value")
-        *parents, key = path.strip().split(".")
-        if not parents:
-            key = ALIASES.get(key, key)
-            inner = SOURCE_KEYS.get(key, ("", ""))[1]
-            if inner in (result.get("synth") or {}):
-                parents, key = ["synth"], inner
-        target = result
-        for parent in parents:
-            if not isinstance(target.get(parent), dict):
-                target[parent] = {}
-            target = target[parent]
         try:
-            target[key] = json.loads(text)
+            value = json.loads(text)
         except json.JSONDecodeError:
-            target[key] = text
-    return merge_aliases(result)
+            value = text
+        _put(result, path.strip().split("."), value)
+    return result
 
 
-def merge_aliases(raw: dict[str, Any]) -> dict[str, Any]:
-    """Replace other spellings of a key by ours; two spellings with different values are an error."""
-    return _move_source_keys(_plain_escort(_rename(raw)))
+def _put(result: dict[str, Any], path: list[str], value: Any) -> None:
+    flat, synth = flat_keys(), result.get("synth")
+    if path == ["synth"]:
+        for key in flat:
+            result.pop(key, None)
+    elif len(path) == 1:
+        key = ALIASES.get(path[0], path[0])
+        inner = flat[key][1] if key in flat else None
+        path = ["synth", inner] if isinstance(synth, dict) and inner in synth else [key]
+    elif path[0] == "synth":
+        path = next(([key] for key, (_, inner) in flat.items() if key in result and [inner] == path[1:]), path)
+    *parents, last = path
+    for parent in parents:
+        if not isinstance(result.get(parent), dict):
+            result[parent] = {}
+        result = result[parent]
+    result[last] = value
 
 
-def gather_keys(raw: dict[str, Any]) -> dict[str, Any]:
-    """`merge_aliases` of keys to which others may still be added: ESCORT's stay as long as its method is off."""
-    result = _rename(raw)
-    return result if _plain_escort(result) is not result else _move_source_keys(result)
+def translate(raw: dict[str, Any]) -> dict[str, Any]:
+    """Replace the words of the originals by ours; two spellings with different values are an error.
+
+    Raises:
+        ConfigError: for keys that contradict each other, or that belong to another source than the one named.
+    """
+    raw = _rename(raw)
+    synth = raw.get("synth")
+    for words in WORDS:
+        given = [key for key in words.keys if key in raw]
+        named = isinstance(synth, dict) and str(synth.get("name")).lower() in (words.source, *words.relatives)
+        if given and words.off is not None and not named and not any(_is_on(words, key, raw[key]) for key in given):
+            raw = words.off(raw)
+    return _move(raw)
 
 
 def _rename(raw: dict[str, Any]) -> dict[str, Any]:
     result = dict(raw)
     for alias, key in ALIASES.items():
-        if alias in result:
-            value = result.pop(alias)
-            if value is None:
-                continue
+        if (value := result.pop(alias, None)) is not None:
             if result.get(key) not in (None, value):
                 raise ConfigError(f"{alias}={value!r} and {key}={result[key]!r} are one key: keep one of them")
             result[key] = value
     return result
 
 
-def _plain_escort(raw: dict[str, Any]) -> dict[str, Any]:
-    """ESCORT's file with its method off: ``real_per_class``, not ``memory_per_class``, is how many images it keeps."""
-    given = {key: raw[key] for key in ESCORT_KEYS if key in raw}
-    synth = raw.get("synth")
-    if isinstance(synth, dict) and synth.get("name") in RELATIVES["controlnet"]:
-        return raw
-    if not given or given.get("augmentation_prob") or given.get("syn_per_class"):
-        return raw
-    result = {key: value for key, value in raw.items() if key not in ESCORT_KEYS}
-    kept = given.get("real_per_class")
-    return result if kept is None else {**result, "memory_per_class": kept}
+def _implied(raw: dict[str, Any]) -> str | None:
+    """Return the source that the first flat key which is on belongs to."""
+    flat = flat_keys()
+    return next((flat[key][0].source for key in raw if key in flat and _is_on(flat[key][0], key, raw[key])), None)
 
 
-def _move_source_keys(raw: dict[str, Any]) -> dict[str, Any]:
-    """Move the originals' flat keys into `synth`; where all of them are off and there is no source, they stay."""
-    result = {key: value for key, value in raw.items() if key not in SOURCE_KEYS}
-    flat = {key: value for key, value in raw.items() if key in SOURCE_KEYS and value is not None}
-    implied = next((SOURCE_KEYS[key][0] for key, value in flat.items() if _is_on(value)), None)
-    given = raw.get("synth")
+def _move(raw: dict[str, Any]) -> dict[str, Any]:
+    """Move flat keys into `synth`; where all of them are off and there is no source, they stay."""
+    known = flat_keys()
+    result = {key: value for key, value in raw.items() if key not in known}
+    flat = {key: value for key, value in raw.items() if key in known and value is not None}
+    implied, given = _implied(flat), raw.get("synth")
     if not flat or (given is None and implied is None) or not isinstance(given or {}, dict):
         return {**result, **flat}
     synth = {} if implied is None else {"name": implied}
     synth |= {key: value for key, value in (given or {}).items() if value is not None}
     for key, value in flat.items():
-        source, inner = SOURCE_KEYS[key]
+        words, inner = known[key]
         # Keys that every source has, such as syn_image_path, name none; the others belong to theirs alone.
-        named = str(synth.get("name", source)).lower()
-        if inner not in SourceConfig.model_fields and named not in RELATIVES.get(source, (source,)):
-            raise ConfigError(
-                f"{key}={value!r} is of the source {source!r}, and synth.name={synth['name']!r}: keep one"
-            )
+        named = str(synth.get("name", words.source)).lower()
+        if inner not in SourceConfig.model_fields and named not in (words.source, *words.relatives):
+            raise ConfigError(f"{key}={value!r} is of the source {words.source!r}, and synth.name={named!r}: keep one")
         if str(synth.get(inner, value)).lower() != str(value).lower():  # "true" is true
             raise ConfigError(f"{key}={value!r} and synth.{inner}={synth[inner]!r} are one key: keep one of them")
         synth[inner] = value
     return {**result, "synth": synth}
 
 
-def _is_on(value: Any) -> bool:
-    return bool(value) and str(value).lower() != "false"
+def _is_on(words: Words, key: str, value: Any) -> bool:
+    return key in (words.switches or words.keys) and bool(value) and str(value).lower() != "false"

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.data.batches import Batch, Batches
+from utils.data.manager import Task
 from utils.run.errors import TrainingError
 from utils.training import seeding
 from utils.training.checkpoint import Checkpoints
@@ -39,8 +40,8 @@ class TrainConfig:
     lr_decay: float = 0.1
     min_lr: float = 0.0  # where "cosine" and "linear" end
     cosine_length: int | None = None  # epochs or steps until "cosine" ends, then it rises again; None: the length
-    hold: int = 0  # steps that share a rate where the length is in steps, as GUIDE's epochs do; 0: none do
-    warmup_steps: int = 0
+    hold: int = 0  # steps that share a rate where the length is in steps; 0: each has its own
+    warmup_steps: int = 0  # over which the rate rises from 0
     clip_norm: float = 0.0  # of the whole gradient; 0 turns it off
     ema_decay: float = 0.0  # per step, constant from the first; 0 keeps no average
 
@@ -49,11 +50,11 @@ class TrainConfig:
         assert not (self.hold and self.epochs), "hold counts steps: give the length in steps"
 
     def num_steps(self, steps_per_epoch: int) -> int:
-        """Length of the training in steps."""
+        """Return the length of the training in steps."""
         return self.steps if self.epochs is None else self.epochs * steps_per_epoch
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The rate of a step, a function of position alone so that it needs no state.
+        """Return the rate of a step, a function of position alone so that it needs no state.
 
         With ``epochs`` it moves once per epoch, as PyCIL's schedulers do; with ``steps`` at every step, or with
         ``hold`` whenever the number of the step, counted from 1, is a multiple of it.
@@ -62,7 +63,7 @@ class TrainConfig:
         if self.hold:
             position = (step + 1) // self.hold * self.hold
         length = self.epochs if self.epochs is not None else self.steps
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        warm = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "step":
             return warm * self.lr * self.lr_decay ** sum(milestone <= position for milestone in self.milestones)
         if self.schedule == "cosine":
@@ -77,6 +78,83 @@ class TrainConfig:
             return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, fused=True)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Names one training: it must be the only one of its task and purpose in the run.
+
+    Attributes:
+        run: device, log, checkpoints, random keys.
+        task: that is learned, or its number.
+        purpose: what is trained, such as "train" or "ddpm".
+    """
+
+    run: Run
+    task: Task | int
+    purpose: str
+
+    @property
+    def index(self) -> int:
+        """The number of the task."""
+        return self.task if isinstance(self.task, int) else self.task.index
+
+
+@dataclass
+class Step:
+    """Where a training stands, for hooks inside it.
+
+    Attributes:
+        training: its run, task and purpose.
+        epoch: that the step belongs to, from 0.
+        number: of steps that are done.
+        parameters: that are trained.
+        batch: of this step; None before the first step of an epoch.
+    """
+
+    training: Training
+    epoch: int
+    number: int
+    parameters: list[nn.Parameter]
+    batch: Batch | None = None
+
+    @property
+    def task(self) -> Task | int:
+        return self.training.task
+
+    @property
+    def purpose(self) -> str:
+        return self.training.purpose
+
+    def gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
+        """Compute the gradient of another loss, one tensor per parameter, mean over processes.
+
+        Args:
+            loss: gives a scalar; it is called under the training's autocast.
+        """
+        runtime = self.training.run.runtime
+        with runtime.autocast():
+            value = loss()
+        gradients = torch.autograd.grad(value, self.parameters, allow_unused=True)
+        whole = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients)]
+        return runtime.average(whole)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is called inside a training; None: nothing.
+
+    Attributes:
+        before_epoch: before the first step of an epoch, not again when resumed inside it.
+        after_backward: with gradients that are reduced over processes and not yet clipped.
+        after_step: once the parameters have moved.
+        stateful: further things with state_dict / load_state_dict that a checkpoint must hold.
+    """
+
+    before_epoch: Callable[[Step], None] | None = None
+    after_backward: Callable[[Step], None] | None = None
+    after_step: Callable[[Step], None] | None = None
+    stateful: dict[str, object] = field(default_factory=dict)
 
 
 class Progress:
@@ -149,48 +227,52 @@ class Progress:
 class LossLog:
     """Keeps the last loss terms on the device and looks at them now and then."""
 
-    def __init__(self, run: Run, task: int, purpose: str):
-        self.run, self.task, self.purpose = run, task, purpose
+    def __init__(self, training: Training):
+        self.training = training
         self.kept: list[tuple[int, float, dict[str, Tensor]]] = []
         self.latest = ""
 
     def add(self, step: int, rate: float, terms: dict[str, Tensor]) -> None:
         self.kept.append((step, rate, {name: term.detach() for name, term in terms.items()}))
 
-    def flush(self) -> None:
-        """Write the means of the kept terms to metrics.jsonl.
+    def flush(self) -> str:
+        """Write the means of the kept terms to metrics.jsonl; return the newest in words.
 
         Raises:
             TrainingError: if a term is not finite; names step, terms and learning rate.
         """
         if not self.kept:
-            return
+            return self.latest
+        run, task, purpose = self.training.run, self.training.index, self.training.purpose
         # A step may lack a term, such as distillation where a batch holds no replay: it then adds nothing.
         names = list(dict.fromkeys(name for _, _, terms in self.kept for name in terms))
-        zero = torch.zeros((), device=self.run.device)
+        zero = torch.zeros((), device=run.device)
         rows = [torch.stack([terms.get(name, zero).float() for name in names]) for _, _, terms in self.kept]
         values = torch.stack(rows).cpu()
         for (step, rate, _), row in zip(self.kept, values):
             if not row.isfinite().all():
                 terms = ", ".join(f"{name}={value:g}" for name, value in zip(names, row.tolist()))
                 raise TrainingError(
-                    f"the loss is not finite in {self.purpose} of task {self.task}, step {step}: {terms}, "
+                    f"the loss is not finite in {purpose} of task {task}, step {step}: {terms}, "
                     f"learning rate {rate:g}. Try a smaller rate, clip_norm, or precision=fp32"
                 )
         step, rate, _ = self.kept[-1]
         means = dict(zip(names, values.mean(0).tolist()))
-        place = {"task": self.task, "purpose": self.purpose, "step": step + 1, "lr": rate}
-        self.run.metrics.write(**place, **{"loss": sum(means.values()), **means})
+        place = {"task": task, "purpose": purpose, "step": step + 1, "lr": rate}
+        run.metrics.write(**place, **{"loss": sum(means.values()), **means})
         self.latest = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
         self.kept = []
+        return self.latest
 
 
 def fit(
-    module: nn.Module, batches: Batches, loss_fn: LossFunction, config: TrainConfig, *,
-    run: Run, task: int, purpose: str,
-    before_epoch: Callable[[int], None] | None = None, after_backward: Callable[[Batch], None] | None = None,
-    after_step: Callable[[int], None] | None = None, stateful: dict[str, object] | None = None,
-) -> nn.Module | None:  # fmt: skip
+    module: nn.Module,
+    batches: Batches,
+    loss_fn: LossFunction,
+    config: TrainConfig,
+    training: Training,
+    hooks: Hooks = Hooks(),
+) -> nn.Module | None:
     """Train a module, from its newest checkpoint if this training was cut off.
 
     Every step reseeds the global random generators from (seed, task, purpose, step), so a loss may draw from them.
@@ -200,12 +282,8 @@ def fit(
         batches: see `utils.data.batches.Batches`; saved with every checkpoint.
         loss_fn: one batch to named scalar terms, which are summed.
         config: optimiser, schedule, length.
-        run: device, log, checkpoints, random keys.
-        task, purpose: name this training: it must be the only one of its kind in the run.
-        before_epoch: called with the epoch's number before its first step, not again when resumed inside it.
-        after_backward: called with the batch; gradients are reduced over processes and not yet clipped.
-        after_step: called with the number of steps done.
-        stateful: further things with state_dict / load_state_dict that a checkpoint must hold.
+        training: run, task and purpose.
+        hooks: what is called inside.
 
     Returns:
         The exponential moving average of the module, or None without ``ema_decay``.
@@ -213,8 +291,9 @@ def fit(
     Raises:
         TrainingError: if the loss is NaN or infinite.
     """
-    progress = Progress(module, config, {"batches": batches, **(stateful or {})})
-    checkpoints, losses = run.fit_checkpoints(task, purpose), LossLog(run, task, purpose)
+    run, task, purpose = training.run, training.index, training.purpose
+    progress = Progress(module, config, {"batches": batches, **hooks.stateful})
+    checkpoints, losses = run.fit_checkpoints(task, purpose), LossLog(training)
     per_epoch = len(batches)
     total = config.num_steps(per_epoch)
     if progress.load(checkpoints):
@@ -224,17 +303,17 @@ def fit(
     bar = run.bar(total, f"task {task} {purpose}", progress.step)
     while progress.step < total:
         epoch, start = divmod(progress.step, per_epoch)
-        if before_epoch is not None and start == 0:
-            before_epoch(epoch)
+        if start == 0:
+            _call(hooks.before_epoch, Step(training, epoch, progress.step, progress.parameters))
         module.train()
         for batch in islice(batches.epoch(epoch, start), total - progress.step):
             rate = config.learning_rate(progress.step, per_epoch)
             seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))  # own noise
-            losses.add(progress.step, rate, train_step(progress, batch, loss_fn, config, rate, run, after_backward))
-            progress.step += 1
+            step = Step(training, epoch, progress.step, progress.parameters, batch)
+            losses.add(progress.step, rate, train_step(progress, step, loss_fn, config, rate, hooks))
+            progress.step = step.number = progress.step + 1
             bar.update()
-            if after_step is not None:
-                after_step(progress.step)
+            _call(hooks.after_step, step)
             if progress.step % LOG_EVERY == 0:
                 bar.set_postfix_str(losses.flush(), refresh=False)
             if progress.step % run.checkpoint_every == 0:
@@ -248,22 +327,27 @@ def fit(
 
 
 def train_step(
-    progress: Progress, batch: Batch, loss_fn: LossFunction, config: TrainConfig, rate: float, run: Run, after_backward
+    progress: Progress, step: Step, loss_fn: LossFunction, config: TrainConfig, rate: float, hooks: Hooks
 ) -> dict[str, Tensor]:
-    """Forward, backward, clip, step, average. Returns the named terms of the loss."""
+    """Run forward, backward, clip, step, average; return the named terms of the loss."""
+    runtime = step.training.run.runtime
     for group in progress.optimizer.param_groups:
         group["lr"] = rate
-    run.runtime.share_buffers(progress.module)
-    with run.runtime.autocast():
-        terms = loss_fn(batch)
+    runtime.share_buffers(progress.module)
+    with runtime.autocast():
+        terms = loss_fn(step.batch)
     progress.optimizer.zero_grad(set_to_none=True)
-    run.runtime.accelerator.backward(sum(terms.values()))
-    run.runtime.average_gradients(progress.parameters)
-    if after_backward is not None:
-        after_backward(batch)
+    runtime.accelerator.backward(sum(terms.values()))
+    runtime.average_gradients(progress.parameters)
+    _call(hooks.after_backward, step)
     if config.clip_norm:
         torch.nn.utils.clip_grad_norm_(progress.parameters, config.clip_norm)
     progress.optimizer.step()
     if progress.ema is not None:
         progress.update_ema(config.ema_decay)
     return terms
+
+
+def _call(hook: Callable[[Step], None] | None, step: Step) -> None:
+    if hook is not None:
+        hook(step)

@@ -1,78 +1,62 @@
-"""One seed's run: its folder, log, metrics, clock and random keys, handed to learner, source and `fit`."""
+"""One seed's run: its folder, metrics, clock and random keys, handed to learner, source and `fit`."""
 
 from __future__ import annotations
 
 import json
-import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from utils.data.batches import Loading
 from utils.results.panels import Panels
-from utils.training.checkpoint import Checkpoints, atomic_write
+from utils.run.errors import ConfigError
+from utils.run.files import atomic_write
+from utils.training.checkpoint import Checkpoints
 from utils.training.runtime import Runtime
-
-log = logging.getLogger("reprise")
-LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"  # PyCIL's
-
-
-def log_to_console(is_main: bool = True) -> None:
-    """Messages go to standard output; of several processes only the main one tells what is not a warning."""
-    log.setLevel(logging.INFO if is_main else logging.WARNING)
-    log.propagate = False
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
-        log.addHandler(handler)
-
-
-@contextmanager
-def log_to_file(path: Path) -> Iterator[None]:
-    """Messages also go to this file (appended), which belongs to one seed alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object per line, for every few training steps.
+    """`metrics.jsonl`: one JSON object per line, for every few training steps; and a tracker, if one is asked for.
 
     A resumed training rewinds the lines that it is going to write again.
     """
 
     def __init__(self, path: Path, enabled: bool = True):
         self.path, self.enabled = path, enabled
+        self.tracker = None  # of Accelerate
 
     def write(self, **values) -> None:
-        if self.enabled:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+        if not self.enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.tracker is not None:
+            place = f"task_{values.pop('task')}/{values.pop('purpose')}"
+            step = values.pop("step")
+            self.tracker.log({f"{place}/{name}": value for name, value in values.items()}, step=step)
 
     def rewind(self, task: int, purpose: str, step: int) -> None:
-        """Forget the lines of this training after this step, and a last line that a crash cut off."""
+        """Forget the lines of this training after this step, and lines that a crash cut off."""
         if not self.enabled or not self.path.exists():
             return
-        kept, text = [], self.path.read_text()
-        for line in text.splitlines():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if (values.get("task"), values.get("purpose")) != (task, purpose) or values["step"] <= step:
-                kept.append(line)
-        if text != (kept_text := "".join(line + "\n" for line in kept)):
-            atomic_write(self.path, kept_text)
+        text = self.path.read_bytes().decode(errors="replace")
+        kept = "".join(f"{line}\n" for line in text.splitlines() if self._stays(line, task, purpose, step))
+        if text != kept:
+            atomic_write(self.path, kept)
+
+    @staticmethod
+    def _stays(line: str, task: int, purpose: str, step: int) -> bool:
+        try:
+            values = json.loads(line)
+            return (values["task"], values["purpose"]) != (task, purpose) or values["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            return False
 
 
 class Run:
@@ -98,7 +82,7 @@ class Run:
         self._inside = 0.0  # seconds of the timed blocks inside the present one
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.runtime.device
 
     @property
@@ -106,11 +90,17 @@ class Run:
         """Pictures for the report."""
         return Panels(self.folder / "panels", self.runtime.is_main)
 
+    def loading(self, transform: Any, batch_size: int, task: int, purpose: str, **options: Any) -> Loading:
+        """Say how this run makes batches of a training, named by task and purpose; options are `Loading`'s."""
+        key = (self.seed, task, purpose)
+        options = {"num_workers": self.num_workers, "shard": self.runtime.shard, **options}
+        return Loading(transform, batch_size, key, self.device, **options)
+
     def checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints", name)
 
     def fit_checkpoints(self, task: int, purpose: str) -> Checkpoints:
-        """The checkpoints inside one training."""
+        """Return the checkpoints inside one training."""
         return self.checkpoints(f"fit_{task}_{purpose}")
 
     def forget_fits(self) -> None:
@@ -118,7 +108,7 @@ class Run:
         self.checkpoints("fit").clear()
 
     def bar(self, total: int, label: str, start: int = 0) -> tqdm:
-        """A progress bar on a terminal, from the main process."""
+        """Make a progress bar on a terminal, from the main process."""
         return tqdm(total=total, initial=start, desc=label, disable=None if self.progress else True)
 
     @contextmanager
@@ -132,3 +122,28 @@ class Run:
             spent = time.perf_counter() - start
             self.seconds[what] = self.seconds.get(what, 0.0) + spent - self._inside
             self._inside = outside + spent
+
+    def track(self, log_with: str | None, name: str, config: dict[str, Any]) -> None:
+        """Send metrics to one of Accelerate's trackers too.
+
+        Args:
+            log_with: "tensorboard" or "wandb"; None: to none.
+            name: of the run.
+            config: shown beside it.
+
+        Raises:
+            ConfigError: if the tracker's package is not installed.
+        """
+        if log_with is None or not self.runtime.is_main:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        if log_with not in [str(tracker) for tracker in get_available_trackers()]:
+            raise ConfigError(f"log_with={log_with} needs the package {log_with}: install it, or leave the key out")
+        kind = LOGGER_TYPE_TO_CLASS[log_with]
+        key = "logging_dir" if kind.requires_logging_directory else "dir"
+        self.metrics.tracker = kind(name, **{key: self.folder})
+        getattr(self.metrics.tracker, "start", lambda: None)()
+        flat = {key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+                for key, value in config.items()}  # fmt: skip
+        self.metrics.tracker.store_init_configuration(flat)

@@ -97,13 +97,19 @@ class Runtime:
             for buffer in module.buffers():
                 buffer.copy_(broadcast(buffer))
 
+    def average(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the mean of each tensor over processes; the tensors themselves when there is one."""
+        if self.accelerator.num_processes == 1:
+            return tensors
+        return [self.accelerator.reduce(tensor, reduction="mean") for tensor in tensors]
+
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Mean over processes, so that every process takes the same step; nothing to do when there is one."""
+        """Give every process the mean gradient, so that all take the same step."""
         if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                # Every process reduces every gradient: one that skipped its own would leave the others waiting.
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(own, reduction="mean")
+            # Every process reduces every gradient: one that skipped its own would leave the others waiting.
+            own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            for parameter, mean in zip(parameters, self.average(own)):
+                parameter.grad = mean
 
     def share(self, items: list[Any], work: Callable[[Any], Any]) -> list[Any]:
         """``work`` on every item, each done by one process and its result known to all, in the order of the items."""

@@ -16,7 +16,7 @@ from synth.bank import Bank
 from tests.support.toy import toy_experiment
 from utils.data.images import ImageSet
 from utils.run.errors import ConfigError
-from utils.training.checkpoint import load_tensors
+from utils.run.files import load_tensors
 
 
 class Interrupted(Exception):

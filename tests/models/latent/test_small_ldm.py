@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from models.latent.small import SmallLDM
 from tests.support.tiny_inversion import TINY_MODEL, tiny_model
 from utils.run.errors import ConfigError, WeightsError
-from utils.training.checkpoint import load_tensors, save_tensors
+from utils.run.files import load_tensors, save_tensors
 
 
 def pixels(count=3, channels=1, side=8):

@@ -1,0 +1,36 @@
+"""The log: PyCIL's lines on the console and in a file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger("reprise")
+LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"  # PyCIL's
+
+
+def log_to_console(is_main: bool = True) -> None:
+    """Send messages to standard output; of several processes only the main one tells what is not a warning."""
+    log.setLevel(logging.INFO if is_main else logging.WARNING)
+    log.propagate = False
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        log.addHandler(handler)
+
+
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Append messages to this file too, which belongs to one seed alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
