@@ -35,14 +35,14 @@ def error_of(folder, learner="icarl", **keys):
 @pytest.mark.parametrize(("real", "compressed"), [(4, 0), (3, 2), (2, 4), (0, 8)])
 def test_the_budget_is_images_and_what_maps_cost_of_them(tmp_path, real, compressed):
     learner = escort(tmp_path, real_per_class=real, syn_per_class=compressed).check()
-    assert (learner.memory.per_class, learner.num_compressed) == (real, compressed)
+    assert (learner.memory.per_class, learner.memory.handed) == (real, compressed)
 
 
 def test_with_probability_one_no_real_image_is_shown(tmp_path):
     learner = escort(tmp_path, syn_per_class=2, augmentation_prob=1.0, augmentations_per_image=1).check()
     task = learner.data.task(0)
     learner.data.advance(task)
-    learner.source.fit_before(task, learner.data.train_images(task))
+    learner.replay.source.fit_before(task, learner.data.train_images(task))
     batches = learner.make_batches(task, learner.data.train_images(task), ImageSet())
     assert (batches.rows(0) >= len(batches.labels)).all()
 
@@ -54,18 +54,18 @@ def test_more_real_exemplars_than_the_budget_are_refused_without_maps_too(tmp_pa
 
 def test_a_reservoir_compresses_other_images_than_it_keeps(tmp_path):
     experiment = toy_experiment("replay", tmp_path, "small_controlnet", memory_per_class=4, selection="reservoir")
-    experiment.run()
+    experiment.learn_all()
     learner, task = experiment.learner, experiment.data.task(2)
     own = experiment.data.train_images(task).select([5])
-    real, maps = learner.memory.images.select([5]), learner.source.maps[5]
-    kept = {learner.source.compress(real.image(position)).item for position in range(len(real))}
-    assert len(maps) == 3 and len(learner.picks(task, 5, own)) == 5
+    real, maps = learner.memory.images.select([5]), learner.replay.source.maps[5]
+    kept = {learner.replay.source.compress(real.image(position)).item for position in range(len(real))}
+    assert len(maps) == 3 and len(learner.choose(task, 5, own)) == 5
     assert not kept & {one.item for one in maps}
 
 
 def test_a_reservoir_keeps_no_more_real_exemplars_than_the_maps_leave(tmp_path):
     experiment = toy_experiment("replay", tmp_path, "small_controlnet", memory_per_class=4, selection="reservoir")
-    experiment.run()
+    experiment.learn_all()
     assert experiment.learner.memory.images.counts(6).tolist() == [2] * 6  # 2 + 3 / 2 <= 4
 
 
@@ -95,21 +95,21 @@ def test_real_exemplars_of_a_learner_without_memory_are_refused(tmp_path):
 
 def test_first_picks_stay_images_and_the_next_ones_become_maps(tmp_path):
     experiment = escort(tmp_path, real_per_class=2, syn_per_class=3)
-    experiment.run()
+    experiment.learn_all()
     learner = experiment.learner
     assert learner.memory.images.counts(6).tolist() == [2] * 6
-    assert {label: len(maps) for label, maps in learner.source.maps.items()} == dict.fromkeys(range(6), 3)
-    picks = learner.picks(experiment.data.task(2), 5, None)  # of the last task, remembered
+    assert {label: len(maps) for label, maps in learner.replay.source.maps.items()} == dict.fromkeys(range(6), 3)
+    picks = learner.choose(experiment.data.task(2), 5, None)  # of the last task, remembered
     own = experiment.data.train_images(experiment.data.task(2)).select([5])
     kept = learner.memory.images.select([5])
     assert all(torch.equal(kept.image(i), own.image(pick)) for i, pick in enumerate(picks[:2]))
-    assert [learner.source.compress(own.image(pick)) for pick in picks[2:]] == learner.source.maps[5]
+    assert [learner.replay.source.compress(own.image(pick)) for pick in picks[2:]] == learner.replay.source.maps[5]
 
 
 def test_with_the_method_off_the_run_is_the_plain_learners(tmp_path):
     plain = toy_experiment("icarl", tmp_path / "plain", fixed_memory=True, memory_per_class=4)
     off = escort(tmp_path / "off", real_per_class=4, syn_per_class=0)
-    plain.run(), off.run()
+    plain.learn_all(), off.learn_all()
     networks = [experiment.folder / "checkpoints" / "task_2" / "network.safetensors" for experiment in (plain, off)]
     first, second = map(load_tensors, networks)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -117,8 +117,8 @@ def test_with_the_method_off_the_run_is_the_plain_learners(tmp_path):
 
 def test_only_what_is_shown_is_drawn(tmp_path):
     experiment = escort(tmp_path, real_per_class=1, syn_per_class=2, augmentations_per_image=5)
-    experiment.run()
-    bank = experiment.learner.bank.root
+    experiment.learn_all()
+    bank = experiment.learner.replay.folder
     files = json.loads((bank / "task_0" / "manifest.json").read_text())["files"]
     copies = {int(name.partition("_seed")[2][:2]) for name in files}
     assert len(files) < 4 * 5 and copies <= set(range(5))  # two epochs in each of two tasks show no more
@@ -129,8 +129,8 @@ def test_everything_is_drawn_before_a_training_where_that_is_asked(tmp_path):
     experiment = escort(
         tmp_path, real_per_class=1, syn_per_class=2, augmentation_prob=0.5, augmentations_per_image=3, prepare="all"
     )
-    experiment.run()
-    files = json.loads((experiment.learner.bank.root / "task_0" / "manifest.json").read_text())["files"]
+    experiment.learn_all()
+    files = json.loads((experiment.learner.replay.folder / "task_0" / "manifest.json").read_text())["files"]
     assert len(files) == 2 * 10 * 3  # ten images of each of two classes, exemplars among them
 
 
@@ -140,7 +140,7 @@ def test_prepared_and_needed_copies_train_the_same_network(tmp_path):
         experiment = escort(
             tmp_path / prepare, real_per_class=1, syn_per_class=2, augmentation_prob=0.5, prepare=prepare
         )
-        results.append(experiment.run()["accuracy_matrix"])
+        results.append(experiment.learn_all()["accuracy_matrix"])
     assert results[0] == results[1]
 
 
@@ -152,7 +152,7 @@ class Interrupted(Exception):
 def test_a_run_killed_while_it_draws_copies_ends_with_the_same_bits(moment, tmp_path, monkeypatch):
     keys = {"real_per_class": 1, "syn_per_class": 2, "augmentation_prob": 0.5, "augmentations_per_image": 3}
     whole, killed = escort(tmp_path / "whole", **keys), escort(tmp_path / "killed", **keys)
-    expected = whole.run()
+    expected = whole.learn_all()
     save, numbers = drawing.save_image, itertools.count(1)
 
     def interrupt(path, image, config):
@@ -164,7 +164,7 @@ def test_a_run_killed_while_it_draws_copies_ends_with_the_same_bits(moment, tmp_
         patch.setattr(drawing, "save_image", interrupt)
         killed.run()
     resumed = escort(tmp_path / "killed", **keys)
-    assert resumed.run()["accuracy_matrix"] == expected["accuracy_matrix"]
+    assert resumed.learn_all()["accuracy_matrix"] == expected["accuracy_matrix"]
     for name in ("network", "exemplars", "source/edge_maps", "source/model"):
         path = f"checkpoints/task_2/{name}.safetensors"
         first, second = load_tensors(whole.folder / path), load_tensors(resumed.folder / path)
@@ -174,29 +174,29 @@ def test_a_run_killed_while_it_draws_copies_ends_with_the_same_bits(moment, tmp_
 
 def files_of(experiment):
     """The copies on disk by name, with their hashes."""
-    root = experiment.learner.bank.root
+    root = experiment.learner.replay.folder
     return {path.relative_to(root): file_hash(path) for path in root.glob("task_*/*/*.png")}
 
 
 def test_a_damaged_copy_is_drawn_again(tmp_path):
     experiment = escort(tmp_path, real_per_class=1, syn_per_class=2)
-    experiment.run()
+    experiment.learn_all()
     before = files_of(experiment)
     name = max(before, key=lambda name: name.stem[-2:])  # not a first copy, for which everybody asks
-    (experiment.learner.bank.root / name).write_bytes(b"damaged")
+    (experiment.learner.replay.folder / name).write_bytes(b"damaged")
     experiment.learner.bank._verified.clear()
     experiment.learner.bank.stored(range(6))
     label, item, copy = re.fullmatch(r"(\d+)-([0-9a-f]{12})_seed(\d\d)", name.stem).groups()
-    one = experiment.learner.source.ask(*map(torch.tensor, ([int(label)], [int(item, 16)], [int(copy)])))
+    one = experiment.learner.replay.source.ask(*map(torch.tensor, ([int(label)], [int(item, 16)], [int(copy)])))
     redrawn = experiment.learner.bank.copies(one).image(0)
     assert redrawn.shape == (1, 8, 8)
 
 
 def test_copies_of_another_generator_are_refused(tmp_path):
     experiment = escort(tmp_path, real_per_class=1, syn_per_class=2)
-    experiment.run()
-    path = experiment.learner.bank.root / "task_0" / "manifest.json"
-    path.write_text(path.read_text().replace(experiment.learner.source.fingerprint(), "0" * 64))
+    experiment.learn_all()
+    path = experiment.learner.replay.folder / "task_0" / "manifest.json"
+    path.write_text(path.read_text().replace(experiment.learner.replay.source.fingerprint(), "0" * 64))
     experiment.learner.bank._verified.clear()
     with pytest.raises(BankError, match="weights is"):
         experiment.learner.bank.stored([0])
@@ -204,7 +204,7 @@ def test_copies_of_another_generator_are_refused(tmp_path):
 
 def test_finetune_with_compressed_exemplars_is_generative_replay(tmp_path):
     experiment = escort(tmp_path, "finetune", syn_per_class=3)
-    assert experiment.run()["memory_units"]["compressed"] == 18
+    assert experiment.learn_all()["memory_units"]["compressed"] == 18
     assert len(experiment.learner.memory.images) == 0
 
 
@@ -235,7 +235,7 @@ def test_the_plan_counts_copies_at_the_size_of_the_images(tmp_path):
 
 def test_report_shows_originals_maps_and_copies(tmp_path):
     experiment = escort(tmp_path, syn_per_class=2)
-    experiment.run()
+    experiment.learn_all()
     panel = json.loads((experiment.folder / "panels" / "compressed_1" / "panel.json").read_text())
     assert panel["columns"] == ["original", "edge map", "copy 0", "copy 1", "copy 2"]
     assert [row["name"] for row in panel["rows"]] == list(experiment.data.class_names[2:4])

@@ -46,7 +46,7 @@ def without_seconds(results):
 )
 def test_learner_grows_by_any_increment(name, init_cls, increment, tasks, tmp_path):
     experiment = toy_experiment(name, tmp_path, init_cls=init_cls, increment=increment, init_epoch=1, epochs=1)
-    results = experiment.run()
+    results = experiment.learn_all()
     assert len(results["accuracy_matrix"]) == tasks
     assert experiment.learner.predict(experiment.data.test_images(range(6)))["cnn"].shape == (24, 6)
 
@@ -54,21 +54,21 @@ def test_learner_grows_by_any_increment(name, init_cls, increment, tasks, tmp_pa
 @pytest.mark.parametrize("name", ALL)
 def test_learner_learns_the_first_task(name, tmp_path):
     long = {"init_epoch": 15, "com_round": 15}  # by whichever name the learner calls its epochs
-    results = toy_experiment(name, tmp_path, **long, init_lr=0.05, increment=4, epochs=1).run()
+    results = toy_experiment(name, tmp_path, **long, init_lr=0.05, increment=4, epochs=1).learn_all()
     assert results["accuracy_matrix"][0][0] >= 75
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_same_seed_gives_the_same_bits(name, tmp_path):
     first, second = (toy_experiment(name, tmp_path / part, epochs=1) for part in "ab")
-    assert without_seconds(first.run()) == without_seconds(second.run())
+    assert without_seconds(first.learn_all()) == without_seconds(second.learn_all())
     torch.testing.assert_close(weights(first), weights(second), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_another_seed_gives_other_bits(name, tmp_path):
     first, second = (toy_experiment(name, tmp_path / str(seed), epochs=1, seed=seed, increment=4) for seed in (7, 8))
-    first.run(), second.run()
+    first.learn_all(), second.learn_all()
     assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(second).values())))
 
 
@@ -76,12 +76,12 @@ def test_another_seed_gives_other_bits(name, tmp_path):
 def test_interrupted_run_ends_with_the_same_bits(name, source, precision, tmp_path, monkeypatch):
     keys = {"epochs": 2, "precision": precision, "checkpoint_every": 2}
     whole = toy_experiment(name, tmp_path / "whole", source, **keys)
-    expected = whole.run()
+    expected = whole.learn_all()
     broken = toy_experiment(name, tmp_path / "broken", source, **keys)
     for stop in stops(whole):
         interrupt(broken, stop, monkeypatch)
         broken = toy_experiment(name, tmp_path / "broken", source, **keys)
-    results = broken.run()
+    results = broken.learn_all()
     assert without_seconds(results) == without_seconds(expected)
     torch.testing.assert_close(weights(broken), weights(whole), rtol=0, atol=0)
 
@@ -108,22 +108,22 @@ def interrupt(experiment, stop, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(learner, stop, after_step if stop == "after_step" else other_hook)
-        experiment.run()
+        experiment.learn_all()
 
 
 @pytest.mark.parametrize("replay", ["keep", "redraw"])
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(replay, tmp_path, monkeypatch):
     keys = {"epochs": 1, "synth": {"name": "ddpm", **TINY_SOURCES["ddpm"], "replay": replay}}
     whole = toy_experiment("finetune", tmp_path / "whole", **keys)
-    expected = whole.run()
+    expected = whole.learn_all()
     broken = toy_experiment("finetune", tmp_path / "broken", **keys)
     write = type(broken)._write
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(type(broken), "_write", lambda self: stop_after(self, tasks=2) or write(self))
-        broken.run()
+        broken.learn_all()
     newest = broken.folder / "checkpoints" / "task_1" / "network.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
-    results = toy_experiment("finetune", tmp_path / "broken", **keys).run()
+    results = toy_experiment("finetune", tmp_path / "broken", **keys).learn_all()
     assert without_seconds(results) == without_seconds(expected)
     assert "network.safetensors is damaged" in (broken.folder / "log.txt").read_text()
 
@@ -136,7 +136,7 @@ def stop_after(experiment, tasks):
 @pytest.mark.parametrize("name", ALL)
 def test_memory_ledger_equals_the_bytes_on_disk(name, tmp_path):
     experiment = toy_experiment(name, tmp_path)
-    ledger = experiment.run()["memory_bytes"]
+    ledger = experiment.learn_all()["memory_bytes"]
     newest = experiment.folder / "checkpoints" / "task_2"
     assert ledger["network"] + ledger["old_branches"] == (newest / "network.safetensors").stat().st_size
     assert ledger["source"] == folder_bytes(newest / "source")
@@ -152,7 +152,7 @@ def test_learner_works_while_past_data_is_sealed(name, tmp_path, monkeypatch):
     seen = []
     original = experiment.data.train_images
     monkeypatch.setattr(experiment.data, "train_images", lambda task: seen.append(task.index) or original(task))
-    experiment.run()
+    experiment.learn_all()
     assert experiment.data.upper_bound is False
     assert seen == sorted(seen)  # never an earlier task's
 
@@ -160,5 +160,5 @@ def test_learner_works_while_past_data_is_sealed(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ALL)
 def test_finished_run_is_known_as_finished(name, tmp_path):
     assert toy_experiment(name, tmp_path).finished() is None
-    results = toy_experiment(name, tmp_path).run()
+    results = toy_experiment(name, tmp_path).learn_all()
     assert toy_experiment(name, tmp_path).finished()["final_accuracy"] == results["final_accuracy"]

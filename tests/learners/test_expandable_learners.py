@@ -67,7 +67,7 @@ def test_old_branches_keep_every_bit_through_later_tasks(name, tmp_path, monkeyp
 
     monkeypatch.setattr(LEARNERS[name], "after_training", remember)
     experiment = toy_experiment(name, tmp_path, epochs=1)
-    experiment.run()
+    experiment.learn_all()
     assert [len(branches) for branches in seen] == [1, 2, 3]
     torch.testing.assert_close(seen[2][:2], [seen[0][0], seen[1][1]], rtol=0, atol=0)
     assert not experiment.learner.network.backbone.branches[0].training
@@ -76,7 +76,7 @@ def test_old_branches_keep_every_bit_through_later_tasks(name, tmp_path, monkeyp
 @pytest.mark.parametrize("name", BOTH)
 def test_a_finished_run_can_be_asked_about_other_images(name, tmp_path):
     experiment = toy_experiment(name, tmp_path, epochs=1)
-    experiment.run()
+    experiment.learn_all()
     loaded, names = load_learner(experiment.folder)
     images = experiment.data.test_images(range(6))
     expected = experiment.learner.predict(images)
@@ -87,7 +87,7 @@ def test_a_finished_run_can_be_asked_about_other_images(name, tmp_path):
 @pytest.mark.parametrize("name", BOTH)
 def test_the_auxiliary_head_is_no_part_of_what_is_kept(name, tmp_path):
     experiment = toy_experiment(name, tmp_path, epochs=1)
-    experiment.run()
+    experiment.learn_all()
     assert not [key for key in experiment.learner.network.state_dict() if "auxiliary" in key]
 
 
@@ -101,7 +101,7 @@ def test_the_auxiliary_head_is_no_part_of_what_is_kept(name, tmp_path):
 )
 def test_memo_trains_what_its_keys_say(keys, learns, tmp_path):
     experiment = toy_experiment("memo", tmp_path, init_cls=3, increment=3, epochs=1, **keys)
-    experiment.run()
+    experiment.learn_all()
     backbone = experiment.learner.network.backbone
     parts = (backbone.trunk, *backbone.branches)
     assert [all(p.requires_grad for p in part.parameters()) for part in parts] == learns
@@ -136,5 +136,5 @@ def test_a_class_that_lost_its_exemplars_keeps_no_mean_of_an_older_network(name,
         save(task)
 
     experiment._save = lose_class_zero
-    experiment.run()
+    experiment.learn_all()
     assert experiment.learner.predict(experiment.data.test_images(range(6))).keys() == {"cnn"}

@@ -20,7 +20,7 @@ EXACT = {"rtol": 0, "atol": 0}
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("utils.training.checkpoint.os.fsync", lambda _: None)
+    monkeypatch.setattr("utils.run.files.os.fsync", lambda _: None)
 
 
 def make_learner(folder, name="simplecil", **keys):
@@ -128,12 +128,12 @@ def test_asp_goes_on_in_the_middle_of_an_epoch_with_the_same_bits(place, steps, 
     caplog.set_level("INFO", "reprise")
     keys = {"pretrain_epochs": 2, "batch_size": 4, "increment": 4, "checkpoint_every": 2}
     whole = toy_experiment("asp", tmp_path / "whole", **keys)
-    whole.run()
+    whole.learn_all()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_after(patch, place, steps)
-        toy_experiment("asp", tmp_path / "broken", **keys).run()
+        toy_experiment("asp", tmp_path / "broken", **keys).learn_all()
     broken = toy_experiment("asp", tmp_path / "broken", **keys)
-    broken.run()
+    broken.learn_all()
     assert "continues at step" in (broken.folder / "log.txt").read_text()
     assert_close(broken.learner.network.state_dict(), whole.learner.network.state_dict(), **EXACT)
 
@@ -154,7 +154,7 @@ def stop_after(patch, place, steps):
 @pytest.mark.parametrize(("fs_epoch", "warned"), [(0, True), (1, False)])
 def test_asp_says_if_replay_has_nothing_to_act_on(fs_epoch, warned, tmp_path):
     experiment = toy_experiment("asp", tmp_path, "ddpm", fs_epoch=fs_epoch, pretrain_epochs=0, increment=4)
-    experiment.run()
+    experiment.learn_all()
     assert ("replay changes nothing" in (experiment.folder / "log.txt").read_text()) == warned
 
 

@@ -50,7 +50,7 @@ def learner_between_tasks(name, tmp_path, **keys):
     """A learner whose networks answer fixed logits: four classes, two of them old; and a batch of new ones."""
     learner = make_learner(toy_experiment(name, tmp_path, **keys))
     learner.network, learner.old_network = lambda images: LOGITS, lambda images: OLD
-    batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([2, 3]), torch.zeros(2, dtype=torch.bool), torch.arange(2))
+    batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([2, 3]), torch.zeros(2, dtype=torch.bool))
     return learner, batch
 
 
@@ -86,7 +86,7 @@ def test_weight_aligning_weighs_its_terms_by_the_share_of_old_classes(tmp_path):
 @pytest.mark.parametrize("name", ["wa", "der", "memo"])
 def test_new_classes_end_with_weights_as_long_as_old_ones(name, tmp_path):
     experiment = toy_experiment(name, tmp_path, epochs=1)
-    experiment.run()
+    experiment.learn_all()
     assert experiment.learner.network.align_new_weights(4) == pytest.approx(1, abs=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_one_new_class_gives_finetune_no_loss_unless_all_outputs_compete(loss_ov
 )
 def test_memory_keys_mean_what_they_mean_in_pycil(keys, per_class, tmp_path):
     experiment = toy_experiment("icarl", tmp_path, epochs=1, **keys)
-    experiment.run()
+    experiment.learn_all()
     assert experiment.learner.memory.images.counts(6).tolist() == per_class
 
 
@@ -118,13 +118,13 @@ def test_memory_keys_mean_what_they_mean_in_pycil(keys, per_class, tmp_path):
 )
 def test_reservoir_keeps_its_size(keys, total, tmp_path):
     experiment = toy_experiment("replay", tmp_path, epochs=1, selection="reservoir", **keys)
-    experiment.run()
+    experiment.learn_all()
     assert len(experiment.learner.memory.images) == total
 
 
 def test_nearest_mean_of_all_images_is_the_nearest_class_mean_classifier(tmp_path):
     experiment = toy_experiment("icarl", tmp_path, epochs=1, init_cls=6, memory_size=999)
-    experiment.run()
+    experiment.learn_all()
     learner, images = experiment.learner, experiment.data.train_images(experiment.data.task(0))
     unit = F.normalize(learner.extract_features(images))
     means = torch.stack([F.normalize(unit[images.labels == label].mean(0), dim=0) for label in range(6)])
@@ -134,7 +134,7 @@ def test_nearest_mean_of_all_images_is_the_nearest_class_mean_classifier(tmp_pat
 
 def test_joint_trains_on_every_class_seen(tmp_path):
     experiment = toy_experiment("joint", tmp_path, epochs=1)
-    results = experiment.run()
+    results = experiment.learn_all()
     task = experiment.data.task(2)
     assert experiment.learner.current_images(task).classes == list(range(6))
     assert results["upper_bound"] is True
@@ -142,7 +142,7 @@ def test_joint_trains_on_every_class_seen(tmp_path):
 
 def test_replay_images_are_marked_in_the_batches(tmp_path):
     experiment = toy_experiment("generative_replay", tmp_path, epochs=1)
-    experiment.run()
+    experiment.learn_all()
     learner, task = experiment.learner, experiment.data.task(2)
     learner.replay = learner.make_replay(task)
     batches = learner.batches(task)
@@ -156,7 +156,7 @@ def test_replay_images_are_marked_in_the_batches(tmp_path):
 def test_redraw_draws_every_old_class_before_every_task(tmp_path):
     synth = {"name": "ddpm", **TINY_SOURCES["ddpm"], "replay": "redraw"}
     experiment = toy_experiment("finetune", tmp_path, epochs=1, synth=synth)
-    results = experiment.run()
+    results = experiment.learn_all()
     bank = tmp_path / "outputs" / "syn_image_toy_seed7"
     folders = sorted(str(path.relative_to(bank)) for path in bank.glob("task_*/redraw_*"))
     assert folders == ["task_0/redraw_1", "task_0/redraw_2", "task_1/redraw_2"]
@@ -174,7 +174,7 @@ def test_large_images_from_files_go_through_the_same_life(tmp_path):
     runtime = Runtime(config.device, "fp32")
     claim_machine(claim_folder(config, "large", overwrite=False), runtime)
     experiment = Experiment(config, "large", 7, load_dataset("large", tmp_path), runtime)
-    results = experiment.run()
+    results = experiment.learn_all()
     stored = sum(path.stat().st_size for path in (tmp_path / "large" / "train").rglob("*.jpg"))
     assert results["memory_bytes"]["exemplars"] >= stored
 
@@ -195,7 +195,7 @@ def test_the_hooks_of_a_task_are_called_in_one_order(tmp_path, monkeypatch):
     for owner, hooks in ((LEARNERS["finetune"], own), (source, ("fit_before", "fit_after"))):
         for hook in hooks:
             monkeypatch.setattr(owner, hook, recorded(called, hook, getattr(owner, hook)))
-    experiment.run()
+    experiment.learn_all()
     assert called[:10] == [
         "grow_network", "fit_before", "keep_replay", "before_training", "make_replay", "batches", "after_training",
         "fit_after", "keep_replay", "after_source_fit",

@@ -64,7 +64,7 @@ def test_a_photographs_map_counts_a_twenty_fourth_whatever_its_size(size, tmp_pa
 @pytest.mark.parametrize(("real", "compressed"), [(20, 0), (19, 24), (18, 48), (17, 72), (16, 96)])
 def test_every_image_that_is_given_up_makes_room_for_twenty_four_maps(real, compressed, tmp_path):
     learner = experiment(tmp_path, coloured(2, 112), None, compressed, 20, 1, 1).check()
-    assert (learner.memory.per_class, learner.num_compressed) == (real, compressed)
+    assert (learner.memory.per_class, learner.memory.handed) == (real, compressed)
 
 
 def test_memory_has_30_then_45_then_60_entries(tmp_path):
@@ -73,7 +73,7 @@ def test_memory_has_30_then_45_then_60_entries(tmp_path):
     save = run._save
 
     def count(task):
-        entries.append((len(run.learner.memory.images), run.learner.source.num_compressed))
+        entries.append((len(run.learner.memory.images), run.learner.replay.source.num_compressed))
         save(task)
 
     run._save = count

@@ -105,7 +105,7 @@ def test_the_real_share_of_a_batch_shrinks_with_the_task(batch_size, tmp_path):
 
 def test_p12_the_classifier_is_as_it_was_after_it_has_guided(tmp_path):
     experiment = toy_experiment("guide", tmp_path, "ddpm")
-    experiment.run()
+    experiment.learn_all()
     learner, task = experiment.learner, experiment.data.task(1)
     learner.network.train().zero_grad()
     before = {name: value.clone() for name, value in learner.network.state_dict().items()}
@@ -119,9 +119,9 @@ def test_p12_the_classifier_is_as_it_was_after_it_has_guided(tmp_path):
 @pytest.mark.parametrize("bends", [True, False])
 def test_p12_a_graph_is_built_where_something_bends_and_nowhere_else(bends, tmp_path):
     experiment = toy_experiment("guide", tmp_path, "ddpm", use_new_grad=bends)
-    experiment.run()
+    experiment.learn_all()
     graphs = []
-    experiment.learner.source.generator.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    experiment.learner.replay.source.generator.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     assert len(experiment.learner.draw_replay(experiment.data.task(1), step=0)) == 8
     assert graphs and set(graphs) == {bends}
 

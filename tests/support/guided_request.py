@@ -18,11 +18,11 @@ def draw(folder: Path, rank: int):
     learner, task = experiment.check(), experiment.data.task(1)
     learner.grow_network(task)
     seeding.seed_everything("untrained")
-    for layer in (learner.source.network.unet.conv_out, learner.network.head):
+    for layer in (learner.replay.source.network.unet.conv_out, learner.network.head):
         torch.nn.init.normal_(layer.weight, std=0.3)
     for buffer in learner.network.buffers():
         buffer += rank
-    learner.source.fitted_classes = {0, 1}
+    learner.replay.source.fitted_classes = {0, 1}
     return torch.cat([part.images for part in learner.draw_replay(task, step=0).parts])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from learners import LEARNERS
 from learners.run.configure import build_config
 from learners.run.experiment import Experiment
 from synth import SOURCES
+from synth.escort.copies import Copied
+from synth.replay import Replay
 from tests.support.tiny_controlnet import tiny_controlnet_folders
 from tests.support.tiny_ldm import tiny_ldm_folder
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
+from utils.run.errors import ConfigError
 from utils.run.folder import claim_folder, claim_machine
 from utils.training import seeding
 from utils.training.runtime import Runtime
@@ -149,7 +153,13 @@ def tiny_source(name: str) -> dict[str, Any]:
 
 def goes_with(learner: type, source: type) -> bool:
     """Whether a learner can replay from a source."""
-    return source.kind in learner.accepts and (source.can_be_guided or not learner.guides)
+    if source.samples not in learner.accepts:
+        return False
+    try:
+        (learner.replay_kind or Replay).check(SimpleNamespace(model_name="", synth=SimpleNamespace(name="")), source)
+    except ConfigError:
+        return False
+    return True
 
 
 def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) -> dict[str, Any]:
@@ -163,7 +173,7 @@ def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) 
     raw |= TINY_LEARNERS.get(learner, {})
     if source is not None:
         raw["synth"] = tiny_source(source)
-        if SOURCES[source].makes_copies:  # which take their share of a fixed number per class
+        if SOURCES[source].usual_replay is Copied:  # whose maps take their share of a fixed number per class
             raw |= {"fixed_memory": True, "memory_per_class": 3}
     return {**raw, **keys}
 

@@ -22,7 +22,7 @@ class Painter(ReplaySource):
 
     side, drawn = 8, 0
 
-    def generate(self, requests, guide=None):
+    def generate(self, requests):
         self.drawn += len(requests)
         grey = (requests.labels * 20 + requests.copy).to(torch.uint8)
         return ImageSet.of(grey.view(-1, 1, 1, 1).expand(-1, 1, self.side, self.side).contiguous(), requests.labels)

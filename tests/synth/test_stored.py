@@ -77,9 +77,9 @@ def purposes(run) -> set[str]:
 )
 def test_a_run_on_stored_sources_has_the_bits_of_the_run_that_trained_them(source, replay, tmp_path):
     first = experiment(tmp_path / "first", source, replay=replay, keep_sources=True)
-    first.run()
+    first.learn_all()
     second = experiment(tmp_path / "second", source, replay=replay, source_dir=str(first.folder))
-    second.check(), second.run()
+    second.check(), second.learn_all()
     assert_same_outcome(second, first)
     assert purposes(first) > purposes(second) == {"train"}
 
@@ -87,9 +87,9 @@ def test_a_run_on_stored_sources_has_the_bits_of_the_run_that_trained_them(sourc
 def test_another_learner_with_other_sampling_takes_the_same_sources(kept, tmp_path):
     drawn_otherwise = {"replay": "redraw", "timestep_respacing": "3", "sampler": "ddpm", "syn_per_class": 2}
     run = taking(tmp_path, kept, learner="finetune", **drawn_otherwise, sample_batch=8, image_format="jpg")
-    assert run.run()["finished"] and run.learner.source.fitted_classes == {0, 1, 2, 3}
+    assert run.run()["finished"] and run.learner.replay.source.fitted_classes == {0, 1, 2, 3}
     stored = json.loads((kept / "sources" / "task_1" / "manifest.json").read_text())
-    assert run.learner.source.fingerprint() == stored["weights"]
+    assert run.learner.replay.source.fingerprint() == stored["weights"]
 
 
 @pytest.mark.parametrize("place", [".", "..", "sources"])
@@ -137,14 +137,14 @@ STOPS = [(LEARNERS["generative_replay"], "make_replay"), (Checkpoints, "save")]
 def test_a_run_that_was_cut_off_ends_with_the_same_sources(owner, name, kept, tmp_path, monkeypatch):
     break_off(experiment(tmp_path, keep_sources=True), monkeypatch, owner, name, task=1)
     again = experiment(tmp_path, keep_sources=True)
-    again.run()
+    again.learn_all()
     assert files(again.folder / "sources") == files(kept / "sources")
 
 
 def test_a_run_on_stored_sources_that_was_cut_off_ends_with_the_same_bits(keeping, kept, tmp_path, monkeypatch):
     break_off(taking(tmp_path, kept), monkeypatch, *STOPS[0], task=1)
     again = taking(tmp_path, kept)
-    again.run()
+    again.learn_all()
     assert_same_outcome(again, keeping)
 
 

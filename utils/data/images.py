@@ -192,7 +192,7 @@ class Samples:
         return torch.cat(columns) if columns else torch.empty(0, dtype=torch.int64)
 
     def soft_targets(self) -> Tensor | None:
-        """Return a distribution over classes for each sample, (N, K): its own, else its label's; None if none has one."""
+        """Return a distribution over classes per sample, (N, K): its own, else its label's; None if none has one."""
         widths = {part.columns["soft_targets"].shape[1] for part in self.parts if "soft_targets" in part.columns}
         if not widths:
             return None

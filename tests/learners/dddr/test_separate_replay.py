@@ -22,7 +22,7 @@ class Painter(ReplaySource):
     def fit_before(self, task, images):
         self.fitted_classes |= set(task.classes)
 
-    def generate(self, requests, guide=None):
+    def generate(self, requests):
         grey = (10 * requests.labels + requests.copy).to(torch.uint8)
         return ImageSet.of(grey.view(-1, 1, 1, 1).expand(-1, 1, 8, 8), requests.labels)
 
@@ -48,7 +48,7 @@ def begin(learner, index, prepare=True):
     for task in learner.data.tasks():
         learner.grow_network(task)
         if learner.source is not None and (task.index < index or prepare):
-            learner.source.fit_before(task, learner.data.train_images(task))
+            learner.replay.source.fit_before(task, learner.data.train_images(task))
             learner.keep_replay(task)
         if task.index == index:
             learner.replay = learner.make_replay(task)

@@ -17,7 +17,7 @@ from utils.run.errors import ConfigError
 def learned(folder, **keys):
     """A learner that has learned its tasks, and the second of them."""
     experiment = toy_experiment("guide", folder, "ddpm", **keys)
-    experiment.run()
+    experiment.learn_all()
     return experiment.learner, experiment.data.task(1)
 
 
@@ -119,7 +119,7 @@ def test_guided_images_depend_on_the_chunks_by_rounding_alone(tmp_path):
     learner, task = learned(tmp_path, limit_tasks=2)
     requests = Requests.of_labels(torch.arange(12) % 2, (0,))
     in_fours = pixels(learner.draw(task, requests))
-    learner.source.chunk_size = 5
+    learner.replay.source.chunk_size = 5
     assert (pixels(learner.draw(task, requests)) - in_fours).abs().max() <= 1
 
 
@@ -129,7 +129,7 @@ def test_a_checkpointed_network_guides_to_the_same_images(tmp_path, monkeypatch)
     plain = pixels(learner.draw(task, requests))
     calls, original = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
-    learner.source.generator.unet.enable_gradient_checkpointing()
+    learner.replay.source.generator.unet.enable_gradient_checkpointing()
     assert (pixels(learner.draw(task, requests)) - plain).abs().max() <= 1 and calls
 
 
@@ -161,12 +161,12 @@ def test_the_last_replay_and_a_picture_of_guidance_are_left_to_look_at(tmp_path)
 
 def test_without_a_source_it_trains_on_full_batches_of_real_images(tmp_path):
     experiment = toy_experiment("guide", tmp_path)
-    results = experiment.run()
+    results = experiment.learn_all()
     assert results["source"] is None and results["eval_logits"] == "all"
     assert experiment.learner.training_batches.batch_size == 16 and not len(experiment.learner.training_batches.replay)
 
 
 def test_the_joint_form_sees_all_real_images(tmp_path):
     experiment = toy_experiment("guide_joint", tmp_path)
-    assert experiment.run()["upper_bound"] is True
+    assert experiment.learn_all()["upper_bound"] is True
     assert len(experiment.learner.training_batches.labels) == 60

@@ -23,11 +23,11 @@ def given_images(bank, **keys):
 
 
 def test_a_run_on_given_images_fits_draws_and_keeps_no_source(tmp_path, monkeypatch):
-    toy_experiment("finetune", tmp_path / "first", "ddpm", init_cls=4).run()
+    toy_experiment("finetune", tmp_path / "first", "ddpm", init_cls=4).learn_all()
     for method in ("fit_before", "fit_after", "generate", "save"):
         monkeypatch.setattr(SOURCES["ddpm"], method, forbidden)
     bank = tmp_path / "first" / "outputs" / "syn_image_toy_seed7"
-    results = toy_experiment("finetune", tmp_path / "second", synth=given_images(bank), init_cls=4).run()
+    results = toy_experiment("finetune", tmp_path / "second", synth=given_images(bank), init_cls=4).learn_all()
     assert results["finished"] and results["memory_bytes"]["source"] == 0
     assert results["memory_bytes"]["bank"] > 0
 
@@ -41,14 +41,14 @@ def test_given_images_that_are_missing_are_missed_before_anything_is_learned(tmp
 def test_frozen_weights_of_learner_and_source_stand_in_the_ledger_beside_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(LEARNERS["finetune"], "frozen_bytes", lambda self: 1000)
     monkeypatch.setattr(SOURCES["ddpm"], "frozen_bytes", lambda self: 234)
-    results = toy_experiment("finetune", tmp_path, "ddpm", init_cls=4).run()
+    results = toy_experiment("finetune", tmp_path, "ddpm", init_cls=4).learn_all()
     assert results["memory_bytes"]["frozen"] == 1234
 
 
 def test_a_few_shot_run_tells_base_and_novel_in_results_log_and_report(tmp_path, caplog):
     caplog.set_level("INFO", "reprise")
     experiment = toy_experiment("finetune", tmp_path, kshot=3)
-    fscil = experiment.run()["fscil"]
+    fscil = experiment.learn_all()["fscil"]
     assert len(fscil["base"]) == len(fscil["performance_drop"]) == 3 and fscil["novel"][0] is None
     assert json.loads((experiment.folder / "results.json").read_text())["fscil"] == fscil
     assert (experiment.folder / "log.txt").read_text().count("Few-shot session") == 3
@@ -61,7 +61,7 @@ def test_panels_that_a_learner_makes_are_shown_in_the_report(tmp_path, monkeypat
 
     monkeypatch.setattr(LEARNERS["finetune"], "after_training", show)
     experiment = toy_experiment("finetune", tmp_path, init_cls=4)
-    assert experiment.run()["class_forgetting"] >= 0
+    assert experiment.learn_all()["class_forgetting"] >= 0
     page = (experiment.folder / "report.html").read_text()
     assert page.index("<h2>Shown</h2>") < page.index("part 0") < page.index("part 1")
 

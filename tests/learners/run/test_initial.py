@@ -22,7 +22,7 @@ SHARING = [name for name in LEARNERS.names() if LEARNERS[name].first_loss]
 def run_of(learner, folder, **keys):
     """A run of the toy data's first two tasks, ended."""
     experiment = toy_experiment(learner, folder, init_cls=4, **keys)
-    return experiment, experiment.run()
+    return experiment, experiment.learn_all()
 
 
 def refusal(folder, first, learner="icarl", **keys):

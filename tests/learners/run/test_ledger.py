@@ -37,7 +37,7 @@ def bytes_on_disk(experiment):
     checkpoint = newest(experiment)
     files = [path for path in checkpoint.glob("*.safetensors") if load_tensors(path)]
     files += [path for path in (checkpoint / "source").rglob("*") if path.is_file()]
-    if experiment.learner.source is None or not experiment.learner.source.makes_copies:  # these, maps bring back
+    if experiment.learner.replay.source is None or not experiment.learner.replay.source.makes_copies:  # these, maps bring back
         files += (experiment.folder.parents[1] / "syn_image_toy_seed7").glob("task_*/*/*-*.png")
     return sum(path.stat().st_size for path in files)
 
@@ -52,7 +52,7 @@ def ledgers(experiment):
         found.append((memory, bytes_on_disk(experiment)))
 
     experiment._save = look
-    experiment.run()
+    experiment.learn_all()
     return found
 
 
@@ -105,7 +105,7 @@ def test_the_total_is_what_lies_on_disk_after_every_task(learner, source, tmp_pa
 
 def test_old_branches_are_told_apart_from_the_rest_of_the_network(tmp_path):
     experiment = toy_experiment("memo", tmp_path)
-    memory = experiment.run()["memory_bytes"]
+    memory = experiment.learn_all()["memory_bytes"]
     tensors = load_tensors(newest(experiment) / "network.safetensors")
     old = [tensor for name, tensor in tensors.items() if re.search(r"branches\.[01]\.", name)]
     assert memory["old_branches"] == sum(tensor.nbytes for tensor in old) > 0
@@ -115,7 +115,7 @@ def test_old_branches_are_told_apart_from_the_rest_of_the_network(tmp_path):
 
 def test_a_source_is_split_by_what_its_files_hold(tmp_path):
     experiment = toy_experiment("finetune", tmp_path, "small_ldm")
-    memory = experiment.run()["memory_bytes"]
+    memory = experiment.learn_all()["memory_bytes"]
     vectors = newest(experiment) / "source" / "class_embeddings.safetensors"
     assert memory["class_embeddings"] == vectors.stat().st_size
     assert memory["source"] == memory["class_embeddings"] + memory["generator"] and memory["edge_maps"] == 0
@@ -124,7 +124,7 @@ def test_a_source_is_split_by_what_its_files_hold(tmp_path):
 def test_units_count_exemplars_as_raw_images_nominally_and_by_their_bytes(tmp_path):
     experiment = toy_experiment("icarl", tmp_path, "ddpm")
     learner = experiment.check()
-    learner.source.num_compressed, learner.source.nominal_share = 48, 1 / 24
+    learner.replay.source.num_compressed, learner.replay.source.nominal_share = 48, 1 / 24
     learner.memory.images = ImageSet.of(torch.zeros(18, 1, 8, 8, dtype=torch.uint8), torch.zeros(18).long())
     units = count_units(learner, {"exemplars": 18 * 64, "edge_maps": 48 * 8})
     assert units == {
@@ -161,7 +161,7 @@ def test_generated_images_go_before_real_ones_unless_it_is_asked_for_the_other_w
 
 def test_the_class_with_most_loses_its_last_image_and_of_equals_the_later_class(free, tmp_path):
     experiment = with_budget(tmp_path, free[2], 1, memory_drop="real")
-    experiment.run()
+    experiment.learn_all()
     assert experiment.learner.memory.counts() == {0: 2, 1: 2, 2: 2, 3: 2, 4: 2, 5: 1}
     stored = load_tensors(newest(experiment) / "exemplars.safetensors")
     assert stored["labels_0"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5] and len(stored["images_0"]) == 11
@@ -174,9 +174,9 @@ def test_the_class_with_most_loses_its_last_image_and_of_equals_the_later_class(
 def test_compressed_exemplars_go_before_replay_images(spare, maps, loses_images, free, tmp_path, monkeypatch):
     monkeypatch.setitem(SOURCES._entries, "ddpm", Compressor)
     experiment = with_budget(tmp_path, {"total": free[2]["total"] + 800}, spare)
-    memory = experiment.run()["memory_bytes"]
+    memory = experiment.learn_all()["memory_bytes"]
     assert memory["edge_maps"] == 100 * sum(maps.values())
-    assert experiment.learner.source.compressed_counts() == maps
+    assert experiment.learner.replay.source.compressed_counts() == maps
     assert (memory["bank"] < free[2]["bank"]) == loses_images and memory["exemplars"] == free[2]["exemplars"]
 
 
@@ -190,7 +190,7 @@ def test_a_run_killed_around_its_dropping_ends_with_the_same_bits(moment, free, 
         killed._learn = lambda task: (learn(task), task.index == 1 and patch.setattr(*moment, interrupt))
         killed.run()
     resumed = with_budget(tmp_path / "killed", free[1], 150)
-    memory = resumed.run()["memory_bytes"]
+    memory = resumed.learn_all()["memory_bytes"]
     assert memory["total"] == bytes_on_disk(resumed)
     torch.testing.assert_close(
         resumed.learner.network.state_dict(), expected.learner.network.state_dict(), rtol=0, atol=0
@@ -207,7 +207,7 @@ def test_a_budget_that_a_source_bursts_is_refused_with_the_sum_at_the_first_task
     experiment = toy_experiment("icarl", tmp_path, "ddpm", memory_budget_mb=(free[0]["network"] + 100) / 1e6)
     experiment.check()
     with pytest.raises(ConfigError, match=r"after task 0 there remain source \d+ \+ network \d+ \+ prototypes \d+ = "):
-        experiment.run()
+        experiment.learn_all()
     assert not (experiment.folder / "checkpoints" / "task_0").exists()
 
 

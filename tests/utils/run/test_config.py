@@ -8,7 +8,7 @@ from pydantic import Field
 from learners.run.configure import build_config
 from utils.run.config import BaseConfig, RunConfig
 from utils.run.errors import ConfigError
-from utils.run.words import apply_overrides, gather_keys, merge_aliases, read_experiment
+from utils.run.words import apply_overrides, read_experiment, translate
 
 
 class Example(BaseConfig):
@@ -174,16 +174,16 @@ def test_an_override_without_key_and_sign_is_an_error(override):
 @pytest.mark.parametrize("key", ["backbone_type", "convnet_type"])
 @pytest.mark.parametrize("override", ["backbone_type", "convnet_type"])
 def test_pilots_backbone_type_is_convnet_type_in_file_and_override(key, override):
-    assert merge_aliases({key: "resnet20"}) == {"convnet_type": "resnet20"}
-    assert merge_aliases(apply_overrides({key: "resnet20"}, [f"{override}=vit"])) == {"convnet_type": "vit"}
+    assert translate({key: "resnet20"}) == {"convnet_type": "resnet20"}
+    assert translate(apply_overrides({key: "resnet20"}, [f"{override}=vit"])) == {"convnet_type": "vit"}
 
 
 def test_two_spellings_of_one_key_must_agree():
-    assert merge_aliases({"backbone_type": "a", "convnet_type": "a"}) == {"convnet_type": "a"}
-    assert merge_aliases({"backbone_type": None, "convnet_type": "a"}) == {"convnet_type": "a"}
-    assert merge_aliases({"backbone_type": "a", "convnet_type": None}) == {"convnet_type": "a"}
+    assert translate({"backbone_type": "a", "convnet_type": "a"}) == {"convnet_type": "a"}
+    assert translate({"backbone_type": None, "convnet_type": "a"}) == {"convnet_type": "a"}
+    assert translate({"backbone_type": "a", "convnet_type": None}) == {"convnet_type": "a"}
     with pytest.raises(ConfigError, match="are one key"):
-        merge_aliases({"backbone_type": "a", "convnet_type": "b"})
+        translate({"backbone_type": "a", "convnet_type": "b"})
 
 
 # ---------------------------------------------------------------------- flat keys of the originals
@@ -211,7 +211,7 @@ def test_two_spellings_of_one_key_must_agree():
     ],
 )
 def test_flat_keys_of_the_originals_move_into_a_source(flat, synth):
-    moved = merge_aliases({"dataset": "digits", **flat})
+    moved = translate({"dataset": "digits", **flat})
     assert moved.get("synth") == synth
     assert synth is None or set(moved) == {"dataset", "synth"}
 
@@ -227,7 +227,7 @@ def test_flat_keys_of_the_originals_move_into_a_source(flat, synth):
 )
 def test_a_flat_key_that_contradicts_the_source_is_named_with_what_it_contradicts(raw, named):
     with pytest.raises(ConfigError) as caught:
-        merge_aliases(raw)
+        translate(raw)
     assert all(words in str(caught.value) for words in named)
 
 

@@ -34,7 +34,7 @@ class RandomBatches:
             inputs = torch.randn(self.shape, generator=seeding.generator("inputs", epoch, step))
             self.drawn += 1
             labels = torch.arange(len(inputs)) % 2
-            yield Batch(inputs, labels, labels == 0, labels)
+            yield Batch(inputs, labels, labels == 0)
 
     def state_dict(self):
         return {"drawn": self.drawn}
@@ -45,7 +45,7 @@ class RandomBatches:
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("utils.training.checkpoint.os.fsync", lambda _: None)
+    monkeypatch.setattr("utils.run.files.os.fsync", lambda _: None)
 
 
 class Killed(Exception):
