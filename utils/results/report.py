@@ -12,7 +12,7 @@ from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from utils.results.figures import Chart, human_bytes, human_seconds
 from utils.results.gallery import GalleryRow, thumbnail
@@ -20,7 +20,6 @@ from utils.results.metrics import forgetting_per_task
 from utils.results.panels import Panel
 from utils.training.checkpoint import atomic_write
 
-REPLAY_MEMORY = ("exemplars", "bank", "source")
 MEMORY_NAMES = {  # in the order of the table; other keys come first, by their own name
     "exemplars": "exemplars (real images kept)",
     "bank": "bank (generated images kept)",
@@ -98,42 +97,31 @@ def write_report(
         DataError: if an image file of the gallery cannot be read.
     """
     results = defaultdict(lambda: None, results)
-    memory, few_shot = results["memory_bytes"] or {}, _few_shot(results)
-    page = _pages().get_template("report.html.j2").render(
+    page = _template().render(
         results=results,
-        name=str(results["name"] or "run"),
-        sizes=results["task_sizes"] or [],
-        matrix=results["accuracy_matrix"] or [],
-        few_shot=few_shot,
-        exemplar_bytes=memory.get("exemplars"),
-        replay_bytes=sum(memory.get(part) or 0 for part in REPLAY_MEMORY),
-        total_seconds=(results["seconds"] or {}).get("total"),
+        few_shot=_few_shot(results),
         curves=_curves(results),
         lost=_lost(results),
-        sessions=_sessions(few_shot),
+        sessions=_sessions(_few_shot(results)),
         long_tail=_long_tail(results["long_tail"] or {}),
         classes=_classes(results),
         gallery=_by_task(gallery),
-        accuracies=defaultdict(lambda: None, enumerate(results["per_class_accuracy"] or [])),
         panels=[(*key, list(group)) for key, group in groupby(panels, lambda panel: (panel.title, panel.note))],
-        memory=_memory(memory),
+        memory=_memory(results["memory_bytes"] or {}),
         units=_units(results["memory_units"] or {}),
         seconds=_seconds(results["seconds"] or {}),
         environment=_pairs(environment or results["environment"] or {}),
         config=_pairs(dict(_flat(config))),
-    )  # fmt: skip
+    )
     atomic_write(path, page)
 
 
-def _pages() -> Environment:
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )  # fmt: skip
-    pages.filters |= {
-        function.__name__.lstrip("_"): function for function in (_short, human_bytes, human_seconds, thumbnail)
-    }
-    return pages
+def _template() -> Template:
+    loader = FileSystemLoader(Path(__file__).parent)
+    # A misspelled variable is an error instead of an empty place on the page.
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    pages.filters.update(short=_short, human_bytes=human_bytes, human_seconds=human_seconds, thumbnail=thumbnail)
+    return pages.get_template("report.html.j2")
 
 
 def _short(value: Any) -> str:
