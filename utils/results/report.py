@@ -35,19 +35,7 @@ MEMORY_NAMES = {  # in the order of the table; other keys come first, by their o
     "all_real_data": "for comparison: all real training data",
 }
 ALWAYS_SHOWN = {"exemplars", "bank", "source", "network", "total", "frozen", "all_real_data"}  # others only if not 0
-UNIT_NAMES = {
-    "real": "real exemplars",
-    "compressed": "compressed exemplars",
-    "compressed_units": "compressed exemplars, in units",
-    "nominal": "units, nominally",
-    "true": "units that the bytes of exemplars and edge maps fill",
-}
-SECONDS_NAMES = {
-    "train": "train the classifier",
-    "fit_source": "fit the replay source",
-    "generate": "generate images",
-    "evaluate": "evaluate",
-}
+UNITS = ("real", "compressed", "compressed_units", "nominal", "true")
 CURVES = {
     "top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve", "val top-1": "val_top1_curve"
 }  # fmt: skip
@@ -59,7 +47,8 @@ class Column(NamedTuple):
 
     Args:
         title: its head.
-        kind: "text", "n" (numbers), "share" (%), "bytes", "seconds", "bar" (a fraction) or "change" (a signed one).
+        kind: "text", "n" (numbers), "share" (%), "bytes", "seconds", "bar" (a fraction), "change" (a signed one), or
+            "phase" and "unit", whose words the template has.
         values: a cell per row; None is shown as a dash, text as it is.
     """
 
@@ -224,9 +213,9 @@ def _units(units: dict[str, float]) -> list[Column]:
     """Exemplars as papers count them; nothing of a run that keeps none."""
     if not units.get("nominal"):
         return []
-    numbers = [f"{units[key]:,.2f}".removesuffix(".00") for key in UNIT_NAMES]
+    numbers = [f"{units[key]:,.2f}".removesuffix(".00") for key in UNITS]
     title = f"in raw images of {human_bytes(units['unit_bytes'])}"
-    return [Column(title, "text", list(UNIT_NAMES.values())), Column("", "n", numbers)]
+    return [Column(title, "unit", UNITS), Column("", "n", numbers)]
 
 
 def _seconds(given: dict[str, float | None]) -> list[Column]:
@@ -236,7 +225,7 @@ def _seconds(given: dict[str, float | None]) -> list[Column]:
     total = seconds.pop("total", None) or sum(seconds.values()) or 1
     seconds["other"] = max(total - sum(seconds.values()), 0.0)
     return [
-        Column("", "text", [*(SECONDS_NAMES.get(key, key) for key in seconds), "total"]),
+        Column("", "phase", [*seconds, "total"]),
         Column("time", "seconds", [*seconds.values(), total]),
         Column("% of the total", "n", [*(100 * value / total for value in seconds.values()), 100.0]),
         Column("", "bar", [*(value / total for value in seconds.values()), ""]),
