@@ -68,7 +68,7 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
         FigureCanvasAgg(figure)  # needs no display
         axes = figure.add_subplot(xlabel="classes seen", ylabel="accuracy (%)")
         for number, line in enumerate(lines):
-            _draw(axes, line, number)
+            draw_line(axes, line, number)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)  # beside, it would cover lines
@@ -77,7 +77,8 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     atomic_write(path, file.getvalue())
 
 
-def _draw(axes, line: Line, number: int) -> None:
+def draw_line(axes, line: Line, number: int) -> None:
+    """Draw one run on matplotlib's ``axes``; its number chooses colour, marker and style."""
     tasks = list(zip(*line.curves))  # a tuple over seeds per task
     seen = list(accumulate(line.task_sizes))[: len(tasks)]
     means = [fmean(values) for values in tasks]

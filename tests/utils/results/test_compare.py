@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from utils.results.compare import main
-from utils.results.plot import Line, _draw
+from utils.results.plot import Line, draw_line
 
 ROOT = Path(__file__).parents[3]
 
@@ -189,7 +189,7 @@ def test_a_pdf_holds_no_type_3_fonts(tmp_path, capsys):
 
 def test_lines_are_means_in_a_band_of_the_sample_deviation():
     axes = Figure().add_subplot()
-    _draw(axes, Line("wa", [4, 2], [[90.0, 70.0], [92.0, 76.0]]), 0)
+    draw_line(axes, Line("wa", [4, 2], [[90.0, 70.0], [92.0, 76.0]]), 0)
     (line,), (band,) = axes.lines, axes.collections
     assert line.get_xydata().tolist() == [[4, 91], [6, 73]]
     low, high = band.get_paths()[0].get_extents().intervaly
@@ -198,7 +198,7 @@ def test_lines_are_means_in_a_band_of_the_sample_deviation():
 
 def test_one_seed_has_no_band():
     axes = Figure().add_subplot()
-    _draw(axes, Line("wa", [4, 2], [[90.0, 70.0]]), 0)
+    draw_line(axes, Line("wa", [4, 2], [[90.0, 70.0]]), 0)
     assert len(axes.lines) == 1 and not axes.collections
 
 
