@@ -1,4 +1,4 @@
-"""GUIDE's augmentation and AutoAugment, checked against torchvision, colorsys and loops over single images."""
+"""Rotation, colours, erased rectangles and AutoAugment, checked against torchvision, colorsys and loops over single images."""
 
 import colorsys
 

@@ -5,7 +5,7 @@ import torch
 
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.data.subsets import long_tail_counts
 from utils.run.errors import ConfigError, DataError, SealedDataError
 
@@ -32,8 +32,9 @@ def toy_dataset(per_class=10, **changes) -> Dataset:
     return Dataset(**{**fields, **changes})
 
 
-def manager(dataset=None, **settings) -> DataManager:
-    return DataManager(dataset or toy_dataset(), **{"init_cls": 2, "increment": 2, "order_seed": 3, **settings})
+def manager(dataset=None, upper_bound=False, **rules) -> DataManager:
+    split = Split(**{"init_cls": 2, "increment": 2, "order_seed": 3, **rules})
+    return DataManager(dataset or toy_dataset(), split, upper_bound)
 
 
 def test_tasks_name_their_classes_in_the_order_of_learning():
