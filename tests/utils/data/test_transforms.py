@@ -125,7 +125,8 @@ def test_brightness_multiplies_each_image_by_its_own_factor_in_range():
 
 def test_brightness_never_leaves_the_range_of_an_image():
     images = torch.full((50, 3, 2, 2), 255, dtype=torch.uint8)
-    pixels = ClassifierTransform(Augmentation(brightness=0.5), 2, (0.0,) * 3, (1.0,) * 3, True).train(images, generator())
+    brighter = ClassifierTransform(Augmentation(brightness=0.5), 2, (0.0,) * 3, (1.0,) * 3, True)
+    pixels = brighter.train(images, generator())
     assert pixels.max().item() == 1.0
 
 
