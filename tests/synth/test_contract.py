@@ -125,7 +125,8 @@ def test_rehearsal_that_was_drawn_before_a_kill_is_not_drawn_again(tmp_path, mon
 
 @pytest.mark.parametrize(("rehearsal", "own"), [("own", True), ("replay", False)])
 def test_it_rehearses_on_its_own_images_where_it_is_told_to(rehearsal, own, tmp_path):
-    source, data = fitted("ddpm", tmp_path, rehearsal=rehearsal), DataManager(toy_dataset(), Split(init_cls=2, increment=2))
+    source = fitted("ddpm", tmp_path, rehearsal=rehearsal)
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
     data.advance(TASK_1)
     replay = source.generate(Requests.of_classes([0, 1], 2, (7, "ddpm", 0)))
     source.fit_after(TASK_1, data.train_images(TASK_1), replay, ImageSet(), None)

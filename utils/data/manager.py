@@ -134,8 +134,7 @@ class DataManager:
     def images_hash(self, classes: Iterable[int]) -> str:
         """Hash which images of these classes are trained on, of all that the data set has of them, by SHA-256."""
         labels = self._train.labels
-        own = {str(label): self._kept[labels == label] for label in classes}
-        return seeding.hash_tensors(own)
+        return seeding.hash_tensors({str(label): self._kept[labels == label] for label in classes})
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be equal where a run is resumed: classes, counts, and a hash of the training images."""

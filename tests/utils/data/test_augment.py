@@ -1,4 +1,4 @@
-"""Rotation, colours, erased rectangles and AutoAugment, checked against torchvision, colorsys and loops over single images."""
+"""Changes to whole batches and AutoAugment, checked against torchvision, colorsys and loops over single images."""
 
 import colorsys
 
