@@ -186,7 +186,8 @@ def test_the_hooks_of_a_task_are_called_in_one_order(tmp_path, monkeypatch):
     replay = experiment.check().replay
     own = ("grow_network", "before_training", "batches", "after_training", "after_source_fit")
     way = ("learned", "present", "past")
-    for owner, hooks in ((LEARNERS["finetune"], own), (type(replay), way), (SOURCES["ddpm"], ("fit_before", "fit_after"))):
+    fits = ("fit_before", "fit_after")
+    for owner, hooks in ((LEARNERS["finetune"], own), (type(replay), way), (SOURCES["ddpm"], fits)):
         for hook in hooks:
             monkeypatch.setattr(owner, hook, recorded(called, hook, getattr(owner, hook)))
     experiment.learn_all()
@@ -195,7 +196,7 @@ def test_the_hooks_of_a_task_are_called_in_one_order(tmp_path, monkeypatch):
         "fit_after", "learned", "after_source_fit",
     ]  # fmt: skip
     assert called[:10] == first
-    assert called[10:21] == first[:5] + ["past"] + first[5:]
+    assert called[10:21] == [*first[:5], "past", *first[5:]]
 
 
 def recorded(called, name, hook):

@@ -41,8 +41,8 @@ def test_given_images_that_are_missing_are_missed_before_anything_is_learned(tmp
 
 def test_frozen_weights_of_learner_and_source_stand_in_the_ledger_beside_the_memory(tmp_path, monkeypatch):
     for owner, nbytes in ((LEARNERS["finetune"], 1000), (SOURCES["ddpm"], 234)):
-        add = lambda self, own=owner.carried, nbytes=nbytes: [*own(self), Carried("frozen", nbytes=nbytes, frozen=True)]
-        monkeypatch.setattr(owner, "carried", add)
+        lines = [Carried("frozen", nbytes=nbytes, frozen=True)]
+        monkeypatch.setattr(owner, "carried", lambda self, own=owner.carried, lines=lines: own(self) + lines)
     results = toy_experiment("finetune", tmp_path, "ddpm", init_cls=4).learn_all()
     assert results["memory_bytes"]["frozen"] == 1234
 

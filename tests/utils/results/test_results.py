@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.toy import toy_dataset
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.results.results import Results, summarise
 
 LOG = logging.getLogger("reprise")
@@ -15,7 +15,7 @@ RIGHT = [[4, 3], [3, 3, 2, 2], [2, 2, 1, 1, 3, 1]]
 
 
 def results_of(sessions, few_shot=True, results=None, with_val=False):
-    data = DataManager(toy_dataset(), init_cls=2, increment=2, shuffle=False, kshot=2 if few_shot else 0)
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, shuffle=False, kshot=2 if few_shot else 0))
     results = results or Results({"seed": 7}, data, few_shot, long_tailed=False)
     for index in sessions:
         labels = torch.arange(2 * index + 2).repeat_interleave(4)
