@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.frozen import fixed
 from synth import SOURCES
 from synth.base import Guide, ReplaySource
-from synth.ddpm.network import ClassUNet
+from synth.ddpm.network import ClassUNet, ClassUNetConfig
 from synth.ddpm.words import translate
 from synth.diffusion import (
     classifier_free,
@@ -52,20 +52,10 @@ class DDPM(ReplaySource):
     task's raw weights, with a new optimiser and a new moving average; the average generates.
     """
 
-    class Config(SourceConfig):
+    class Config(ClassUNetConfig, SourceConfig):
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
-        block_out_channels: list[int] = Field([128, 256, 256, 256], min_length=1, description="UNet width per level")
-        layers_per_block: int = Field(3, ge=1, description="residual blocks per level")
-        attention_levels: list[int] = Field([1, 2], description="levels with attention, 0 is the finest")
         attention_resolutions: list[int] | None = Field(
             None, description="sides in pixels at which there is attention, in place of attention_levels"
-        )
-        attention_head_dim: int = Field(64, ge=1, description="channels per attention head")
-        norm_num_groups: int = Field(32, ge=1, description="groups of every GroupNorm")
-        dropout: float = Field(0.1, ge=0, lt=1, description="inside the residual blocks")
-        resample: Literal["conv", "resnet"] = Field("conv", description="between levels: convolution or residual block")
-        gradient_checkpointing: bool = Field(
-            False, description="recompute blocks going backward: less memory in training and guided sampling, more time"
         )
         diffusion_steps: int = Field(1000, ge=1, description="time steps of the full process")
         beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
@@ -115,13 +105,14 @@ class DDPM(ReplaySource):
         self.own_sampling = Guide(config.timestep_respacing, config.sampler)
         self.check_guide(self.own_sampling)
         seeding.seed_everything(run.seed, "ddpm")
-        self.network = ClassUNet(
-            self.image_shape, num_classes, config.block_out_channels, attention_levels=_attention_levels(config, size),
-            layers_per_block=config.layers_per_block, attention_head_dim=config.attention_head_dim,
-            norm_num_groups=config.norm_num_groups, dropout=config.dropout, resample=config.resample,
-            checkpointing=config.gradient_checkpointing,
-        ).to(run.device).eval()  # fmt: skip
+        self.network = self.build_network().to(run.device).eval()
         self.generator: nn.Module = self.network  # the moving average once there is one
+
+    def build_network(self) -> nn.Module:
+        """Return a noise predictor (xt, t, labels) -> noise, with random weights."""
+        levels = _attention_levels(self.config, self.image_shape[1])
+        config = ClassUNetConfig.of(self.config, attention_levels=levels)
+        return ClassUNet(self.image_shape, self.num_classes, config)
 
     @classmethod
     def wants_replay(cls, config) -> bool:
