@@ -111,7 +111,7 @@ def test_weights_that_do_not_fit_their_arguments_are_counted(tmp_path):
         ({"num_heads": "two"}, "num_heads='two'"),
         ({"num_tokens": 3}, "8 is not a multiple of num_tokens=3"),
         ({"image_shape": [1, 8]}, "not enough values"),
-        ({"image_shape": [0, 8, 8]}, "holds no SmallLDM"),
+        ({"image_shape": [0, 8, 8]}, "does not fit the model.json beside it"),
         ({"class_names": None}, "holds no SmallLDM"),
         (["model"], "no JSON object"),
     ],
