@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -128,7 +127,9 @@ class ExemplarMemory:
         """Take over what ``state`` gave."""
         self.images = ImageSet(
             Part(
-                tensors[f"images_{index}"] if paths is None else tuple(str(Path(data_dir, path)) for path in paths),
+                tensors[f"images_{index}"]
+                if paths is None
+                else tuple(os.path.normpath(os.path.join(data_dir, path)) for path in paths),
                 tensors[f"labels_{index}"],
                 {name.rpartition("_")[0]: column for name, column in tensors.items()
                  if name.endswith(f"_{index}") and not name.startswith(("labels_", "images_"))},

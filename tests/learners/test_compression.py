@@ -43,7 +43,8 @@ def test_with_probability_one_no_real_image_is_shown(tmp_path):
     task = learner.data.task(0)
     learner.data.advance(task)
     learner.replay.source.fit_before(task, learner.data.train_images(task))
-    batches = learner.make_batches(task, learner.data.train_images(task), ImageSet())
+    learner.present = learner.data.train_images(task)
+    batches = learner.batches(task)
     assert (batches.rows(0) >= len(batches.labels)).all()
 
 
@@ -162,7 +163,7 @@ def test_a_run_killed_while_it_draws_copies_ends_with_the_same_bits(moment, tmp_
 
     with pytest.raises(Interrupted), monkeypatch.context() as patch:
         patch.setattr(drawing, "save_image", interrupt)
-        killed.run()
+        killed.learn_all()
     resumed = escort(tmp_path / "killed", **keys)
     assert resumed.learn_all()["accuracy_matrix"] == expected["accuracy_matrix"]
     for name in ("network", "exemplars", "source/edge_maps", "source/model"):
@@ -184,11 +185,11 @@ def test_a_damaged_copy_is_drawn_again(tmp_path):
     before = files_of(experiment)
     name = max(before, key=lambda name: name.stem[-2:])  # not a first copy, for which everybody asks
     (experiment.learner.replay.folder / name).write_bytes(b"damaged")
-    experiment.learner.bank._verified.clear()
-    experiment.learner.bank.stored(range(6))
+    experiment.learner.replay.folders.clear()
+    experiment.learner.replay._first_copies(range(6))
     label, item, copy = re.fullmatch(r"(\d+)-([0-9a-f]{12})_seed(\d\d)", name.stem).groups()
     one = experiment.learner.replay.source.ask(*map(torch.tensor, ([int(label)], [int(item, 16)], [int(copy)])))
-    redrawn = experiment.learner.bank.copies(one).image(0)
+    redrawn = experiment.learner.replay.copies(one).image(0)
     assert redrawn.shape == (1, 8, 8)
 
 
@@ -197,9 +198,9 @@ def test_copies_of_another_generator_are_refused(tmp_path):
     experiment.learn_all()
     path = experiment.learner.replay.folder / "task_0" / "manifest.json"
     path.write_text(path.read_text().replace(experiment.learner.replay.source.fingerprint(), "0" * 64))
-    experiment.learner.bank._verified.clear()
+    experiment.learner.replay.folders.clear()
     with pytest.raises(BankError, match="weights is"):
-        experiment.learner.bank.stored([0])
+        experiment.learner.replay._first_copies([0])
 
 
 def test_finetune_with_compressed_exemplars_is_generative_replay(tmp_path):
@@ -218,7 +219,7 @@ def test_class_order_seeds_do_not_share_a_folder(tmp_path):
 
 def test_an_image_without_edges_is_said_once_and_drawn(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
-    source = escort(tmp_path, syn_per_class=2).check().source
+    source = escort(tmp_path, syn_per_class=2).check().replay.source
     flat = torch.full((1, 8, 8), 90, dtype=torch.uint8)
     assert source.compress(flat).is_empty and not caplog.text  # as in the generator's training
     items = source.read(ImageSet.of(flat[None] // 2, torch.tensor([0])))

@@ -39,7 +39,7 @@ def test_loss_is_cross_entropy_over_all_classes_and_over_the_new_ones_against_th
     experiment = toy_experiment(name, tmp_path, **keys)
     learner, task = experiment.check(), experiment.data.task(1)
     learner.network = FixedNetwork()
-    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, torch.zeros(4, dtype=torch.bool), torch.arange(4))
+    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, torch.zeros(4, dtype=torch.bool))
     terms = learner.compute_loss(batch, task)
     log_all, log_new = learner.network.logits.log_softmax(1), learner.network.auxiliary.log_softmax(1)
     torch.testing.assert_close(terms["cross_entropy"], -log_all[range(4), [0, 3, 2, 1]].mean())
@@ -51,7 +51,7 @@ def test_the_first_task_is_plain_cross_entropy(name, tmp_path):
     experiment = toy_experiment(name, tmp_path)
     learner = experiment.check()
     learner.network = FixedNetwork()
-    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, torch.zeros(4, dtype=torch.bool), torch.arange(4))
+    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, torch.zeros(4, dtype=torch.bool))
     terms = learner.compute_loss(batch, experiment.data.task(0))
     torch.testing.assert_close(terms, {"cross_entropy": F.cross_entropy(FixedNetwork.logits, LABELS)})
 

@@ -152,9 +152,9 @@ def test_exemplars_of_tensors_and_files_come_back(tmp_path):
     memory.add(numbered(2, 0))
     memory.add(ImageSet.of(["a.png", "b.png", "c.png"], torch.tensor([1, 1, 2])))
     memory.add(numbered(1, 3, start=9))
-    tensors, layout = memory.state()
+    tensors, layout = memory.state("data")
     save_tensors(tmp_path / "exemplars.safetensors", tensors)
-    again.load(load_tensors(tmp_path / "exemplars.safetensors"), layout)
+    again.load(load_tensors(tmp_path / "exemplars.safetensors"), layout, "data")
     assert again.images.labels.tolist() == [0, 0, 1, 1, 2, 3]
     assert again.images.parts[1].images == ("a.png", "b.png", "c.png")
     assert (ranks(again.images, 0), ranks(again.images, 3)) == ([0, 1], [9])
@@ -162,9 +162,9 @@ def test_exemplars_of_tensors_and_files_come_back(tmp_path):
 
 def test_an_empty_memory_comes_back_empty(tmp_path):
     memory = ExemplarMemory(10, 2, fixed=True)
-    tensors, layout = memory.state()
+    tensors, layout = memory.state("data")
     save_tensors(tmp_path / "exemplars.safetensors", tensors)
-    memory.load(load_tensors(tmp_path / "exemplars.safetensors"), layout)
+    memory.load(load_tensors(tmp_path / "exemplars.safetensors"), layout, "data")
     assert len(memory.images) == 0
 
 

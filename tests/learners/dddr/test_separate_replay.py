@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from learners import LEARNERS
-from learners.dddr.separate_replay import first_of_each
 from learners.losses import distillation_loss, supervised_contrastive
-from synth.bank import Bank
 from synth.base import ReplaySource
+from synth.replay import Replay, replay_kind
 from tests.support.toy import TINY_SOURCES, toy_experiment
 from utils.data.batches import Batch
 from utils.data.images import ImageSet
@@ -40,18 +39,19 @@ def make_learner(folder, source=Painter, name="dddr", **keys):
     config, data = experiment.config, experiment.data
     run = Run(experiment.folder, 7, experiment.runtime, progress=False)
     source = source(config.synth, run, data.num_classes, data.class_names, data.dataset)
-    return LEARNERS[name](config, data, run, source, Bank(folder / "bank", config.synth, data, run))
+    way = replay_kind(config, type(source), None)
+    return LEARNERS[name](config, data, run, way(config, source, data, run, folder / "bank"))
 
 
 def begin(learner, index, prepare=True):
     """The task of this index after painted but untrained ones; ``prepare`` paints its own classes too."""
     for task in learner.data.tasks():
         learner.grow_network(task)
-        if learner.source is not None and (task.index < index or prepare):
-            learner.replay.source.fit_before(task, learner.data.train_images(task))
-            learner.keep_replay(task)
+        learner.present = learner.data.train_images(task)
+        if task.index < index or prepare:
+            learner.replay.fit_before(task, learner.present)
         if task.index == index:
-            learner.replay = learner.make_replay(task)
+            learner.past = learner.replay.past(task) if index else ImageSet()
             return task
         learner.old_network = learner.network.frozen_copy()
 
@@ -68,7 +68,7 @@ def greys(images: ImageSet) -> list[int]:
 def test_painted_images_of_the_new_classes_join_the_real_ones(index, added, tmp_path):
     learner = make_learner(tmp_path, base_cur_size=1, cur_size=2)
     task = begin(learner, index)
-    counts = learner.current_images(task).counts(6).tolist()
+    counts = (learner.present + learner.current_synthetic(task)).counts(6).tolist()
     assert counts == [10 + added[label] if label in added else 0 for label in range(6)]
 
 
@@ -77,28 +77,29 @@ def test_the_first_stored_images_are_the_ones_that_are_used(replay, tmp_path):
     learner = make_learner(tmp_path, cur_size=2, pre_size=1, synth={"replay": replay})
     task = begin(learner, 1)
     assert greys(learner.current_synthetic(task)) == [20, 21, 30, 31]
-    assert greys(learner.replay) == [0, 10]
-    assert learner.replay.labels.tolist() == [0, 1]
+    learner.batches(task)
+    assert greys(learner.past) == [0, 10]
+    assert learner.past.labels.tolist() == [0, 1]
 
 
 def test_all_that_was_drawn_is_replayed_where_no_size_is_given(tmp_path):
     learner = make_learner(tmp_path)
     begin(learner, 2)
-    assert greys(learner.replay) == [10 * label + copy for label in range(4) for copy in range(3)]
+    assert greys(learner.past) == [10 * label + copy for label in range(4) for copy in range(3)]
 
 
 def test_a_source_that_learns_after_training_gives_the_present_nothing(tmp_path):
     learner = make_learner(tmp_path, cur_size=2)
     task = begin(learner, 1, prepare=False)
     assert len(learner.current_synthetic(task)) == 0
-    assert learner.current_images(task).classes == [2, 3]
+    assert learner.present.classes == [2, 3]
 
 
 def test_without_a_source_a_task_is_its_real_images(tmp_path):
     learner = make_learner(tmp_path)
-    learner.source = None
+    learner.replay = Replay(learner.config, None, learner.data, learner.run, tmp_path)
     task = begin(learner, 1)
-    assert len(learner.current_images(task)) == 20
+    assert len(learner.present + learner.current_synthetic(task)) == 20
     assert all(batch.replay is None for batch in learner.batches(task).epoch(0))
 
 
@@ -114,10 +115,10 @@ def test_replay_stands_in_batches_of_its_own(tmp_path):
 def test_the_first_of_each_class_keep_their_place_over_several_parts():
     first = ImageSet.of(torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1), torch.tensor([1, 0, 1, 1]))
     second = ImageSet.of(torch.arange(4, 7, dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([0, 0, 2]))
-    kept = first_of_each(first + second, 2)
+    kept = (first + second).first_of_each(2)
     assert kept.labels.tolist() == [1, 0, 1, 0, 2]
     assert [int(kept.image(i)) for i in range(5)] == [0, 1, 2, 4, 6]
-    assert len(first_of_each(ImageSet(), 2)) == 0
+    assert len(ImageSet().first_of_each(2)) == 0
 
 
 # ---------------------------------------------------------------------- the loss
@@ -132,7 +133,7 @@ LABELS, REPLAY_LABELS = torch.tensor([2, 3, 2]), torch.tensor([0, 1, 1, 0, 1])
 
 
 def batch_of(labels, replay=None) -> Batch:
-    return Batch(torch.zeros(len(labels), 3, 8, 8), labels, torch.zeros(len(labels)).bool(), labels, replay=replay)
+    return Batch(torch.zeros(len(labels), 3, 8, 8), labels, torch.zeros(len(labels)).bool(), replay=replay)
 
 
 def terms_of(learner, replay=True):
@@ -176,7 +177,8 @@ def test_the_contrast_is_of_unit_projections_of_the_current_images_alone(tmp_pat
 def test_a_batch_of_one_image_has_a_finite_loss_and_gradient(tmp_path):
     learner = make_learner(tmp_path)
     task = begin(learner, 0)
-    batch = next(learner.batches(task).epoch(0)).take(torch.arange(16) == 0)
+    batch = next(learner.batches(task).epoch(0))
+    batch = Batch(batch.images[:1], batch.labels[:1], batch.is_replay[:1])
     terms = learner.compute_loss(batch, task)
     gradients = torch.autograd.grad(sum(terms.values()), learner.network.projection[0].weight)
     assert terms["contrastive"] == 0 and gradients[0].isfinite().all()

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from learners.run.experiment import Experiment
-from learners.run.ledger import TOTAL, count_units
+from learners.run.ledger import LINES, count_units
 from learners.run.plan import describe_run
 from synth import SOURCES
 from synth.bank import Bank
+from synth.escort.copies import Copied
 from tests.support.toy import toy_experiment
 from utils.data.images import ImageSet
+from utils.run.carried import Carried, Items
 from utils.run.errors import ConfigError
 from utils.run.files import load_tensors
 
@@ -64,19 +66,21 @@ def with_budget(folder, memory, spare, **keys):
 class Compressor(SOURCES["ddpm"]):
     """Keeps two compressed exemplars of 100 bytes for every class that it has learned."""
 
-    ledger_parts = {"maps.bin": "edge_maps"}
+    def counts(self):
+        self.left = {label: 2 for label in self.fitted_classes} | getattr(self, "left", {})
+        return {label: count for label, count in self.left.items() if count}
 
-    def compressed_counts(self):
-        self.counts = {label: 2 for label in self.fitted_classes} | getattr(self, "counts", {})
-        return {label: count for label, count in self.counts.items() if count}
-
-    def drop_compressed(self, label):
-        self.counts[label] -= 1
+    def drop_last(self, label):
+        self.left[label] -= 1
         return 100
+
+    def carried(self):
+        items = Items("compressed exemplars", True, 1 / 24, self.counts, self.drop_last)
+        return [Carried("edge_maps", ("source/maps.bin",), items=items), *super().carried()]
 
     def save(self, directory):
         super().save(directory)
-        (directory / "maps.bin").write_bytes(bytes(100 * sum(self.compressed_counts().values())))
+        (directory / "maps.bin").write_bytes(bytes(100 * sum(self.counts().values())))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,7 @@ def test_the_total_is_what_lies_on_disk_after_every_task(learner, source, tmp_pa
     found = ledgers(toy_experiment(learner, tmp_path, source))
     assert len(found) == 3
     for memory, on_disk in found:
-        assert memory["total"] == on_disk == sum(memory[part] for part in TOTAL)
+        assert memory["total"] == on_disk == sum(memory[part] for part in LINES)
 
 
 def test_old_branches_are_told_apart_from_the_rest_of_the_network(tmp_path):
@@ -124,7 +128,8 @@ def test_a_source_is_split_by_what_its_files_hold(tmp_path):
 def test_units_count_exemplars_as_raw_images_nominally_and_by_their_bytes(tmp_path):
     experiment = toy_experiment("icarl", tmp_path, "ddpm")
     learner = experiment.check()
-    learner.replay.source.num_compressed, learner.replay.source.nominal_share = 48, 1 / 24
+    maps = Items("compressed exemplars", True, 1 / 24, lambda: {0: 40, 1: 8}, lambda label: 0)
+    learner.replay.source.carried = lambda: [Carried("edge_maps", items=maps)]
     learner.memory.images = ImageSet.of(torch.zeros(18, 1, 8, 8, dtype=torch.uint8), torch.zeros(18).long())
     units = count_units(learner, {"exemplars": 18 * 64, "edge_maps": 48 * 8})
     assert units == {
@@ -153,8 +158,8 @@ def test_after_every_task_the_budget_holds_on_disk(first, free, tmp_path, caplog
 
 
 def test_generated_images_go_before_real_ones_unless_it_is_asked_for_the_other_way_round(free, tmp_path):
-    generated = with_budget(tmp_path / "generated", free[2], 150).run()["memory_bytes"]
-    real = with_budget(tmp_path / "real", free[2], 150, memory_drop="real").run()["memory_bytes"]
+    generated = with_budget(tmp_path / "generated", free[2], 150).learn_all()["memory_bytes"]
+    real = with_budget(tmp_path / "real", free[2], 150, memory_drop="real").learn_all()["memory_bytes"]
     assert generated["exemplars"] == free[2]["exemplars"] and generated["bank"] < free[2]["bank"]
     assert real["exemplars"] < free[2]["exemplars"] and real["bank"] == free[2]["bank"]
 
@@ -176,19 +181,19 @@ def test_compressed_exemplars_go_before_replay_images(spare, maps, loses_images,
     experiment = with_budget(tmp_path, {"total": free[2]["total"] + 800}, spare)
     memory = experiment.learn_all()["memory_bytes"]
     assert memory["edge_maps"] == 100 * sum(maps.values())
-    assert experiment.learner.replay.source.compressed_counts() == maps
+    assert experiment.learner.replay.source.counts() == maps
     assert (memory["bank"] < free[2]["bank"]) == loses_images and memory["exemplars"] == free[2]["exemplars"]
 
 
 @pytest.mark.parametrize("moment", [(Experiment, "_save"), (Bank, "prune")])
 def test_a_run_killed_around_its_dropping_ends_with_the_same_bits(moment, free, tmp_path, monkeypatch):
     expected = with_budget(tmp_path / "whole", free[1], 150)
-    expected.run()
+    expected.learn_all()
     killed = with_budget(tmp_path / "killed", free[1], 150)
     learn = killed._learn
     with pytest.raises(Interrupted), monkeypatch.context() as patch:
         killed._learn = lambda task: (learn(task), task.index == 1 and patch.setattr(*moment, interrupt))
-        killed.run()
+        killed.learn_all()
     resumed = with_budget(tmp_path / "killed", free[1], 150)
     memory = resumed.learn_all()["memory_bytes"]
     assert memory["total"] == bytes_on_disk(resumed)
@@ -206,7 +211,8 @@ def test_a_budget_smaller_than_the_classifier_is_refused_before_anything_is_lear
 def test_a_budget_that_a_source_bursts_is_refused_with_the_sum_at_the_first_tasks_end(free, tmp_path):
     experiment = toy_experiment("icarl", tmp_path, "ddpm", memory_budget_mb=(free[0]["network"] + 100) / 1e6)
     experiment.check()
-    with pytest.raises(ConfigError, match=r"after task 0 there remain source \d+ \+ network \d+ \+ prototypes \d+ = "):
+    sum_of_all = r"after task 0 there remain generator \d+ \+ network \d+ \+ prototypes \d+ = "
+    with pytest.raises(ConfigError, match=sum_of_all):
         experiment.learn_all()
     assert not (experiment.folder / "checkpoints" / "task_0").exists()
 
