@@ -263,6 +263,6 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(files):
 
 
 def test_the_yaml_that_comes_with_us_describes_text2img_large():
-    params = read_yaml(str(Path(__file__).parents[2] / "exps" / "ldm" / "ldm_dddr.yaml"))
+    params = read_yaml(str(Path(__file__).parents[3] / "exps" / "ldm" / "ldm_dddr.yaml"))
     assert params["unet_config"]["params"]["model_channels"] == 320
     assert params["cond_stage_config"]["params"] == {"n_embed": 1280, "n_layer": 32}
