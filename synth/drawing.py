@@ -15,7 +15,7 @@ from torch import Tensor
 from synth.base import ReplaySource
 from synth.requests import Requests
 from utils.data.images import ImageSet, encode_image
-from utils.data.transforms import stack
+from utils.data.transforms import stack_images
 from utils.run.config import SourceConfig
 from utils.run.errors import BankError
 from utils.run.files import atomic_write, file_hash
@@ -198,7 +198,7 @@ def preview(rows: list[ImageSet]) -> Tensor:
     """Lay the first images of every class in rows, uint8 (C, H, W); small images are enlarged, large ones shrunk."""
     lines, side = [], min(rows[0].image(0).shape[-1], LARGEST_PREVIEW)
     for images in rows:
-        picked = stack(images.take(range(min(PREVIEW_COLUMNS, len(images)))), side)
+        picked = stack_images(images.take(range(min(PREVIEW_COLUMNS, len(images)))), side)
         blank = torch.zeros(PREVIEW_COLUMNS - len(picked), *picked.shape[1:], dtype=torch.uint8)
         lines.append(torch.cat([picked, blank]))
     scale = max(1, 64 // lines[0].shape[-1])

@@ -24,7 +24,7 @@ from synth.requests import Requests
 from utils.data.batches import Batch
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.data.transforms import ClassifierTransform, classifier_transform, match_channels, square
+from utils.data.transforms import ClassifierTransform, classifier_transform, match_channels, resize_to_square
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
 from utils.training import seeding
@@ -138,11 +138,9 @@ class GUIDE(Learner):
 
     def build_transform(self) -> ClassifierTransform:
         """Take the generator's range, [-1, 1], and GUIDE's augmentation, whatever the data set is used to."""
-        recipe = "guide" if self.config.classifier_augmentation else "none"
+        augmentation = "strong" if self.config.classifier_augmentation else "none"
         middle = (0.5,) * 3
-        return classifier_transform(
-            self.data.dataset, self.config.replay_resize, recipe=recipe, mean=middle, std=middle
-        )
+        return classifier_transform(self.data.dataset, self.config.replay_resize, augmentation, middle, middle)
 
     def grow_network(self, task: Task) -> None:
         """Add all outputs in the first task."""
@@ -203,7 +201,7 @@ class GUIDE(Learner):
         judge = self.old_network if self.config.use_old_grad else self.network
 
         def scaled(x0: Tensor) -> Tensor:
-            view = square(match_channels(x0, 3), self.transform.size, self.config.replay_resize)
+            view = resize_to_square(match_channels(x0, 3), self.transform.size, self.config.replay_resize)
             return scales * log_likelihood(self.config, judge(view), labels, task.num_old, task.num_seen)
 
         return scaled

@@ -86,7 +86,7 @@ def recipe_of(learner: Learner) -> dict[str, Any]:
         "training": asdict(learner.train_config(task)),
         "batch_size": config.batch_size,
         "augmentation": {
-            **asdict(transform.recipe), "size": transform.size, "resize": transform.resize,
+            **asdict(transform.augmentation), "size": transform.size, "resize": transform.resize,
             "mean": transform.mean.tolist(), "std": transform.std.tolist(),
         },
         "synth": learner.replay.first_task_settings(),

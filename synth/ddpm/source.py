@@ -34,7 +34,7 @@ from synth.requests import Requests, draw_labels, draw_noise
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.data.transforms import RECIPES, DiffusionTransform, to_uint8
+from utils.data.transforms import AUGMENTATIONS, DiffusionTransform, to_uint8
 from utils.run.config import SourceConfig
 from utils.run.errors import ConfigError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
@@ -125,7 +125,7 @@ class DDPM(ReplaySource):
         super().__init__(config, run, num_classes, class_names, dataset)
         size = config.image_size or dataset.image_size
         self.image_shape = (dataset.channels, size, size)
-        flip = RECIPES[dataset.augmentation].flip if config.flip is None else config.flip
+        flip = AUGMENTATIONS[dataset.augmentation].flip if config.flip is None else config.flip
         self.transform = DiffusionTransform(size, flip)
         self.process = linear_process(config.diffusion_steps, config.beta_start, config.beta_end)
         self.train_process = respace(self.process, config.train_respacing or config.diffusion_steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.data.batches import ImageBatches, Loading
 from utils.data.images import ImageSet
-from utils.data.transforms import stacks
+from utils.data.transforms import stack_by_size
 from utils.training import seeding
 
 
@@ -82,7 +82,7 @@ class CopiedBatches(ImageBatches):
         if not self.transform.whole_batch:
             self.images = self.images + drawn
             return
-        new = [pixels.to(self.device) for pixels in stacks(drawn, partial(self.transform.keep, training=True))]
+        new = [pixels.to(self.device) for pixels in stack_by_size(drawn, partial(self.transform.keep, training=True))]
         real = self.stores if self.copied is None else self.stores[:-1]
         self.copied = torch.cat(new if self.copied is None else [self.copied, *new])
         self.stores = [*real, self.copied]

@@ -14,7 +14,7 @@ from models.latent.contract import LatentDiffusion
 from synth.diffusion import Model
 from utils.data.batches import Batch, Loading, ShuffledBatches
 from utils.data.images import ImageSet
-from utils.data.transforms import match_channels, stack, to_unit_range
+from utils.data.transforms import match_channels, stack_images, to_unit_range
 from utils.training.run import Run
 
 # How replay is drawn: diffusers' scheduler and what differs from its defaults. All are deterministic.
@@ -107,7 +107,7 @@ def encode(model: LatentDiffusion, images: ImageSet, mirror: bool, chunk: int, r
     """Moments of all images, resized to the model's size (bicubic), and of their mirror images."""
     pieces, bar = [], run.bar(len(images), label)
     for positions in torch.arange(len(images)).split(chunk):  # only a chunk is ever held in pixels
-        pixels = match_channels(stack(images.take(positions), model.image_size), model.image_channels)
+        pixels = match_channels(stack_images(images.take(positions), model.image_size), model.image_channels)
         views = [pixels, pixels.flip(-1)] if mirror else [pixels]
         with run.runtime.autocast():
             pieces.append(torch.stack([model.moments(to_unit_range(view)).float().cpu() for view in views], 1))

@@ -32,7 +32,7 @@ from synth.requests import Requests, draw_noise
 from utils.data.batches import Batch
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.data.transforms import RECIPES, to_uint8
+from utils.data.transforms import AUGMENTATIONS, to_uint8
 from utils.run.carried import Carried
 from utils.run.config import SourceConfig
 from utils.run.errors import WeightsError
@@ -95,7 +95,7 @@ class ClassInversion(ReplaySource):
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
         self.words = class_words(class_names, config.class_prompts)
-        self.flip = RECIPES[dataset.augmentation].flip if config.flip is None else config.flip
+        self.flip = AUGMENTATIONS[dataset.augmentation].flip if config.flip is None else config.flip
         self.vectors: dict[int, Tensor] = {}  # class -> (D,) on the CPU
         self._model: LatentDiffusion | None = None
         self._kept: dict = {}  # what is known of the model before it is built: fingerprint and bytes

@@ -22,7 +22,7 @@ from tests.support.tiny_asp import base_loss_as_tokens, encode_layers, prompted_
 from utils.data.batches import test_batches
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
-from utils.data.manager import DataManager, Task
+from utils.data.manager import DataManager, Split, Task
 from utils.training.run import Run
 from utils.training.runtime import Runtime, fast_bf16
 
@@ -49,8 +49,8 @@ def begin(precision: str, folder: Path) -> tuple[ASP, Task]:
     """The learner at the start of its base session."""
     names = [str(label) for label in range(CLASSES)]
     images, half = (photographs(PER_CLASS, 0), photographs(TEST_PER_CLASS, 1)), (0.5,) * 3
-    data = DataManager(Dataset("bench", *images, names, SIDE, 3, True, half, half, "asp", ""), init_cls=CLASSES,
-                       increment=1, shuffle=False)  # fmt: skip
+    data = DataManager(Dataset("bench", *images, names, SIDE, 3, True, half, half, "vit_crop", ""),
+                       Split(init_cls=CLASSES, increment=1, shuffle=False))  # fmt: skip
     run = Run(folder, 0, Runtime(["cpu"], precision), num_workers=0, progress=False)
     learner = LEARNERS["asp"](build_config({**CONFIG, "precision": precision})[0], data, run)
     task = next(iter(data.tasks()))

@@ -23,7 +23,7 @@ from models.timm_backbone import build_backbone
 from tests.benchmarks.timing import alternate, verdict
 from utils.data.batches import ImageBatches
 from utils.data.images import ImageSet
-from utils.data.transforms import RECIPES, ClassifierTransform
+from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 from utils.training.fit import TrainConfig, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime, fast_bf16
@@ -89,7 +89,7 @@ def our_arm(pixels: torch.Tensor, labels: torch.Tensor, precision: str, folder: 
     runtime = Runtime(["cpu"], precision)
     run = Run(folder / precision, 0, runtime, progress=False)
     network = new_network().to(memory_format=torch.channels_last)
-    transform = ClassifierTransform(RECIPES["cifar"], 32, MEAN, STD, in_memory=True)
+    transform = ClassifierTransform(AUGMENTATIONS["cifar"], 32, MEAN, STD, in_memory=True)
     count = iter(range(10**6))
 
     def epoch() -> int:

@@ -30,7 +30,7 @@ from utils.data.batches import ImageBatches
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.data.transforms import RECIPES, ClassifierTransform
+from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 from utils.training.fit import TrainConfig, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime
@@ -89,7 +89,7 @@ def classifier(bench: Bench) -> None:
         network = IncrementalNet(backbone, LinearHead(backbone.num_features))
         network.grow(10)
         network.to(run.device, memory_format=torch.channels_last)
-        transform = ClassifierTransform(RECIPES["cifar"], 32, MEAN, STD, in_memory=True)
+        transform = ClassifierTransform(AUGMENTATIONS["cifar"], 32, MEAN, STD, in_memory=True)
         batches = ImageBatches(images, transform=transform, batch_size=128, key=(0,), device=run.device)
         tasks = iter(range(9))
 

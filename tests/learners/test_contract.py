@@ -6,7 +6,6 @@ import torch
 from learners import LEARNERS
 from synth import SOURCES
 from tests.support.toy import TINY_SOURCES, goes_with, toy_experiment
-from utils.run.files import folder_bytes
 
 ALL = LEARNERS.names()
 PAIRS = [(name, source) for name in ALL for source in SOURCES.names() if goes_with(LEARNERS[name], SOURCES[source])]
@@ -89,7 +88,7 @@ def test_interrupted_run_ends_with_the_same_bits(name, source, precision, tmp_pa
 def stops(experiment):
     """Hooks in which a run is left; one whose later tasks train nothing cannot be left in a step."""
     trains = experiment.learner.train_config(experiment.data.task(1)).num_steps(steps_per_epoch=1) > 0
-    return ["after_step"] * trains + ["after_training", "make_replay"]
+    return ["after_step"] * trains + ["after_training", "before_training"]
 
 
 def interrupt(experiment, stop, monkeypatch):
@@ -97,8 +96,8 @@ def interrupt(experiment, stop, monkeypatch):
     learner = LEARNERS[experiment.config.model_name]
     original = getattr(learner, stop)
 
-    def after_step(self, task, step):
-        if task.index == 1 and step == 3:
+    def after_step(self, step):
+        if step.task.index == 1 and step.number == 3:
             raise Interrupted
 
     def other_hook(self, task):
@@ -139,7 +138,7 @@ def test_memory_ledger_equals_the_bytes_on_disk(name, tmp_path):
     ledger = experiment.learn_all()["memory_bytes"]
     newest = experiment.folder / "checkpoints" / "task_2"
     assert ledger["network"] + ledger["old_branches"] == (newest / "network.safetensors").stat().st_size
-    assert ledger["source"] == folder_bytes(newest / "source")
+    assert ledger["source"] == sum(path.stat().st_size for path in newest.glob("source/*"))
     bank = tmp_path / "outputs" / "syn_image_toy_seed7"
     assert ledger["bank"] == sum(path.stat().st_size for path in bank.glob("task_*/*/*-*.png"))
     exemplars = (newest / "exemplars.safetensors").stat().st_size if LEARNERS[name].uses_exemplars else 0

@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 from learners import LEARNERS
 from learners.run.configure import build_config
+from learners.run.state import learner_state
+from synth.replay import Replay
 from tests.support.tiny_asp import tiny_vit_file
 from tests.support.toy import TINY_LEARNERS, TINY_SOURCES, toy_experiment, toy_raw
 from utils.run.errors import ConfigError
@@ -26,7 +28,8 @@ def no_waiting_for_the_disk(monkeypatch):
 def make_learner(folder, name="simplecil", **keys):
     experiment = toy_experiment(name, folder, **keys)
     run = Run(experiment.folder, 7, experiment.runtime, progress=False)
-    return LEARNERS[name](experiment.config, experiment.data, run)
+    replay = Replay(experiment.config, None, experiment.data, run, experiment.folder)
+    return LEARNERS[name](experiment.config, experiment.data, run, replay)
 
 
 def learn(learner):
@@ -69,8 +72,8 @@ def test_a_backbone_is_saved_as_memory_or_counted_as_frozen(pretrain_epochs, fro
     learner = make_learner(tmp_path, "asp", pretrain_epochs=pretrain_epochs, backbone_weights=file)
     keys = learner.network.state_dict().keys()
     assert any(key.startswith("backbone.vit.") for key in keys) == saved
-    assert (learner.frozen_bytes() == 0) == saved
-    assert learner.saves_backbone(learner.config) == saved
+    assert (sum(line.nbytes for line in learner.carried() if line.frozen) == 0) == saved
+    assert learner.learns_backbone == learner_state(learner)[1]["holds_backbone"] == saved
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from learners import LEARNERS
 from learners.losses import cross_entropy_from, distillation_loss
 from learners.run.configure import build_config
 from learners.run.experiment import Experiment
+from synth import SOURCES
+from synth.replay import Replay
 from tests.support.toy import TINY_SOURCES, toy_experiment, toy_raw
 from utils.data.batches import Batch
 from utils.data.datasets import load_dataset
@@ -56,7 +58,8 @@ def learner_between_tasks(name, tmp_path, **keys):
 
 def make_learner(experiment):
     run = Run(experiment.folder, 7, experiment.runtime, progress=False)
-    return LEARNERS[experiment.config.model_name](experiment.config, experiment.data, run)
+    replay = Replay(experiment.config, None, experiment.data, run, experiment.folder)
+    return LEARNERS[experiment.config.model_name](experiment.config, experiment.data, run, replay)
 
 
 SECOND = Task(1, range(2, 4), ("c", "d"))
@@ -135,8 +138,7 @@ def test_nearest_mean_of_all_images_is_the_nearest_class_mean_classifier(tmp_pat
 def test_joint_trains_on_every_class_seen(tmp_path):
     experiment = toy_experiment("joint", tmp_path, epochs=1)
     results = experiment.learn_all()
-    task = experiment.data.task(2)
-    assert experiment.learner.current_images(task).classes == list(range(6))
+    assert experiment.learner.present.classes == list(range(6))
     assert results["upper_bound"] is True
 
 
@@ -144,7 +146,6 @@ def test_replay_images_are_marked_in_the_batches(tmp_path):
     experiment = toy_experiment("generative_replay", tmp_path, epochs=1)
     experiment.learn_all()
     learner, task = experiment.learner, experiment.data.task(2)
-    learner.replay = learner.make_replay(task)
     batches = learner.batches(task)
     rows = torch.cat([torch.stack([batch.labels, batch.is_replay.long()], 1) for batch in batches.epoch(0)])
     assert set(rows[rows[:, 1] == 1][:, 0].tolist()) == {0, 1, 2, 3} and set(rows[rows[:, 1] == 0][:, 0].tolist()) == {
@@ -182,24 +183,20 @@ def test_large_images_from_files_go_through_the_same_life(tmp_path):
 def test_the_hooks_of_a_task_are_called_in_one_order(tmp_path, monkeypatch):
     called = []
     experiment = toy_experiment("finetune", tmp_path, "ddpm")
-    source = type(experiment.check().source)
-    own = (
-        "grow_network",
-        "keep_replay",
-        "before_training",
-        "make_replay",
-        "batches",
-        "after_training",
-        "after_source_fit",
-    )
-    for owner, hooks in ((LEARNERS["finetune"], own), (source, ("fit_before", "fit_after"))):
+    replay = experiment.check().replay
+    own = ("grow_network", "before_training", "batches", "after_training", "after_source_fit")
+    way = ("learned", "present", "past")
+    fits = ("fit_before", "fit_after")
+    for owner, hooks in ((LEARNERS["finetune"], own), (type(replay), way), (SOURCES["ddpm"], fits)):
         for hook in hooks:
             monkeypatch.setattr(owner, hook, recorded(called, hook, getattr(owner, hook)))
     experiment.learn_all()
-    assert called[:10] == [
-        "grow_network", "fit_before", "keep_replay", "before_training", "make_replay", "batches", "after_training",
-        "fit_after", "keep_replay", "after_source_fit",
+    first = [
+        "grow_network", "fit_before", "learned", "present", "before_training", "batches", "after_training",
+        "fit_after", "learned", "after_source_fit",
     ]  # fmt: skip
+    assert called[:10] == first
+    assert called[10:21] == [*first[:5], "past", *first[5:]]
 
 
 def recorded(called, name, hook):

@@ -8,7 +8,7 @@ import torch
 from models.heads import CosineHead
 from utils.data.datasets import DATASETS, Dataset
 from utils.data.images import ImageSet
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.data.transforms import classifier_transform
 
 CIFAR = {"num_classes": 100, "per_class": 500, "tests": 100, "init_cls": 60, "increment": 5}
@@ -33,10 +33,10 @@ def data_of(num_classes, per_class, tests, init_cls, increment):
         "fake", images_of(num_classes, per_class), images_of(num_classes, tests), [f"{i}" for i in range(num_classes)],
         recipe.image_size, 1, True, recipe.mean, recipe.std, recipe.augmentation, "made for tests",
     )  # fmt: skip
-    return DataManager(
-        dataset, init_cls=init_cls, increment=increment, shuffle=False, order_seed=2024, kshot=5,
-        few_shot_draw="reference",
-    )  # fmt: skip
+    split = Split(
+        init_cls=init_cls, increment=increment, shuffle=False, order_seed=2024, kshot=5, few_shot_draw="reference"
+    )
+    return DataManager(dataset, split)
 
 
 @pytest.fixture(scope="module")

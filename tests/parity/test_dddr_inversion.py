@@ -19,7 +19,7 @@ from tests.support.tiny_inversion import make_inversion, tiny_model, toy_task
 from tests.support.toy import toy_dataset
 from utils.data.batches import Batch
 from utils.data.images import ImageSet, decode_image
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.run.errors import BankError
 from utils.training import seeding
 
@@ -248,7 +248,7 @@ class Large:
 
 def bank_of(folder, order_seed):
     source = make_inversion(folder, syn_per_class=3)
-    data = DataManager(toy_dataset(), init_cls=2, increment=2, order_seed=order_seed)
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, order_seed=order_seed))
     return Bank(folder / "bank", source.config, data, source.run), Large(source.run, source.config)
 
 

@@ -5,7 +5,7 @@ import torch
 from models.latent.small import SmallLDM
 from synth.inversion.source import ClassInversion
 from tests.support.toy import toy_dataset
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
@@ -44,7 +44,7 @@ def make_inversion(folder, seed: int = 7, kind: type = TinyInversion, class_name
 
 def toy_task(index: int = 0, init_cls: int = 2, increment: int = 2):
     """A task of the toy data and its images."""
-    data = DataManager(toy_dataset(), init_cls=init_cls, increment=increment, shuffle=False)
+    data = DataManager(toy_dataset(), Split(init_cls=init_cls, increment=increment, shuffle=False))
     task = data.task(index)
     data.advance(task)
     return task, data.train_images(task)

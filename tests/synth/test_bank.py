@@ -10,7 +10,7 @@ from synth.base import ReplaySource
 from synth.drawing import preview
 from tests.support.toy import toy_dataset
 from utils.data.images import ImageSet, decode_image, encode_image
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.run.config import SourceConfig
 from utils.run.errors import BankError
 from utils.training.run import Run
@@ -34,7 +34,7 @@ class Painter(ReplaySource):
 
 def bank_of(root, seed=7, **keys):
     config = SourceConfig.parse({"name": "painter", "syn_per_class": 3, **keys})
-    data = DataManager(toy_dataset(), init_cls=2, increment=2, order_seed=seed)
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, order_seed=seed))
     run = Run(root / "run", seed, Runtime(["cpu"], "fp32"), progress=False)
     dataset = toy_dataset()
     return Bank(root / "bank", config, data, run), Painter(config, run, 6, dataset.class_names, dataset)

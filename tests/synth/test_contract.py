@@ -7,7 +7,7 @@ from synth import SOURCES
 from synth.requests import Requests, draw_labels
 from tests.support.toy import tiny_source, toy_dataset
 from utils.data.images import ImageSet
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.run.errors import ConfigError, NotFittedError
 from utils.training import seeding
 from utils.training.run import Run
@@ -26,7 +26,7 @@ def make_source(name, folder, seed=7, **keys):
 
 def fitted(name, folder, tasks=1, seed=7, **keys):
     source = make_source(name, folder, seed, **keys)
-    data = DataManager(toy_dataset(), init_cls=2, increment=2)
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
     for task in list(data.tasks())[:tasks]:
         data.advance(task)
         source.fit_before(task, data.train_images(task))
@@ -94,7 +94,7 @@ def test_same_seed_fits_the_same_source(name, tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-TASK_1 = DataManager(toy_dataset(), init_cls=2, increment=2).task(1)
+TASK_1 = DataManager(toy_dataset(), Split(init_cls=2, increment=2)).task(1)
 
 
 def test_reference_counts_rehearse_in_whole_batches(tmp_path):
@@ -125,7 +125,8 @@ def test_rehearsal_that_was_drawn_before_a_kill_is_not_drawn_again(tmp_path, mon
 
 @pytest.mark.parametrize(("rehearsal", "own"), [("own", True), ("replay", False)])
 def test_it_rehearses_on_its_own_images_where_it_is_told_to(rehearsal, own, tmp_path):
-    source, data = fitted("ddpm", tmp_path, rehearsal=rehearsal), DataManager(toy_dataset(), init_cls=2, increment=2)
+    source = fitted("ddpm", tmp_path, rehearsal=rehearsal)
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
     data.advance(TASK_1)
     replay = source.generate(Requests.of_classes([0, 1], 2, (7, "ddpm", 0)))
     source.fit_after(TASK_1, data.train_images(TASK_1), replay, ImageSet(), None)

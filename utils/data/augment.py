@@ -1,7 +1,8 @@
-"""GUIDE's rotations, colours and erased rectangles for whole batches, and AutoAugment for single images.
+"""Rotations, colours and erased rectangles for whole batches, and AutoAugment for single images.
 
-GUIDE's formulas (arXiv:2403.03938) are those of kornia 0.7.1; several differ from torchvision's of the same name.
-Images are changed on their device; the draws are made on the CPU, so that a seed means the same everywhere.
+The formulas are those of kornia 0.7.1, with which Cywiński et al. (arXiv:2403.03938) train; several differ from
+torchvision's of the same name. Images are changed on their device; the draws are made on the CPU, so that a seed means
+the same everywhere.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 IMAGENET_POLICY = AutoAugment(AutoAugmentPolicy.IMAGENET)
 
 
+def scale_brightness(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Multiply each image, float (B, C, H, W) in [0, 1], by its own factor from [1 - amount, 1 + amount]; clamp."""
+    factor = _uniform(len(images), 1 - amount, 1 + amount, generator).view(-1, 1, 1, 1)
+    return (images * factor.to(images.device)).clamp(0, 1)
+
+
 def rotate(images: Tensor, degrees: float, p: float, generator: torch.Generator) -> Tensor:
-    """Turn some images about their middle: bilinear, black where nothing is known.
+    """Turn some images about their middle, bilinear; pixels from outside are black.
 
     Args:
         images: float (B, C, H, W), on any device.
@@ -52,7 +59,7 @@ def jiggle(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     Returns:
         (B, C, H, W) in [0, 1].
     """
-    drawn = torch.empty(4, len(images), 1, 1, 1).uniform_(-amount, amount, generator=generator)
+    drawn = _uniform(4 * len(images), -amount, amount, generator).view(4, -1, 1, 1, 1)
     brightness, contrast, saturation, hue = drawn.to(images.device)
     steps = (
         lambda pixels: (pixels + brightness).clamp(0, 1),
@@ -88,18 +95,18 @@ def erase(
     size = height * width * _uniform(count, *area, generator)  # pixels
     tall, wide = _uniform(count, 1, aspect[1], generator), _uniform(count, aspect[0], 1, generator)
     ratio = tall.where(torch.rand(count, generator=generator) < 0.5, wide)
-    rows = _span((size * ratio).sqrt(), height, generator)  # (B, H)
-    columns = _span((size / ratio).sqrt(), width, generator)  # (B, W)
+    rows = _draw_stretch((size * ratio).sqrt(), height, generator)  # (B, H)
+    columns = _draw_stretch((size / ratio).sqrt(), width, generator)  # (B, W)
     rows &= torch.rand(count, 1, generator=generator) < p
     rows, columns = rows.to(images.device), columns.to(images.device)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0)
 
 
 def auto_augment(image: Tensor, generator: torch.Generator) -> Tensor:
-    """One of 25 pairs of operations, each with a probability and a strength, that were found by search on ImageNet.
+    """Apply one of 25 pairs of operations, whose probabilities and strengths were found by search on ImageNet.
 
-    Cubuk et al., "AutoAugment: Learning Augmentation Strategies from Data", CVPR 2019, arXiv:1805.09501, Table 9. What
-    turns or shears into the image is black.
+    Cubuk et al., "AutoAugment: Learning Augmentation Strategies from Data", CVPR 2019, arXiv:1805.09501, Table 9.
+    Pixels that turn or shear into the image are black.
 
     Args:
         image: uint8 (1 or 3, H, W), on any device.
@@ -117,7 +124,7 @@ def auto_augment(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rgb_to_hsv(images: Tensor) -> Tensor:
-    """Red, green and blue to hue in turns, saturation and value: float (B, 3, H, W) in [0, 1]. Grey: any hue."""
+    """Turn float RGB (B, 3, H, W) in [0, 1] into hue in turns, saturation and value; the hue of grey is any."""
     red, green, blue = images.unbind(1)
     value, brightest = images.max(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
@@ -128,7 +135,7 @@ def rgb_to_hsv(images: Tensor) -> Tensor:
 
 
 def hsv_to_rgb(images: Tensor) -> Tensor:
-    """Hue in turns (any number), saturation and value in [0, 1] to red, green and blue: float (B, 3, H, W)."""
+    """Turn hue in turns (any number), saturation and value in [0, 1] into float RGB (B, 3, H, W)."""
     hue, saturation, value = images.split(1, dim=1)
     place = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
     # A colour is absent for a third of the circle, full for another, and rises and falls by a straight line between.
@@ -144,8 +151,8 @@ def _recolour(images: Tensor, saturation: Tensor | float = 1.0, turns: Tensor | 
     return hsv_to_rgb(torch.cat([hue + turns, (strength * saturation).clamp(max=1), value], dim=1))
 
 
-def _span(length: Tensor, room: int, generator: torch.Generator) -> Tensor:
-    """Bool (B, room): True for ``length`` (B,) pixels, rounded, at a random place."""
+def _draw_stretch(length: Tensor, room: int, generator: torch.Generator) -> Tensor:
+    """Mark ``length`` (B,) pixels, rounded, at a random place: bool (B, room)."""
     length = length.round().clamp(1, room)
     start = (torch.rand(len(length), generator=generator) * (room - length + 1)).floor()
     place = torch.arange(room)

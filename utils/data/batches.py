@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.images import FeatureSet, ImageSet, Samples
-from utils.data.transforms import stacks
+from utils.data.transforms import stack_by_size
 from utils.training import seeding
 
 
@@ -150,7 +150,8 @@ class ImageBatches(ShuffledBatches):
         if self.transform.whole_batch:
             # Mostly one tensor; replay of another size than the real images makes a second one.
             keep = partial(self.transform.keep, training=True)
-            self.stores = [pixels.to(self.device) for pixels in stacks(everything, keep)] if len(everything) else []
+            stores = stack_by_size(everything, keep) if len(everything) else []
+            self.stores = [pixels.to(self.device) for pixels in stores]
         else:
             self.images = everything
 
@@ -291,7 +292,7 @@ def test_batches(images: ImageSet, transform, batch_size: int, device, num_worke
     if len(images) == 0:
         return
     if transform.whole_batch:
-        stores = stacks(images, partial(transform.keep, training=False))
+        stores = stack_by_size(images, partial(transform.keep, training=False))
         chunks = (chunk for pixels in stores for chunk in pixels.split(batch_size))
     else:
         chunks = DataLoader(_Decoded(images, transform.load_test, None), batch_size, num_workers=num_workers)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def shift_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Zero-padded random crop and horizontal flip of a whole batch in one gather.
+    """Crop a zero-padded batch at random and mirror some of its images, all in one gather.
 
     Args:
         images: (B, C, H, W), any dtype, on any device.
@@ -41,11 +41,12 @@ def shift_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Ge
 def crop_boxes(
     count: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random boxes as torchvision's RandomResizedCrop draws them: area in ``scale``, aspect from 3/4 to 4/3.
+    """Draw boxes as torchvision's RandomResizedCrop does: area in ``scale``, aspect from 3/4 to 4/3.
 
     Returns:
         top, left, height and width in pixels, int64 (count,) each; the middle square where ten draws do not fit.
     """
+    # Ten draws at once for every box, of which the first that fits is taken.
     area = height * width * torch.empty(count, 10).uniform_(*scale, generator=generator)
     ratio = torch.empty(count, 10).uniform_(-1, 1, generator=generator).mul(torch.tensor(4 / 3).log()).exp()
     widths, heights = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
@@ -61,7 +62,7 @@ def crop_boxes(
 
 
 def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """A random part of one image, uint8 (C, H, W), as (C, size, size); see ``crop_boxes``."""
+    """Cut a random box out of one image, uint8 (C, H, W), and resize it to (C, size, size); see ``crop_boxes``."""
     top, left, h, w = (int(number) for number in crop_boxes(1, *image.shape[-2:], scale, generator))
     return F.resized_crop(image, top, left, h, w, [size, size], antialias=True)
 
@@ -69,9 +70,9 @@ def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], ge
 def crop_and_flip(
     images: Tensor, size: int, scale: tuple[float, float], flip: bool, generator: torch.Generator
 ) -> Tensor:
-    """Random resized crop and horizontal flip of a whole batch of small images in two matrix products.
+    """Cut and enlarge random boxes of a batch of small images, and mirror some, in two matrix products.
 
-    Bilinear like ``random_resized_crop``, and the same within rounding; without antialiasing, which has no effect
+    It is bilinear and equals ``random_resized_crop`` within rounding. Antialiasing is left out, since it has no effect
     where images are enlarged: keep them no larger than ``size``.
 
     Args:

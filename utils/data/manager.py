@@ -1,16 +1,18 @@
-"""The class-incremental view of a data set: which classes come when, and which of their images may be seen.
+"""The class-incremental view of a data set: the order of its classes, and which of their images may be seen.
 
 Real images of past tasks are sealed: a learner that wants them needs exemplars or a replay source.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +23,39 @@ from utils.data.images import ImageSet, image_sizes
 from utils.run.config import RunConfig
 from utils.run.errors import SealedDataError
 from utils.training import seeding
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rules by which a data set is cut into tasks and its images are picked.
+
+    Args:
+        init_cls, increment: classes in the first and in every later task; the last may be smaller.
+        limit_tasks: keep only so many tasks, as if the classes of the others did not exist; None: all.
+        shuffle: permute the classes by ``order_seed`` (PyCIL); else the data set's own order.
+        run_seed: seed of few-shot and validation draws; None: ``order_seed``.
+        kshot: training images per class after the first task; 0: all.
+        few_shot_draw: "reference" is the reference's draw (Liu et al., arXiv:2403.09857).
+        imb_factor, imb_type: long tail over the original class ids; 1 is balanced.
+        val_share: share of every class's training images that is held out, before few shots are drawn.
+    """
+
+    init_cls: int
+    increment: int
+    limit_tasks: int | None = None
+    shuffle: bool = True
+    order_seed: int = 1993
+    run_seed: int | None = None
+    kshot: int = 0
+    few_shot_draw: Literal["own", "reference"] = "own"
+    imb_factor: float = 1.0
+    imb_type: Literal["exp", "step"] = "exp"
+    val_share: float = 0.0
+
+    @property
+    def draw_seed(self) -> int:
+        """The seed of few-shot and validation draws."""
+        return self.order_seed if self.run_seed is None else self.run_seed
 
 
 @dataclass(frozen=True)
@@ -51,64 +86,37 @@ class DataManager:
 
     Args:
         dataset: with original class ids.
-        init_cls, increment: classes in the first and in every later task; the last may be smaller.
-        limit_tasks: keep only so many tasks, as if the classes of the others did not exist; None: all.
-        shuffle: permute the classes by ``order_seed`` (PyCIL); else the data set's own order.
-        run_seed: seed of few-shot and validation draws; None: ``order_seed``.
-        kshot: training images per class after the first task; 0: all.
-        few_shot_draw: "reference" draws as ASP's code does.
-        imb_factor, imb_type: long tail over the original class ids; 1 is balanced.
-        val_share: share of every class's training images that is held out.
+        split: how it is cut.
         upper_bound: allow ``all_seen_images``.
+
+    Attributes:
+        few_shot_indices: by class, positions of its few shots within its images in the data set.
 
     Raises:
         ConfigError: if ``init_cls`` exceeds the classes, or a long tail leaves a class empty.
         DataError: if a class has fewer than ``kshot`` images.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        init_cls: int,
-        increment: int,
-        limit_tasks: int | None = None,
-        shuffle: bool = True,
-        order_seed: int = 1993,
-        run_seed: int | None = None,
-        kshot: int = 0,
-        few_shot_draw: Literal["own", "reference"] = "own",
-        imb_factor: float = 1.0,
-        imb_type: Literal["exp", "step"] = "exp",
-        val_share: float = 0.0,
-        upper_bound: bool = False,
-    ):
+    def __init__(self, dataset: Dataset, split: Split, upper_bound: bool = False):
         # Without its images: whoever holds the manager could read the past there.
         self.dataset = replace(dataset, train=ImageSet(), test=ImageSet())
-        self.upper_bound = upper_bound
-        self.task_sizes = subsets.task_sizes(dataset.num_classes, init_cls, increment, dataset.name)[:limit_tasks]
-        order = _class_order(dataset, shuffle, order_seed)
+        self.split, self.upper_bound = split, upper_bound
+        sizes = subsets.task_sizes(dataset.num_classes, split.init_cls, split.increment, dataset.name)
+        self.task_sizes = sizes[: split.limit_tasks]
+        order = _order_classes(dataset, split)
         self.class_order = order[: sum(self.task_sizes)]
         self.class_names = [dataset.class_names[original] for original in self.class_order]
-        self.few_shot_indices: dict[int, list[int]] = {}  # class -> positions within its images in the data set
-        self._tasks = self._cut()
+        self.few_shot_indices: dict[int, list[int]] = {}
+        self._tasks = _cut(self.task_sizes, self.class_names)
         self._current: Task | None = None
 
         rank = torch.tensor(order).argsort()  # original id -> place in the order of learning
-        train = dataset.train.relabelled(rank[dataset.train.labels])
         self._test = dataset.test.relabelled(rank[dataset.test.labels]).select(range(self.num_classes))
-        draw_seed = order_seed if run_seed is None else run_seed
-        kept = torch.arange(len(train))
-        if imb_factor < 1:
-            # By original ids: the tail is the same whatever the order of learning.
-            kept = subsets.long_tail_indices(dataset.train.labels, dataset.num_classes, imb_factor, imb_type)
-        kept = kept[train.labels[kept] < self.num_classes]
-        fit, held_out = subsets.split_validation(train.labels[kept], val_share, draw_seed)
-        self._val, kept = train.take(kept[held_out]), kept[fit]
-        if kshot > 0:
-            kept = self._draw_few_shots(train.labels, kept, kshot, draw_seed, few_shot_draw)
-        self._train = train if len(kept) == len(train) else train.take(kept)
-        self._kept = kept  # positions in the data set
+        train = dataset.train.relabelled(rank[dataset.train.labels])
+        self._kept, held_out = self._pick(dataset.train.labels, train.labels)  # positions in the data set
+        self._val = train.take(held_out)
+        # A set that is kept whole is not copied: it may fill half of the memory.
+        self._train = train if len(self._kept) == len(train) else train.take(self._kept)
 
     @property
     def num_classes(self) -> int:
@@ -124,19 +132,23 @@ class DataManager:
         return self._train.counts(self.num_classes).tolist()
 
     def images_hash(self, classes: Iterable[int]) -> str:
-        """Which images of these classes are trained on, of all that the data set has of them: a SHA-256."""
+        """Hash which images of these classes are trained on, of all that the data set has of them, by SHA-256."""
         labels = self._train.labels
-        own = {str(label): self._kept[labels == label] for label in classes}
-        return seeding.hash_tensors(own)
+        return seeding.hash_tensors({str(label): self._kept[labels == label] for label in classes})
 
-    def fingerprint(self) -> dict:
-        """Say what data this is, for whoever resumes."""
-        return {"dataset": self.dataset.name, "class_order": self.class_order, "class_names": self.class_names,
-                "counts": self.class_counts, "images": self.images_hash(range(self.num_classes))}  # fmt: skip
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must be equal where a run is resumed: classes, counts, and a hash of the training images."""
+        return {
+            "dataset": self.dataset.name,
+            "class_order": self.class_order,
+            "class_names": self.class_names,
+            "counts": self.class_counts,
+            "images": self._hash_contents(),
+        }
 
     @cached_property
     def all_real_bytes(self) -> int:
-        """What keeping all training images would take: raw pixels in memory, file sizes on disk."""
+        """Bytes of all training images: raw pixels in memory, file sizes on disk."""
         return self._train.nbytes
 
     @cached_property
@@ -145,7 +157,7 @@ class DataManager:
         return image_sizes(self._train)
 
     def task(self, index: int) -> Task:
-        """The task of this index; looking at it does not begin it."""
+        """Return the task of this index; looking at it does not begin it."""
         return self._tasks[index]
 
     def tasks(self, start: int = 0) -> Iterator[Task]:
@@ -159,7 +171,7 @@ class DataManager:
         self._current = task
 
     def train_images(self, task: Task) -> ImageSet:
-        """Training images of the task's new classes.
+        """Return training images of the task's new classes.
 
         Raises:
             SealedDataError: if the task is not the one that is being learned.
@@ -168,7 +180,7 @@ class DataManager:
         return self._train.select(task.classes)
 
     def all_seen_images(self, task: Task) -> ImageSet:
-        """Training images of all classes up to this task, for joint training.
+        """Return training images of all classes up to this task, for joint training.
 
         Raises:
             SealedDataError: unless the learner declares ``upper_bound`` and the task is being learned.
@@ -182,24 +194,37 @@ class DataManager:
         return self._train.select(range(task.num_seen))
 
     def test_images(self, classes: Iterable[int]) -> ImageSet:
-        """Test images of these classes. For the evaluator alone."""
+        """Return test images of these classes, for the evaluator alone."""
         return self._test.select(classes)
 
     def val_images(self, classes: Iterable[int]) -> ImageSet:
-        """Held-out training images of these classes; empty when ``val_share`` is 0."""
+        """Return held-out training images of these classes; none without ``val_share``.
+
+        They are a share of what a long tail leaves. Few shots are drawn from the rest, so none is ever trained on.
+        """
         return self._val.select(classes)
 
-    def _cut(self) -> list[Task]:
-        stops = list(accumulate(self.task_sizes))
-        ranges = [range(stop - size, stop) for size, stop in zip(self.task_sizes, stops)]
-        return [Task(i, span, tuple(self.class_names[span.start : span.stop])) for i, span in enumerate(ranges)]
+    def _pick(self, originals: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of the training and the validation images, int64; notes the few shots.
 
-    def _draw_few_shots(
-        self, labels: Tensor, kept: Tensor, kshot: int, seed: int, draw: Literal["own", "reference"]
-    ) -> Tensor:
+        Args:
+            originals, labels: of all images of the data set, by original id and in learning order.
+        """
+        split, kept = self.split, torch.arange(len(labels))
+        if split.imb_factor < 1:
+            # By original ids: the tail is the same whatever the order of learning.
+            kept = subsets.long_tail_indices(originals, self.dataset.num_classes, split.imb_factor, split.imb_type)
+        kept = kept[labels[kept] < self.num_classes]
+        fit, held_out = subsets.split_validation(labels[kept], split.val_share, split.draw_seed)
+        kept, held_out = kept[fit], kept[held_out]
+        return (self._draw_few_shots(labels, kept) if split.kshot > 0 else kept), held_out
+
+    def _draw_few_shots(self, labels: Tensor, kept: Tensor) -> Tensor:
         """``kept`` with K drawn images for every class after the first task; notes which they are."""
-        sessions = [task.classes for task in self._tasks[1:]]
-        drawn = subsets.few_shot_indices(labels[kept], sessions, kshot, seed, draw, self.class_names)
+        split, sessions = self.split, [task.classes for task in self._tasks[1:]]
+        drawn = subsets.few_shot_indices(
+            labels[kept], sessions, split.kshot, split.draw_seed, split.few_shot_draw, self.class_names
+        )
         chosen = [kept[labels[kept] < self.task_sizes[0]]]
         for label, positions in drawn.items():
             shots = kept[labels[kept] == label][positions]
@@ -207,6 +232,21 @@ class DataManager:
             of_class = (labels == label).nonzero().flatten()  # ascending
             self.few_shot_indices[label] = torch.searchsorted(of_class, shots).tolist()
         return torch.cat(chosen)
+
+    def _hash_contents(self) -> str:
+        """SHA-256 of all training images in their order: labels and pixels, or labels, paths and sizes of files."""
+        digest = hashlib.sha256(self._train.labels.numpy())
+        folder = f"{self.dataset.root}{os.sep}"
+        for part in self._train.parts:
+            if isinstance(part.images, Tensor):
+                digest.update(f"{tuple(part.images.shape)}".encode())
+                digest.update(part.images.contiguous().numpy())
+            else:
+                # Sizes instead of bytes: reading every photograph would take minutes. Paths begin below the data set's
+                # own folder, which may be moved.
+                files = [f"{path.removeprefix(folder)}\t{os.path.getsize(path)}" for path in part.images]
+                digest.update("\n".join(files).encode())
+        return digest.hexdigest()
 
     def _require_current(self, task: Task) -> None:
         if self._current is None:
@@ -221,25 +261,18 @@ class DataManager:
 
 
 def cut_tasks(config: RunConfig, seed: int, dataset: Dataset, upper_bound: bool = False) -> DataManager:
-    """The tasks of one seed of an experiment."""
-    return DataManager(
-        dataset,
-        init_cls=config.init_cls,
-        increment=config.increment,
-        limit_tasks=config.limit_tasks,
-        shuffle=config.shuffle,
-        order_seed=config.order_seed(seed),
-        run_seed=config.train_seed(seed),
-        kshot=config.kshot,
-        few_shot_draw=config.few_shot_draw,
-        imb_factor=config.imb_factor,
-        imb_type=config.imb_type,
-        val_share=config.val_share,
-        upper_bound=upper_bound,
-    )
+    """Cut the tasks of one seed of an experiment."""
+    seeds = {"order_seed": config.order_seed(seed), "run_seed": config.train_seed(seed)}
+    shared = {field.name: getattr(config, field.name) for field in fields(Split) if field.name not in seeds}
+    return DataManager(dataset, Split(**shared, **seeds), upper_bound)
 
 
-def _class_order(dataset: Dataset, shuffle: bool, seed: int) -> list[int]:
-    if not shuffle and dataset.class_order is not None:
+def _cut(sizes: list[int], class_names: list[str]) -> list[Task]:
+    spans = [range(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes))]
+    return [Task(i, span, tuple(class_names[span.start : span.stop])) for i, span in enumerate(spans)]
+
+
+def _order_classes(dataset: Dataset, split: Split) -> list[int]:
+    if not split.shuffle and dataset.class_order is not None:
         return list(dataset.class_order)
-    return subsets.class_order(dataset.num_classes, shuffle, seed)
+    return subsets.class_order(dataset.num_classes, split.shuffle, split.order_seed)

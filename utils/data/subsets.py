@@ -1,4 +1,4 @@
-"""Which classes come when, and which images of them are used: pure functions of labels and seeds.
+"""The order of classes and the choice of their images: pure functions of labels and seeds.
 
 The references draw from one global generator; here every draw has a generator of its own, which gives the same
 numbers where parity asks for it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,7 +21,7 @@ from utils.training.seeding import numpy_generator
 
 
 def class_order(num_classes: int, shuffle: bool, seed: int) -> list[int]:
-    """Original class ids in the order of learning: PyCIL's permutation, or the identity without ``shuffle``.
+    """Return original class ids in the order of learning: PyCIL's permutation, or the identity without ``shuffle``.
 
     Raises:
         ConfigError: if NumPy's legacy generator cannot take the seed.
@@ -33,7 +34,7 @@ def class_order(num_classes: int, shuffle: bool, seed: int) -> list[int]:
 
 
 def task_sizes(num_classes: int, init_cls: int, increment: int, dataset: str = "the data set") -> list[int]:
-    """New classes per task: ``init_cls``, then ``increment`` while they last, then the rest. They sum to all classes.
+    """Return new classes per task: ``init_cls``, then ``increment`` while they last, then the rest.
 
     Raises:
         ConfigError: if there are fewer than ``init_cls`` classes.
@@ -49,7 +50,7 @@ def task_sizes(num_classes: int, init_cls: int, increment: int, dataset: str = "
 def long_tail_counts(
     num_images: int, num_classes: int, imb_factor: float, kind: Literal["exp", "step"] = "exp"
 ) -> list[int]:
-    """Images per class of a long-tailed set, by label index (Cao et al., LDAM, 2019; TDFA card, 1.1).
+    """Return images per class of a long-tailed set, by label index (Cao et al., NeurIPS 2019, arXiv:1906.07413).
 
     Args:
         num_images: N, of a balanced set; class 0 keeps N / K of them.
@@ -67,11 +68,11 @@ def long_tail_counts(
 def long_tail_indices(
     labels: Tensor, num_classes: int, imb_factor: float, kind: Literal["exp", "step"] = "exp", seed: int = 0
 ) -> Tensor:
-    """Positions of the images that a long-tailed set keeps, class by class in label order (TDFA card, 1.1 and 9.2).
+    """Return positions of the images that a long-tailed set keeps, class by class in label order.
 
     Args:
         labels: int64 (N,), original class ids: class 0 is the head, whatever the order of learning.
-        seed: the reference always uses 0, so all runs share one set.
+        seed: the reference (Qin et al., CVPR 2023, arXiv:2305.00562) always uses 0, so all runs share one set.
 
     Returns:
         int64 (M,).
@@ -101,14 +102,14 @@ def few_shot_indices(
     draw: Literal["own", "reference"] = "own",
     class_names: Sequence[str] | None = None,
 ) -> dict[int, list[int]]:
-    """K images for each class of the sessions after the first.
+    """Draw K images for each class of the sessions after the first.
 
     Args:
         labels: int64 (N,), in learning order.
         sessions: the new classes of every few-shot session, sessions in order, without the first task.
         kshot: K, images per class.
-        draw: "own" draws every class by itself; "reference" is ASP's stream of Python's generator, in which each
-            session is drawn twice and the second draw counts (ASP card, 2.3).
+        draw: "own" draws every class by itself; "reference" is the reference's draw (Liu et al., arXiv:2403.09857), one
+            stream of Python's generator.
         class_names: for messages.
 
     Returns:
@@ -117,16 +118,18 @@ def few_shot_indices(
     Raises:
         DataError: if a class has fewer than K images.
     """
-    counts = torch.bincount(labels, minlength=1 + max((max(session) for session in sessions), default=0)).tolist()
-    stream, chosen = random.Random(seed), {}
+    counts, stream, chosen = Counter(labels.tolist()), random.Random(seed), {}
     for session in sessions:
         sizes = {label: counts[label] for label in sorted(session)}
         _check_shots(sizes, kshot, class_names)
         if draw == "reference":
-            _shuffled_positions(sizes, stream)  # the draw of ASP's unused augmented data
-            shuffled = _shuffled_positions(sizes, stream)
+            # Its code draws every session twice, first for augmented data that it never uses.
+            _, shuffled = (_shuffle_positions(sizes, stream) for _ in range(2))
         else:
-            shuffled = {label: _own_permutation(size, seed, label) for label, size in sizes.items()}
+            shuffled = {
+                label: numpy_generator(seed, "few_shot", label).permutation(size).tolist()
+                for label, size in sizes.items()
+            }
         chosen |= {label: positions[:kshot] for label, positions in shuffled.items()}
     return chosen
 
@@ -141,11 +144,7 @@ def _check_shots(sizes: dict[int, int], kshot: int, class_names: Sequence[str] |
             )
 
 
-def _own_permutation(size: int, seed: int, label: int) -> list[int]:
-    return numpy_generator(seed, "few_shot", label).permutation(size).tolist()
-
-
-def _shuffled_positions(sizes: dict[int, int], stream: random.Random) -> dict[int, list[int]]:
+def _shuffle_positions(sizes: dict[int, int], stream: random.Random) -> dict[int, list[int]]:
     positions = {label: list(range(size)) for label, size in sizes.items()}
     for items in positions.values():
         stream.shuffle(items)

@@ -10,22 +10,26 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from utils.data.augment import auto_augment, erase, jiggle, rotate
+from utils.data.augment import auto_augment, erase, jiggle, rotate, scale_brightness
 from utils.data.crops import crop_and_flip, random_resized_crop, shift_and_flip
 from utils.data.images import ImageSet, decode_image
+
+if TYPE_CHECKING:  # its photographs import this module
+    from utils.data.datasets.base import Dataset, Triple
 
 RESIZE_MODES = {mode.value: mode for mode in InterpolationMode}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is done to a training image. Sizes are pixels; probabilities and ranges are published ones."""
+class Augmentation:
+    """Changes to a training image. Sizes are pixels; probabilities and ranges are published ones."""
 
     padding: int = 0  # random crop after zero padding
     flip: bool = False  # horizontal, p = 0.5
@@ -40,57 +44,64 @@ class Recipe:
     test_resize: str = "bilinear"  # of large test images
 
 
-RECIPES = {
-    "none": Recipe(),
-    "crop": Recipe(padding=4),
-    "cifar": Recipe(padding=4, flip=True, brightness=63 / 255),
-    "imagenet": Recipe(flip=True, crop_scale=(0.08, 1.0)),
-    "imagenet_jitter": Recipe(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0)),
-    "asp": Recipe(flip=True, crop_scale=(0.05, 1.0), test_resize="bicubic"),
-    "escort": Recipe(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0), auto_augment=True),
-    "guide": Recipe(padding=4, flip=True, rotation=30, jiggle=0.1, erasing=0.5),
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "crop": Augmentation(padding=4),
+    "cifar": Augmentation(padding=4, flip=True, brightness=63 / 255),
+    "imagenet": Augmentation(flip=True, crop_scale=(0.08, 1.0)),
+    "imagenet_jitter": Augmentation(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0)),
+    "vit_crop": Augmentation(flip=True, crop_scale=(0.05, 1.0), test_resize="bicubic"),
+    "auto_augment": Augmentation(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0), auto_augment=True),
+    "strong": Augmentation(padding=4, flip=True, rotation=30, jiggle=0.1, erasing=0.5),
 }
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """[0, 1] float (B, C, H, W) to zero mean and unit spread; one grey channel becomes three."""
+    """Bring [0, 1] float (B, C, H, W) to zero mean and unit spread; one grey channel becomes three."""
     return (images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float in [-1, 1], what diffusion models train on."""
+    """Turn uint8 in [0, 255] into float in [-1, 1], the range that diffusion models train on."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float in [-1, 1] (clamped) to uint8 in [0, 255], rounded to the nearest grey level."""
+    """Turn float in [-1, 1] (clamped) into uint8 in [0, 255], rounded to the nearest grey level."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def resize_and_crop(image: Tensor, size: int, resize: str = "bilinear") -> Tensor:
-    """The test view of images, (..., C, H, W): the short side to size * 8 / 7, then the middle (..., C, size, size)."""
+    """Resize the short side of test images, (..., C, H, W), to size * 8 / 7 and cut out the middle square."""
     resized = F.resize(image, [size * 8 // 7], interpolation=RESIZE_MODES[resize], antialias=True)
     return F.center_crop(resized, [size, size])
 
 
+def resize_to_square(pixels: Tensor, size: int, resize: str) -> Tensor:
+    """Resize images (..., C, H, W) to (..., C, size, size) with antialiasing; leave those of this size alone."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return F.resize(pixels, [size, size], interpolation=RESIZE_MODES[resize], antialias=True)
+
+
 def match_channels(image: Tensor, channels: int) -> Tensor:
-    """Grey repeated to three channels, (..., C, H, W); three channels stay."""
+    """Repeat grey (..., 1, H, W) to three channels; leave three alone."""
     return image if image.shape[-3] == channels else image.expand(*image.shape[:-3], channels, *image.shape[-2:])
 
 
-def stack(images: ImageSet, size: int, resize: str = "bicubic") -> Tensor:
-    """All images as one uint8 tensor (N, C, size, size), those of another size resized with antialiasing.
+def stack_images(images: ImageSet, size: int, resize: str = "bicubic") -> Tensor:
+    """Stack all images as one uint8 tensor (N, C, size, size), those of another size resized with antialiasing.
 
     Args:
         images: at least one; files may have any sizes and be grey or coloured.
         size: side in pixels.
         resize: "bicubic", "bilinear" or "nearest".
     """
-    return stacks(images, lambda pixels: square(pixels, size, resize))[0]
+    return stack_by_size(images, lambda pixels: resize_to_square(pixels, size, resize))[0]
 
 
-def stacks(images: ImageSet, fit: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """All images in memory, in stored order: uint8 (N_i, C, H_i, W_i), a tensor for each stretch of one size.
+def stack_by_size(images: ImageSet, fit: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Read all images into memory, in stored order: uint8 (N_i, C, H_i, W_i), a tensor for each stretch of one size.
 
     Args:
         images: at least one; files may have any sizes and be grey or coloured.
@@ -108,102 +119,98 @@ def stacks(images: ImageSet, fit: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [torch.cat(list(stretch)) for _, stretch in stretches]
 
 
-def square(pixels: Tensor, size: int, resize: str) -> Tensor:
-    """Images (..., C, H, W) as (..., C, size, size), resized with antialiasing unless they have this size."""
-    if pixels.shape[-2:] == (size, size):
-        return pixels
-    return F.resize(pixels, [size, size], interpolation=RESIZE_MODES[resize], antialias=True)
-
-
 class ClassifierTransform:
     """A data set's views of its images: training, test, both float (B, 3, S, S).
 
-    Small images lie on the device as uint8 at the size that ``keep`` gives them. Where the recipe crops them, that is
-    their own: enlarged copies would take 49 times the memory at 32 -> 224 pixels, and are made per batch instead.
+    Small images lie on the device as uint8 at the size that ``keep`` gives them. Where they are cropped, that is their
+    own: enlarged copies would take 49 times the memory at 32 -> 224 pixels, and are made per batch instead.
 
     Args:
-        recipe: what is done to training images.
+        augmentation: changes to training images.
         size: side of the network's input in pixels.
         mean, std: three floats for images in [0, 1].
         in_memory: small images that are augmented as a batch; else ``load_*`` works image by image in a worker.
-        resize: how images are brought to the network's size where the recipe says nothing: replay of another size.
+        resize: how images without a crop are brought to the network's size: replay of another size.
     """
 
-    def __init__(self, recipe: Recipe, size: int, mean, std, in_memory: bool, resize: str = "bicubic"):
-        self.recipe, self.size, self.resize, self.whole_batch = recipe, size, resize, in_memory
+    def __init__(
+        self, augmentation: Augmentation, size: int, mean: Triple, std: Triple, in_memory: bool, resize: str = "bicubic"
+    ):
+        self.augmentation, self.size, self.resize, self.whole_batch = augmentation, size, resize, in_memory
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
 
     @property
     def _crops_batches(self) -> bool:
-        return self.whole_batch and self.recipe.crop_scale is not None
+        return self.whole_batch and self.augmentation.crop_scale is not None
 
     def keep(self, pixels: Tensor, training: bool) -> Tensor:
-        """uint8 (..., C, H, W) at the size that small images, and replay beside them, are kept at."""
+        """Bring uint8 (..., C, H, W) to the size that small images, and replay beside them, are kept at."""
         if not self._crops_batches:
-            return square(pixels, self.size, self.resize)
+            return resize_to_square(pixels, self.size, self.resize)
         if max(pixels.shape[-2:]) <= self.size:
             return pixels
-        return square(pixels, self.size, self.resize) if training else self._test_view(pixels)
+        return resize_to_square(pixels, self.size, self.resize) if training else self._test_view(pixels)
 
     def load_train(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """One uint8 (C, H, W) image to uint8 (3, S, S), in a worker."""
-        recipe = self.recipe
-        if recipe.crop_scale is None:
-            return match_channels(self._test_view(image), 3)
-        image = match_channels(random_resized_crop(image, self.size, recipe.crop_scale, generator), 3)
-        return self._auto_augment(image, generator) if recipe.auto_augment else image
+        """Turn one uint8 (C, H, W) image into uint8 (3, S, S), in a worker."""
+        scale = self.augmentation.crop_scale
+        if scale is None:
+            return self.load_test(image)
+        image = match_channels(random_resized_crop(image, self.size, scale, generator), 3)
+        return self._auto_augment(image, generator) if self.augmentation.auto_augment else image
 
     def load_test(self, image: Tensor) -> Tensor:
-        """One uint8 (C, H, W) image to uint8 (3, S, S), in a worker."""
+        """Turn one uint8 (C, H, W) image into uint8 (3, S, S), in a worker."""
         return match_channels(self._test_view(image), 3)
 
     def train(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 (B, C, H, W), as kept or as loaded, to an augmented float batch (B, 3, S, S)."""
-        recipe = self.recipe
-        if recipe.auto_augment:
+        """Turn uint8 (B, C, H, W), as kept or as loaded, into an augmented float batch (B, 3, S, S)."""
+        steps = self.augmentation
+        if steps.auto_augment:
             if self.whole_batch:  # every image has operations of its own, so small ones too are changed one by one
                 images = torch.stack([self.load_train(image, generator) for image in images])
             return self.test(images)  # at the network's size, so that only the normalisation is left
         if self._crops_batches:
             # Colours first, on the few stored pixels; stretching changes neither their scale nor their mean.
             pixels = self._alter(images, generator)
-            return crop_and_flip(pixels, self.size, recipe.crop_scale, recipe.flip, generator)
-        padding = recipe.padding if self.whole_batch else 0
-        if padding or recipe.flip:
-            # GUIDE flips after its rotation. Angles to either side are equally likely, so the order does not matter.
-            images = shift_and_flip(images, padding, recipe.flip, generator)
+            return crop_and_flip(pixels, self.size, steps.crop_scale, steps.flip, generator)
+        padding = steps.padding if self.whole_batch else 0
+        if padding or steps.flip:
+            # The code that "strong" comes from flips after its rotation. Angles to either side are equally likely, so
+            # the order does not matter.
+            images = shift_and_flip(images, padding, steps.flip, generator)
         return self._alter(images, generator).contiguous(memory_format=torch.channels_last)
 
     def test(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W), as kept or as loaded, to a float batch (B, 3, S, S)."""
+        """Turn uint8 (B, C, H, W), as kept or as loaded, into a float batch (B, 3, S, S)."""
         if images.shape[-2:] != (self.size, self.size):
             images = self._test_view(images)
         return self._normalise(images.float() / 255).contiguous(memory_format=torch.channels_last)
 
     def _test_view(self, images: Tensor) -> Tensor:
-        return resize_and_crop(images, self.size, self.recipe.test_resize)
+        return resize_and_crop(images, self.size, self.augmentation.test_resize)
 
     def _auto_augment(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """What follows the crop, on one uint8 (3, S, S) image; each step gives whole grey levels, as with PIL."""
-        recipe = self.recipe
-        if recipe.flip and torch.rand((), generator=generator) < 0.5:
+        steps = self.augmentation
+        if steps.flip and torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)
-        if recipe.brightness:
-            factor = torch.empty(()).uniform_(1 - recipe.brightness, 1 + recipe.brightness, generator=generator)
+        if steps.brightness:
+            factor = torch.empty(()).uniform_(1 - steps.brightness, 1 + steps.brightness, generator=generator)
             image = F.adjust_brightness(image, float(factor))
         return auto_augment(image, generator)
 
     def _alter(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """What follows shift and flip; a step that the recipe leaves out draws nothing."""
-        recipe, pixels = self.recipe, images.float() / 255
-        if recipe.brightness:
-            pixels = _scale_brightness(pixels, recipe.brightness, generator)
-        if recipe.rotation:
-            pixels = rotate(pixels, recipe.rotation, 0.5, generator)
-        if recipe.jiggle:
-            pixels = jiggle(pixels, recipe.jiggle, generator)
-        if recipe.erasing:
-            pixels = erase(pixels, recipe.erasing, recipe.erased_area, recipe.erased_aspect, generator)
+        """What follows shift and flip; a step that is left out draws nothing."""
+        steps, pixels = self.augmentation, images.float() / 255
+        if steps.brightness:
+            pixels = scale_brightness(pixels, steps.brightness, generator)
+        if steps.rotation:
+            pixels = rotate(pixels, steps.rotation, 0.5, generator)
+        if steps.jiggle:
+            pixels = jiggle(pixels, steps.jiggle, generator)
+        if steps.erasing:
+            pixels = erase(pixels, steps.erasing, steps.erased_area, steps.erased_aspect, generator)
         return self._normalise(pixels)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
@@ -219,45 +226,33 @@ class DiffusionTransform:
         self.size, self.flip, self.resize = size, flip, resize
 
     def keep(self, pixels: Tensor, training: bool) -> Tensor:
-        """uint8 (..., C, H, W) at the generator's size."""
-        return square(pixels, self.size, self.resize)
+        """Bring uint8 (..., C, H, W) to the generator's size."""
+        return resize_to_square(pixels, self.size, self.resize)
 
     def train(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 (B, C, S, S) to float (B, C, S, S) in [-1, 1]."""
-        if self.flip:
-            images = shift_and_flip(images, 0, True, generator)
+        """Turn uint8 (B, C, S, S) into float (B, C, S, S) in [-1, 1]."""
+        images = shift_and_flip(images, 0, True, generator) if self.flip else images
         return to_unit_range(images).contiguous()
 
     def test(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, S, S) to float (B, C, S, S) in [-1, 1]."""
+        """Turn uint8 (B, C, S, S) into float (B, C, S, S) in [-1, 1]."""
         return to_unit_range(images)
 
 
 def classifier_transform(
-    dataset,
+    dataset: Dataset,
     resize: str = "bicubic",
-    recipe: str | None = None,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
+    augmentation: str | None = None,
+    mean: Triple | None = None,
+    std: Triple | None = None,
 ) -> ClassifierTransform:
-    """The transform that a data set asks for, or a learner in its place.
+    """Build the transform that a data set asks for, or a learner in its place.
 
     Args:
-        dataset: gives `augmentation`, `mean` and `std` where the learner says nothing, `image_size` and `in_memory`.
+        dataset: gives what the learner leaves open, size and place of the images.
         resize: how replay of another size is brought to the network's.
-        recipe: a name in ``RECIPES``.
-        mean, std: for images in [0, 1], per channel.
+        augmentation: a name in ``AUGMENTATIONS``; None: the data set's.
+        mean, std: for images in [0, 1], per channel; None: the data set's.
     """
-    return ClassifierTransform(
-        RECIPES[recipe or dataset.augmentation],
-        dataset.image_size,
-        dataset.mean if mean is None else mean,
-        dataset.std if std is None else std,
-        dataset.in_memory,
-        resize,
-    )
-
-
-def _scale_brightness(pixels: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    factor = torch.empty(len(pixels), 1, 1, 1).uniform_(1 - amount, 1 + amount, generator=generator)
-    return (pixels * factor.to(pixels.device)).clamp(0, 1)
+    steps, mean, std = AUGMENTATIONS[augmentation or dataset.augmentation], mean or dataset.mean, std or dataset.std
+    return ClassifierTransform(steps, dataset.image_size, mean, std, dataset.in_memory, resize)

@@ -1,107 +1,157 @@
-"""One table over runs: ``python -m utils.results.compare outputs/* [--format text|csv|latex] [--output file]``."""
+"""One table over runs, and their curves: ``python -m utils.compare outputs/* [--format csv] [--plot curves.pdf]``."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import io
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
 
 from utils.results.figures import human_bytes, human_seconds
+from utils.results.plot import Line, check_suffix, plot_lines
 from utils.run.errors import CheckpointError, RepriseError
 from utils.run.files import atomic_write
 
-REPLAY_MEMORY = ("exemplars", "bank", "source")
+REPLAY_MEMORY = ("exemplars", "bank", "source")  # all that a run keeps beside its classifier
 UNFINISHED = "*"
 FOOTNOTE = f"{UNFINISHED} unfinished seed, not in the means"
-NUM_WORD_COLUMNS = 5  # run, learner, source, data set, seeds; numbers follow
-FEW_SHOT = {  # of the last session; columns that only few-shot runs have
-    "base": "base (%)", "novel": "novel (%)", "harmonic_mean": "harmonic mean (%)", "performance_drop": "drop (pts)"
-}  # fmt: skip
+WORDS = ("run", "learner", "source", "data set", "seeds")  # titles of the first columns; numbers follow
 LATEX_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX_WORDS)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over seeds; None where there is nothing to average, or only one seed."""
+class RunFacts(BaseModel, protected_namespaces=()):
+    """What a `config.json` says of a run."""
 
-    mean: float | None
-    std: float | None
+    model_name: str | None = None
+    dataset: str | None = None
+    synth: dict[str, Any] | None = None
 
-    @classmethod
-    def of(cls, values: Sequence[float | None]) -> Spread:
-        known = [value for value in values if value is not None]
-        return cls(fmean(known) if known else None, stdev(known) if len(known) > 1 else None)
 
-    def text(self, write: Callable[[float], str] = "{:.2f}".format) -> str:
-        if self.mean is None:
-            return "-"
-        return write(self.mean) + (f" ± {write(self.std)}" if self.std is not None else "")
+class SeedResults(BaseModel, protected_namespaces=()):
+    """What a `results.json` says of a seed, as far as it is compared; percentages, bytes and seconds."""
+
+    task_sizes: list[int]
+    accuracy_matrix: list[list[float]]
+    model_name: str | None = None
+    source: str | None = None
+    dataset: str | None = None
+    upper_bound: bool | None = None
+    top1_curve: list[float] | None = None
+    final_accuracy: float | None = None
+    average_incremental_accuracy: float | None = None
+    forgetting: float | None = None
+    memory_bytes: dict[str, float | None] | None = None
+    seconds: dict[str, float | None] | None = None
+    fscil: dict[str, list[float | None]] | None = Field(None, description="figures per session")
+
+    @property
+    def is_finished(self) -> bool:
+        return 0 < len(self.task_sizes) <= len(self.accuracy_matrix)
+
+    @property
+    def replay_bytes(self) -> float | None:
+        memory = self.memory_bytes
+        return None if memory is None else sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
+
+    def last(self, name: str) -> float | None:
+        """Return a figure of the last few-shot session; None for other runs."""
+        values = (self.fscil or {}).get(name)
+        return values[-1] if values else None
+
+
+class Number(NamedTuple):
+    """A column of numbers: its title, a seed's value, and how a cell is written; bytes and times have no deviation."""
+
+    title: str
+    value: Callable[[SeedResults], float | None]
+    write: Callable[[float], str] | None = None  # None: mean ± deviation
+
+
+NUMBERS = {  # by their name in csv
+    "final_accuracy": Number("final acc. (%)", lambda seed: seed.final_accuracy),
+    "average_incremental_accuracy": Number("avg. incremental (%)", lambda seed: seed.average_incremental_accuracy),
+    "forgetting": Number("forgetting (pts)", lambda seed: seed.forgetting),
+    "replay_memory_bytes": Number("replay memory", lambda seed: seed.replay_bytes, human_bytes),
+    "seconds": Number("time", lambda seed: (seed.seconds or {}).get("total"), human_seconds),
+}
+FEW_SHOT = {  # of the last session; columns that only few-shot runs have
+    "base": Number("base (%)", lambda seed: seed.last("base")),
+    "novel": Number("novel (%)", lambda seed: seed.last("novel")),
+    "harmonic_mean": Number("harmonic mean (%)", lambda seed: seed.last("harmonic_mean")),
+    "performance_drop": Number("drop (pts)", lambda seed: seed.last("performance_drop")),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: figures over its finished seeds; accuracies in percent, memory in bytes."""
+    """One run: who it is, and the results of its finished seeds."""
 
     run: str
     learner: str
     source: str
     dataset: str
-    seeds: tuple[str, ...]
+    finished: dict[str, SeedResults]  # by seed
     unfinished: tuple[str, ...]
-    final: Spread
-    average: Spread
-    forgetting: Spread
-    memory: Spread  # exemplars, bank and source: all that a run keeps beside its classifier
-    seconds: Spread
-    few_shot: dict[str, Spread]  # empty for other runs
 
-    @property
-    def spreads(self) -> tuple[Spread, ...]:
-        return self.final, self.average, self.forgetting, self.memory, self.seconds
+    def words(self) -> list[str]:
+        seeds = ", ".join([*self.finished, *(seed + UNFINISHED for seed in self.unfinished)])
+        return [self.run, self.learner, self.source, self.dataset, seeds]
+
+    def spread(self, number: Number) -> tuple[float | None, float | None]:
+        """Return mean and sample standard deviation over seeds; None where there are too few values."""
+        known = [value for value in map(number.value, self.finished.values()) if value is not None]
+        return fmean(known) if known else None, stdev(known) if len(known) > 1 else None
+
+    def text(self, number: Number) -> str:
+        mean, std = self.spread(number)
+        if mean is None:
+            return "-"
+        if number.write:
+            return number.write(mean)
+        return f"{mean:.2f}" + ("" if std is None else f" ± {std:5.2f}")  # of one width: ± stands below ±
+
+    def line(self) -> Line | None:
+        """Return the curves of the finished seeds for a plot; None if there are none."""
+        seeds = [seed for seed in self.finished.values() if seed.top1_curve]
+        return Line(self.run, seeds[0].task_sizes, [seed.top1_curve for seed in seeds]) if seeds else None
 
 
 def read_run(folder: str | Path) -> Row | None:
-    """The row of one run folder; None if the folder is not a run (no config.json, or no seed has begun).
+    """Return the row of one run folder; None if it is not a run (no config.json, or no seed has begun).
 
     Raises:
-        CheckpointError: if a file of the run cannot be read.
+        CheckpointError: if a file of the run is damaged or none of ours.
     """
     folder = Path(folder)
-    seed_folders = sorted((path for path in folder.glob("seed_*") if path.is_dir()), key=_natural)
-    if not seed_folders or not (folder / "config.json").is_file():
+    seeds = sorted((path for path in folder.glob("seed_*") if path.is_dir()), key=_natural)
+    if not seeds or not (folder / "config.json").is_file():
         return None
-    config = _read(folder / "config.json")
-    results = {path.name.removeprefix("seed_"): _read(path / "results.json") for path in seed_folders}
-    finished = {seed: result for seed, result in results.items() if _is_finished(result)}
-    done = list(finished.values())
-    facts = done[0] if done else {"source": (config.get("synth") or {}).get("name")}
-    learner = str(facts.get("model_name") or config.get("model_name") or "-")
+    config = _read(folder / "config.json", RunFacts)
+    paths = {path.name.removeprefix("seed_"): path / "results.json" for path in seeds}
+    results = {seed: _read(path, SeedResults) for seed, path in paths.items() if path.is_file()}
+    finished = {seed: result for seed, result in results.items() if result.is_finished}
+    first = next(iter(finished.values()), None)
+    learner = (first and first.model_name) or config.model_name or "-"
     return Row(
         run=folder.resolve().name,
-        learner=f"{learner} (upper bound)" if facts.get("upper_bound") else learner,
-        source=str(facts.get("source") or "-"),
-        dataset=str(facts.get("dataset") or config.get("dataset") or "-"),
-        seeds=tuple(finished),
-        unfinished=tuple(seed for seed in results if seed not in finished),
-        final=Spread.of([result.get("final_accuracy") for result in done]),
-        average=Spread.of([result.get("average_incremental_accuracy") for result in done]),
-        forgetting=Spread.of([result.get("forgetting") for result in done]),
-        memory=Spread.of([_replay_bytes(result) for result in done]),
-        seconds=Spread.of([(result.get("seconds") or {}).get("total") for result in done]),
-        few_shot=_few_shot(done),
+        learner=f"{learner} (upper bound)" if first and first.upper_bound else learner,
+        source=(first.source if first else (config.synth or {}).get("name")) or "-",
+        dataset=(first and first.dataset) or config.dataset or "-",
+        finished=finished,
+        unfinished=tuple(seed for seed in paths if seed not in finished),
     )
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Row]:
-    """Rows of all runs among these folders, in their order; a folder of runs stands for its runs.
+    """Return the rows of all runs among these folders, in their order; a folder of runs stands for its runs.
 
     Raises:
         RepriseError: if a folder does not exist, or there is no run at all.
@@ -111,8 +161,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Row]:
         if not folder.exists():
             raise RepriseError(f"{folder} does not exist: name folders that main.py has written below its output_dir")
         row = read_run(folder)
-        inner = [] if row else (read_run(path) for path in sorted(folder.glob("*/")))
-        rows += [found for found in (row, *inner) if found]
+        rows += [row] if row else filter(None, map(read_run, sorted(folder.glob("*/"))))
     if not rows:
         raise RepriseError(
             f"no run found in {', '.join(map(str, folders))}: a run is a folder with config.json and seed_<s> folders, "
@@ -122,58 +171,35 @@ def find_runs(folders: Sequence[str | Path]) -> list[Row]:
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """An aligned table for a terminal."""
-    head, cells = _cells(rows)
-    columns = [_aligned(title, column, i) for i, (title, *column) in enumerate(zip(head, *cells))]
-    lines = ["  ".join(line).rstrip() for line in zip(*columns)]
-    rule = "  ".join("-" * len(column[0]) for column in columns)
-    return "\n".join([lines[0], rule, *lines[1:], *_footnotes(rows)]) + "\n"
-
-
-def _aligned(title: str, cells: Sequence[str], position: int) -> list[str]:
-    """Cells of one width: words begin and numbers end in one line, and ``±`` stands below ``±``."""
-    if position < NUM_WORD_COLUMNS:
-        pad = str.ljust
-    else:
-        pad = str.rjust
-        means, stds = zip(*(cell.partition(" ± ")[::2] for cell in cells))
-        width = max(map(len, stds))
-        tails = [(f" ± {std:>{width}}" if std else " " * (width + 3)) if width else "" for std in stds]
-        cells = [mean + tail for mean, tail in zip(means, tails)]
-    width = max(map(len, [title, *cells]))
-    return [pad(cell, width) for cell in [title, *cells]]
+    """Return an aligned table for a terminal."""
+    head, *cells = _cells(rows)
+    widths = [max(map(len, column)) for column in zip(head, *cells)]
+    lines = [
+        "  ".join(f"{cell:{'<' if i < len(WORDS) else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip()
+        for line in (head, ["-" * width for width in widths], *cells)
+    ]
+    return "\n".join([*lines, *_footnotes(rows)]) + "\n"
 
 
 def as_latex(rows: Sequence[Row]) -> str:
-    """A tabular with booktabs' rules."""
-    head, cells = _cells(rows)
-    lines = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in [head, *cells]]
-    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-    notes = [f"% {note}" for note in _footnotes(rows)]
-    columns = "l" * NUM_WORD_COLUMNS + "r" * (len(head) - NUM_WORD_COLUMNS)
-    table = [rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"]
-    return "\n".join([r"% needs \usepackage{booktabs}", *notes, *table]) + "\n"
+    """Return a tabular with booktabs' rules."""
+    head, *lines = [" & ".join(map(_latex, line)) + r" \\" for line in _cells(rows)]
+    columns = "l" * len(WORDS) + "r" * len(_numbers(rows))
+    notes = [r"% needs \usepackage{booktabs}", *(f"% {note}" for note in _footnotes(rows))]
+    body = [r"\toprule", head, r"\midrule", *lines, r"\bottomrule"]
+    return "\n".join([*notes, rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"]) + "\n"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Raw numbers, mean and standard deviation in columns of their own; seeds are separated by blanks."""
-    few_shot = _few_shot_columns(rows)
-    numbers = [
-        "final_accuracy",
-        "average_incremental_accuracy",
-        "forgetting",
-        "replay_memory_bytes",
-        "seconds",
-        *few_shot,
-    ]
-    head = ["run", "learner", "source", "dataset", "seeds", "unfinished_seeds"]
+    """Return raw numbers, mean and standard deviation in columns of their own; seeds are separated by blanks."""
+    numbers = _numbers(rows)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
+    head = ["run", "learner", "source", "dataset", "seeds", "unfinished_seeds"]
     writer.writerow(head + [f"{name}_{part}" for name in numbers for part in ("mean", "std")])
     for row in rows:
-        writer.writerow([row.run, row.learner, row.source, row.dataset, " ".join(row.seeds), " ".join(row.unfinished)]
-                        + [value for spread in (*row.spreads, *_few_shot_of(row, few_shot))
-                           for value in (spread.mean, spread.std)])  # fmt: skip
+        words = [*row.words()[:-1], " ".join(row.finished), " ".join(row.unfinished)]
+        writer.writerow(words + [value for number in numbers.values() for value in row.spread(number)])
     return file.getvalue()
 
 
@@ -181,51 +207,50 @@ FORMATS = {"text": as_text, "csv": as_csv, "latex": as_latex}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code, 2 if there is nothing to compare or a file is damaged."""
-    parser = argparse.ArgumentParser(prog="python -m utils.results.compare", description="One table over runs.")
+    """Run the command; return its exit code, 2 if there is nothing to compare or a file is damaged."""
+    parser = argparse.ArgumentParser(prog="python -m utils.compare", description="One table over runs.")
     parser.add_argument("folders", nargs="*", default=["outputs"], help="run folders, or folders of runs (outputs)")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument("--output", type=Path, help="write to this file instead of the terminal")
+    parser.add_argument("--plot", type=Path, help="also draw accuracy over classes seen: a .pdf, .png or .svg file")
     options = parser.parse_args(arguments)
     try:
-        table = FORMATS[options.format](find_runs(options.folders))
+        if options.plot:
+            check_suffix(options.plot)
+        rows = find_runs(options.folders)
+        table = FORMATS[options.format](rows)
         if options.output:
             atomic_write(options.output, table)
         else:
             sys.stdout.write(table)
+        if options.plot:
+            _plot(rows, options.plot)
     except RepriseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    head = ["run", "learner", "source", "data set", "seeds"]
-    head += ["final acc. (%)", "avg. incremental (%)", "forgetting (pts)", "replay memory", "time"]
-    few_shot = _few_shot_columns(rows)
-    cells = [[*_words(row), *(spread.text() for spread in _few_shot_of(row, few_shot))] for row in rows]
-    return [*head, *(FEW_SHOT[name] for name in few_shot)], cells
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    lines = {row.run: row.line() for row in rows}
+    absent = [run for run, line in lines.items() if line is None]
+    if len(absent) == len(lines):
+        raise RepriseError(f"cannot draw {path}: no seed of {', '.join(absent)} has finished; wait, or run main.py")
+    plot_lines([line for line in lines.values() if line], path)
+    if absent:
+        print(f"not in {path}, because no seed has finished: {', '.join(absent)}", file=sys.stderr)
 
 
-def _words(row: Row) -> Iterator[str]:
-    yield from (row.run, row.learner, row.source, row.dataset)
-    yield ", ".join([*row.seeds, *(seed + UNFINISHED for seed in row.unfinished)])
-    yield from (row.final.text(), row.average.text(), row.forgetting.text())
-    for spread, write in ((row.memory, human_bytes), (row.seconds, human_seconds)):
-        yield "-" if spread.mean is None else write(spread.mean)
+def _numbers(rows: Sequence[Row]) -> dict[str, Number]:
+    few_shot = any(seed.fscil for row in rows for seed in row.finished.values())
+    return NUMBERS | (FEW_SHOT if few_shot else {})
 
 
-def _few_shot(done: Sequence[dict[str, Any]]) -> dict[str, Spread]:
-    sessions = [result["fscil"] for result in done if result.get("fscil")]
-    return {name: Spread.of([values[name][-1] for values in sessions]) for name in FEW_SHOT} if sessions else {}
-
-
-def _few_shot_columns(rows: Sequence[Row]) -> list[str]:
-    return list(FEW_SHOT) if any(row.few_shot for row in rows) else []
-
-
-def _few_shot_of(row: Row, columns: Sequence[str]) -> list[Spread]:
-    return [row.few_shot.get(name, Spread(None, None)) for name in columns]
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Return titles, then a line per run."""
+    numbers = _numbers(rows).values()
+    head = [*WORDS, *(number.title for number in numbers)]
+    return [head, *([*row.words(), *map(row.text, numbers)] for row in rows)]
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
@@ -234,36 +259,31 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
 
 def _latex(cell: str) -> str:
     if " ± " in cell:
-        return f"${cell.replace('±', chr(92) + 'pm')}$"
+        return "$" + " ".join(cell.split()).replace("±", r"\pm") + "$"
     return "--" if cell == "-" else cell.translate(LATEX_ESCAPES)
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """Seeds in numeric order."""
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.name.split("_")]
+    """Return a key that sorts seeds in numeric order."""
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in path.name.split("_")]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in this file; empty if the file does not exist."""
-    if not path.is_file():
-        return {}
+Facts = TypeVar("Facts", bound=BaseModel)
+
+
+def _read(path: Path, kind: type[Facts]) -> Facts:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; delete its folder and repeat the run") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; delete its folder and repeat the run")
-    return value
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise CheckpointError(f"{path} is damaged or not ours: {place}{first['msg']}; {_remedy(path)}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {_remedy(path)}") from error
 
 
-def _is_finished(result: dict[str, Any]) -> bool:
-    """A seed in progress has no results yet, or fewer rows than tasks."""
-    return bool(result) and len(result.get("accuracy_matrix", [])) >= len(result.get("task_sizes", []))
-
-
-def _replay_bytes(result: dict[str, Any]) -> int | None:
-    memory = result.get("memory_bytes")
-    return None if memory is None else sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
+def _remedy(path: Path) -> str:
+    return f"delete {path.parent} and repeat the run"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""The pictures of the report: real beside generated images of every class, and the panels that a run has made."""
+"""The pictures of the report: real beside generated images of every class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import base64
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
-from utils.results.figures import html, thumbnail
-from utils.results.panels import Cell, Panel, PanelRow
+from utils.data.images import decode_image
 
-PANEL_IMAGE = 192  # px; shown at 96
+LOSSLESS_UP_TO = 64  # px; as in the bank, larger images are stored as jpg
 
 
 @dataclass(frozen=True)
@@ -26,53 +27,21 @@ class GalleryRow:
     synthetic: Sequence[Tensor | str | Path]
 
 
-def draw_gallery(gallery: Sequence[GalleryRow], accuracies: Sequence[float | None]) -> str:
-    """Task by task a card per class, as HTML; rows without images are left out.
+def thumbnail(image: Tensor | str | Path, longest: int) -> str:
+    """Return one picture as a data URI: a small one exactly, as png; a large one reduced, as jpg.
 
     Args:
-        accuracies: percentage per class, None if unknown; it may end before the last class.
+        image: uint8 (C, H, W), C = 1 or 3, or an image file.
+        longest: side of a reduced picture in pixels; twice what is shown serves dense screens.
 
     Raises:
-        DataError: if an image file cannot be read.
+        DataError: if the file cannot be read.
     """
-    ordered = sorted((row for row in gallery if row.real or row.synthetic), key=lambda row: (row.task, row.class_index))
-    known = dict(enumerate(accuracies))
-    blocks = []
-    for task, rows in groupby(ordered, key=lambda row: row.task):
-        cards = "".join(_class_card(row, known.get(row.class_index)) for row in rows)
-        blocks.append(f'<h3>Task {task}</h3><div class="gallery">{cards}</div>')
-    return "".join(blocks)
-
-
-def _class_card(row: GalleryRow, accuracy: float | None) -> str:
-    note = "" if accuracy is None else f"{accuracy:.1f} % right"
-    strips = "".join(
-        f'<div class="strip"><span>{name}</span><div>{"".join(map(thumbnail, images))}</div></div>'
-        for name, images in (("real", row.real), ("generated", row.synthetic))
-        if images
-    )
-    return f"<div><h4>{row.class_index} {html(row.class_name)} <span>{note}</span></h4>{strips}</div>"
-
-
-def panel_sections(panels: Sequence[Panel]) -> Iterator[tuple[str, str, str]]:
-    """Title, note and HTML of every section; panels of one title and note that follow each other share one."""
-    for (title, note), group in groupby(panels, key=lambda panel: (panel.title, panel.note)):
-        yield title, note, "".join(map(_draw_panel, group))
-
-
-def _draw_panel(panel: Panel) -> str:
-    part = f"<h3>{html(panel.part)}</h3>" if panel.part else ""
-    cards = "".join(_row_card(row, panel.columns) for row in panel.rows)
-    return f'{part}<div class="panel" style="--columns:{len(panel.columns)}">{cards}</div>'
-
-
-def _row_card(row: PanelRow, columns: Sequence[str]) -> str:
-    # Every picture names its column, because where the window is narrow the pictures of a row wrap.
-    figures = "".join(_figure(cell, column) for cell, column in zip(row.cells, columns, strict=True))
-    return f"<div><h4>{html(row.name)}</h4><div>{figures}</div></div>"
-
-
-def _figure(cell: Cell | None, column: str) -> str:
-    picture = "<i></i>" if cell is None else thumbnail(cell.image, PANEL_IMAGE)
-    caption = f"<figcaption>{html(cell.caption)}</figcaption>" if cell and cell.caption else ""
-    return f"<figure><span>{html(column)}</span>{picture}{caption}</figure>"
+    pixels = (image if isinstance(image, Tensor) else decode_image(image)).cpu()
+    picture = Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+    kind = "PNG" if max(picture.size) <= LOSSLESS_UP_TO else "JPEG"
+    if kind == "JPEG":
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, kind, quality=90)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

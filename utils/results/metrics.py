@@ -21,10 +21,10 @@ Matrix = Sequence[Sequence[float]]
 
 
 def accuracy_row(scores: Array, labels: Array, task_sizes: Sequence[int]) -> list[float]:
-    """One row of the accuracy matrix: the accuracy on every task so far, by the argmax over all scores.
+    """Return one row of the accuracy matrix: the accuracy on every task so far, by the argmax over all scores.
 
     Args:
-        scores: (N, C), the larger the likelier; C may exceed the classes seen (GUIDE scores all classes).
+        scores: (N, C), the larger the likelier; C may exceed the classes seen.
         labels: (N,) integers in learning order.
         task_sizes: classes of each task so far.
 
@@ -46,7 +46,7 @@ def accuracy_row(scores: Array, labels: Array, task_sizes: Sequence[int]) -> lis
 
 
 def topk(scores: Array, labels: Array, k: int) -> float:
-    """Percentage of images whose label is among the k largest scores; k is capped at the number of classes.
+    """Return the percentage of images whose label is among the k largest scores; k is capped at the number of classes.
 
     Ties go to the lower class, as in argmax, so ``topk(.., 1)`` is the accuracy. NaN never counts as right.
 
@@ -62,7 +62,7 @@ def topk(scores: Array, labels: Array, k: int) -> float:
 
 
 def per_class_accuracy(predictions: Array, labels: Array, num_classes: int) -> list[float | None]:
-    """Percentage right of each class's test images; None for a class that has none.
+    """Return the percentage right of each class's test images; None for a class that has none.
 
     Args:
         predictions, labels: (N,) integers in learning order.
@@ -74,7 +74,7 @@ def per_class_accuracy(predictions: Array, labels: Array, num_classes: int) -> l
 
 
 def group_accuracies(predictions: Array, labels: Array, num_old: int, groups: Sequence[int] | int) -> dict[str, float]:
-    """PyCIL's table of one phase: total, then groups of classes (``00-09``, ...), then old and new.
+    """Return PyCIL's table of one phase: total, then groups of classes (``00-09``, ...), then old and new.
 
     Groups come in numeric order, also over 100 classes, and one without any test image is left out. The last class
     of a group of fixed width is nominal: 15 classes in tens give ``10-19``.
@@ -104,34 +104,30 @@ def group_accuracies(predictions: Array, labels: Array, num_old: int, groups: Se
 
 
 def average_incremental_accuracy(curve: Sequence[float]) -> float:
-    """Mean of the accuracy over all seen classes after every task, the first included (Rebuffi et al., iCaRL, 2017)."""
+    """Return the mean accuracy over all seen classes after every task, the first included (Rebuffi et al., 2017)."""
     return fmean(curve)
 
 
-def average_task_accuracy(row: Sequence[float]) -> float:
-    """Unweighted mean over tasks of one row of the accuracy matrix (GUIDE's average accuracy)."""
-    return fmean(row)
-
-
 def forgetting_per_task(matrix: Matrix) -> list[float]:
-    """Percentage points that each task but the last has lost since its best; negative where it improved."""
+    """Return the points that each task but the last has lost since its best; negative where it improved."""
     last = len(matrix) - 1
     return [max(matrix[k][j] for k in range(j, last)) - matrix[last][j] for j in range(last)]
 
 
 def forgetting(matrix: Matrix) -> float:
-    """Mean over earlier tasks of max_{k<T} A[k][j] - A[T][j], T the last task; not clipped, 0.0 after one task.
+    """Return the mean over earlier tasks of max_{k<T} A[k][j] - A[T][j], T the last task; 0.0 after one task.
 
-    Chaudhry et al., "Riemannian Walk", ECCV 2018, Section 3; the definition of GUIDE, and of PyCIL where its groups
+    It is not clipped (Chaudhry et al., "Riemannian Walk", ECCV 2018, Section 3). PyCIL's is the same where its groups
     are the tasks.
     """
     return fmean(forgetting_per_task(matrix) or [0.0])
 
 
 def class_forgetting(rows: Sequence[Sequence[float | None]]) -> float:
-    """DDDR's forgetting measure: the mean loss of every class of earlier tasks since its best; 0.0 after one task.
+    """Return the mean loss of every class of earlier tasks since its best; 0.0 after one task.
 
-    Liang et al., ECCV 2024, arXiv:2409.01128. The last evaluation may be the best, so that it is never negative.
+    The last evaluation may be the best, so that it is never negative (Liang et al., "Diffusion-Driven Data Replay",
+    ECCV 2024, arXiv:2409.01128).
 
     Args:
         rows: accuracy per class after every task, each row as long as the classes seen by then; None (a class
@@ -145,20 +141,23 @@ def class_forgetting(rows: Sequence[Sequence[float | None]]) -> float:
 
 
 def backward_transfer(matrix: Matrix) -> float:
-    """Mean over earlier tasks of A[T][j] - A[j][j]; 0.0 after one task (Lopez-Paz and Ranzato, GEM, 2017, Eq. 3)."""
+    """Return the mean over earlier tasks of A[T][j] - A[j][j]; 0.0 after one task.
+
+    Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017, Eq. 3.
+    """
     return fmean([matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)] or [0.0])
 
 
 def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n): high only if base and novel classes both are; 0.0 where both are 0."""
+    """Return 2 b n / (b + n): high only if base and novel classes both are; 0.0 where both are 0."""
     return 2 * base * novel / (base + novel) if base + novel else 0.0
 
 
 def fscil(matrix: Matrix, test_counts: Sequence[int]) -> dict[str, list[float | None]]:
-    """Few-shot figures after every session; session 0 teaches the base classes, all later ones the novel classes.
+    """Return the few-shot figures of every session; session 0 teaches the base classes, later ones the novel classes.
 
-    The mean runs over test images, as in FSCIL-ASP's groups; ASP then averages over groups, which is the same
-    wherever all groups have equally many test images.
+    Means run over test images; `group_averages` run over groups of classes. The two agree where all groups have
+    equally many test images.
 
     Args:
         matrix: accuracy matrix, T rows.
@@ -179,11 +178,11 @@ def fscil(matrix: Matrix, test_counts: Sequence[int]) -> dict[str, list[float | 
     }
 
 
-def asp_averages(predictions: Array, labels: Array, init_cls: int, increment: int) -> dict[str, float | None]:
-    """FSCIL-ASP's Old, New and HAcc: means over groups of ``increment`` classes instead of over test images.
+def group_averages(predictions: Array, labels: Array, init_cls: int, increment: int) -> dict[str, float | None]:
+    """Return old, new and harmonic mean accuracy as means over groups of ``increment`` classes, not over test images.
 
-    As in its code, a group is old if it ends below ``init_cls`` and new if it ends above, so that one which ends
-    there (``increment`` 1) is neither. The base classes of a session are one task here, but many groups.
+    Liu et al., "Few-Shot Class Incremental Learning with Attention-Aware Self-Adaptive Prompt", ECCV 2024,
+    arXiv:2403.09857. The base classes of a session are one task here, but many groups.
 
     Args:
         predictions, labels: (N,) integers in learning order.
@@ -195,6 +194,7 @@ def asp_averages(predictions: Array, labels: Array, init_cls: int, increment: in
     """
     table = group_accuracies(predictions, labels, init_cls, increment)
     ends = {int(name.split("-")[1]): value for name, value in table.items() if "-" in name}
+    # As in the authors' code, a group that ends exactly at init_cls (``increment`` 1) is neither old nor new.
     old = [value for end, value in ends.items() if end < init_cls]
     new = [value for end, value in ends.items() if end > init_cls]
     old, new = fmean(old) if old else None, fmean(new) if new else None
@@ -203,7 +203,7 @@ def asp_averages(predictions: Array, labels: Array, init_cls: int, increment: in
 
 
 def many_medium_few(accuracies: Sequence[float | None], counts: Sequence[int]) -> dict[str, float | None]:
-    """Mean class accuracy over classes with many (> 100), medium and few (< 20) training images; None if empty.
+    """Return the mean accuracy of classes with many (> 100), medium and few (< 20) training images; None if empty.
 
     Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, Section 4.
 

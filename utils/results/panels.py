@@ -38,9 +38,9 @@ class Panel:
     """A table of pictures with words.
 
     Args:
-        title: of its section in the report; panels of the same title and note that follow each other share one.
+        title: title of its section in the report; neighbours of the same title and note share one section.
         note: one or two sentences on what is to be seen.
-        columns: their names, at least one.
+        columns: names of the columns, at least one.
         rows: each as long as ``columns``.
         part: what this panel shows of the section, such as "Task 3".
     """
@@ -61,14 +61,14 @@ class Panels:
 
     Args:
         folder: where they lie; it need not exist.
-        enabled: whether this process writes; of several only the main one does.
+        enabled: whether this process writes; only the main one of several does.
     """
 
     def __init__(self, folder: str | Path, enabled: bool = True):
         self.folder, self.enabled = Path(folder), enabled
 
     def write(self, name: str, panel: Panel) -> None:
-        """Store a panel in place of the one of this name; a number in the name, as in `guided_10`, orders them.
+        """Store a panel in place of the one of this name; a number in the name, as in `shown_10`, orders them.
 
         A resumed run writes the same panels again.
         """
@@ -90,7 +90,7 @@ class Panels:
         return {"image": file, "caption": cell.caption}
 
     def read(self) -> list[Panel]:
-        """All panels in the order of their names, in which numbers count as numbers.
+        """Return all panels in the order of their names, in which numbers count as numbers.
 
         Raises:
             CheckpointError: if a `panel.json` is damaged.

@@ -1,33 +1,26 @@
-"""`report.html`: what one run has reached, lost, kept and made, as one file that needs nothing else to be read."""
+"""`report.html`: what one run has reached, lost, kept and made, as one file that needs nothing else to be read.
+
+This file prepares the values; `report.html.j2` holds the page and its words.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from utils.results.figures import (
-    STYLE,
-    Figure,
-    bar,
-    heat_map,
-    html,
-    human_bytes,
-    human_seconds,
-    line_chart,
-    split_table,
-    table,
-    tile,
-)
-from utils.results.gallery import GalleryRow, draw_gallery, panel_sections
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from utils.results.figures import Chart, human_bytes, human_seconds
+from utils.results.gallery import GalleryRow, thumbnail
 from utils.results.metrics import forgetting_per_task
 from utils.results.panels import Panel
 from utils.run.files import atomic_write
 
-REPLAY_MEMORY = ("exemplars", "bank", "source")
-MEMORY_NAMES = {
+MEMORY_NAMES = {  # in the order of the table; other keys come first, by their own name
     "exemplars": "exemplars (real images kept)",
     "bank": "bank (generated images kept)",
     "source": "replay source (all that it learned)",
@@ -41,30 +34,34 @@ MEMORY_NAMES = {
     "frozen": "frozen weights, not counted as memory of the past",
     "all_real_data": "for comparison: all real training data",
 }
-ONLY_OF_SOME = ("edge_maps", "class_embeddings", "generator", "old_branches", "prototypes")  # left out where they are 0
-UNIT_NAMES = {
-    "real": "real exemplars",
-    "compressed": "compressed exemplars",
-    "compressed_units": "compressed exemplars, in units",
-    "nominal": "units, nominally",
-    "true": "units that the bytes of exemplars and edge maps fill",
-}
-SECONDS_NAMES = {
-    "train": "train the classifier",
-    "fit_source": "fit the replay source",
-    "generate": "generate images",
-    "evaluate": "evaluate",
-}
-CURVES_NOTE = "After every task, in percent of the test images of all classes seen."
-TASKS_NOTE = (
-    "Percent right on each task's test images, among all classes seen by then. "
-    "Lost: points between a task's best accuracy before the end and its accuracy at the end."
-)
+ALWAYS_SHOWN = {"exemplars", "bank", "source", "network", "total", "frozen", "all_real_data"}  # others only if not 0
+UNITS = ("real", "compressed", "compressed_units", "nominal", "true")
+CURVES = {
+    "top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve", "val top-1": "val_top1_curve"
+}  # fmt: skip
 FEW_SHOT = ("base", "novel", "harmonic_mean", "performance_drop")
-SESSIONS_NOTE = (
-    "Base: classes of the first session; novel: all later ones; in percent of their test images. Performance drop: "
-    "points that the accuracy over all classes seen lies below the first session's."
-)
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    Args:
+        title: its head.
+        kind: "text", "n" (numbers), "share" (%), "bytes", "seconds", "bar" (a fraction), "change" (a signed one), or
+            "phase" and "unit", whose words the template has.
+        values: a cell per row; None is shown as a dash, text as it is.
+    """
+
+    title: str
+    kind: str
+    values: Sequence[Any]
+
+
+class Curves(NamedTuple):
+    """A table of curves; the chart is None where they have one point only."""
+
+    columns: list[Column]
+    chart: Chart | None
 
 
 def write_report(
@@ -79,7 +76,7 @@ def write_report(
 
     Args:
         path: the file; it appears whole or not at all.
-        results: the content of ``results.json`` (design, section 4); unknown keys are ignored.
+        results: the content of ``results.json``; unknown keys are ignored.
         config: the resolved config; nested objects are shown with dots.
         gallery: one row per class to show; all of its images are shown.
         environment: versions, device, ...; by default ``results["environment"]``, if there.
@@ -88,205 +85,157 @@ def write_report(
     Raises:
         DataError: if an image file of the gallery cannot be read.
     """
-    accuracies = results.get("per_class_accuracy") or []
-    command = f"<pre>{html(results['command'])}</pre>" if results.get("command") else ""
-    sections = [
-        ("Accuracy over classes seen", CURVES_NOTE, _curves(results)),
-        ("Accuracy and forgetting per task", TASKS_NOTE, _tasks(results)),
-        ("Few-shot sessions", SESSIONS_NOTE, _sessions(results)),
-        ("Long tail", "", _long_tail(results)),
-        ("Classes", "In learning order, at the end of the run.", _classes(results)),
-        ("Real and generated images", "", draw_gallery(gallery, accuracies)),
-        *panel_sections(panels),
-        ("Memory", "What the run keeps from task to task, beside all the real data that it saw.", _memory(results)),
-        ("Time", "", _seconds(results)),
-        ("Environment", "", _pairs(environment or results.get("environment") or {})),
-        ("Config", "", _pairs(dict(_flat(config)))),
-        ("Command", "", command),
-    ]
-    body = [_header(results), _headline(results)]
-    for title, note, content in sections:
-        if content:
-            note = f"<p>{html(note)}</p>" if note else ""
-            body.append(f"<section><h2>{html(title)}</h2>{note}{content}</section>")
-    atomic_write(path, _page(_name(results), "\n".join(body)))
-
-
-def _page(title: str, body: str) -> str:
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+    results = defaultdict(lambda: None, results)
+    page = _template().render(
+        results=results,
+        few_shot=_few_shot(results),
+        curves=_curves(results),
+        lost=_lost(results),
+        sessions=_sessions(_few_shot(results)),
+        long_tail=_long_tail(results["long_tail"] or {}),
+        classes=_classes(results),
+        gallery=_by_task(gallery),
+        panels=[(*key, list(group)) for key, group in groupby(panels, lambda panel: (panel.title, panel.note))],
+        memory=_memory(results["memory_bytes"] or {}),
+        units=_units(results["memory_units"] or {}),
+        seconds=_seconds(results["seconds"] or {}),
+        environment=_pairs(environment or results["environment"] or {}),
+        config=_pairs(dict(_flat(config))),
     )
+    atomic_write(path, page)
 
 
-def _name(results: dict) -> str:
-    return str(results.get("name") or "run")
+def _template() -> Template:
+    loader = FileSystemLoader(Path(__file__).parent)
+    # A misspelled variable is an error instead of an empty place on the page.
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    pages.filters.update(short=_short, human_bytes=human_bytes, human_seconds=human_seconds, thumbnail=thumbnail)
+    return pages.get_template("report.html.j2")
 
 
-def _header(results: dict) -> str:
-    words = [f"learner {results['model_name']}"] if results.get("model_name") else []
-    words.append(f"replay source {results['source']}" if results.get("source") else "no replay source")
-    words += [f"{key} {results[key]}" for key in ("dataset", "seed") if results.get(key) is not None]
-    if sizes := results.get("task_sizes"):
-        words.append(f"{len(sizes)} task{'s' * (len(sizes) > 1)}, {sum(sizes)} classes")
-    note = '<div class="badge">upper bound: this learner sees all real data again in every task</div>'
-    done, planned = len(results.get("accuracy_matrix") or []), len(results.get("task_sizes") or [])
-    unfinished = f'<div class="badge">unfinished: {done} of {planned} tasks</div>' if done < planned else ""
-    title = f"<h1>{html(_name(results))}</h1><p>{html(' · '.join(words))}</p>"
-    return f"<header>{title}{note if results.get('upper_bound') else ''}{unfinished}</header>"
+def _short(value: Any) -> str:
+    """Write numbers short and None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _headline(results: dict) -> str:
-    tiles = []
-    for key, title, note in (
-        ("final_accuracy", "Final accuracy", "all classes, after the last task"),
-        ("average_incremental_accuracy", "Average incremental", "mean over the tasks"),
-    ):
-        if results.get(key) is not None:
-            tiles.append(tile(title, f"{results[key]:.1f} %", note))
-    if results.get("forgetting") is not None:
-        per_class = results.get("class_forgetting")
-        note = "mean over earlier tasks" if per_class is None else f"mean over tasks, {per_class:.1f} over classes"
-        tiles.append(tile("Forgetting", f"{results['forgetting']:.1f} pts", note))
-    last = {name: values[-1] for name, values in _few_shot(results).items()}
-    if last.get("harmonic_mean") is not None:
-        base, novel, both, _ = last.values()
-        tiles.append(tile("Harmonic mean", f"{both:.1f} %", f"base {base:.1f} %, novel {novel:.1f} %"))
-    memory = results.get("memory_bytes") or {}
-    if memory.get("exemplars") is not None:
-        kept = sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
-        tiles.append(tile("Exemplars", human_bytes(memory["exemplars"]), f"{human_bytes(kept)} with bank and source"))
-    seconds = (results.get("seconds") or {}).get("total")
-    if seconds is not None:
-        tiles.append(tile("Time", human_seconds(seconds), "from start to results"))
-    return f'<div class="tiles">{"".join(tiles)}</div>'
-
-
-def _tasks(results: dict) -> str:
-    matrix = results.get("accuracy_matrix")
-    if not matrix:
-        return ""
-    both = heat_map(matrix) + _forgetting(matrix, results.get("task_sizes") or [1] * len(matrix))
-    return f'<div class="columns">{both}</div>' if len(matrix) <= 8 else both
-
-
-def _curves(results: dict) -> str:
-    names = {"top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve"}
-    curves = {name: results[key] for name, key in names.items() if results.get(key)}
-    if not curves or not results.get("task_sizes"):
-        return ""
+def _curves(results: dict[str, Any]) -> Curves | None:
+    curves = {name: results[key] for name, key in CURVES.items() if results[key]}
+    if not curves or not results["task_sizes"]:
+        return None
     seen = list(accumulate(results["task_sizes"]))[: max(map(len, curves.values()))]
-    padded = [_padded(curve, len(seen)) for curve in curves.values()]
-    rows = [[f"after {task}", classes, *values] for task, (classes, *values) in enumerate(zip(seen, *padded))]
-    numbers = split_table(["task", "classes", *curves], rows)
-    if len(seen) == 1:
-        return numbers
-    narrow = len(seen) <= 12
-    chart = line_chart(curves, seen, "classes seen", width=540 if narrow else 1100)
-    return f'<div class="columns">{chart}{numbers}</div>' if narrow else chart + numbers
+    tasks = Column("task", "text", [f"after {task}" for task in range(len(seen))])
+    numbers = [Column(name, "n", _padded(curve, len(seen))) for name, curve in curves.items()]
+    chart = Chart(curves, seen, "classes seen") if len(seen) > 1 else None
+    return Curves([tasks, Column("classes", "n", seen), *numbers], chart)
 
 
-def _forgetting(matrix: list[list[float]], task_sizes: list[int]) -> str:
-    lost = forgetting_per_task(matrix)
-    ends = list(accumulate(task_sizes))
-    rows = []
-    for task, points in enumerate(lost):
-        first, last = (ends[task - 1] if task else 0), ends[task] - 1
-        classes = f"{first}–{last}" if last > first else f"{first}"
-        final = matrix[-1][task]
-        shown = bar(abs(points) / 100, "loss" if points > 0 else "gain")
-        rows.append([f"{task}", classes, matrix[task][task], final + points, final, points, shown])
-    return table(["task", "classes", "when new", "best", "at the end", "lost", ""], rows) if rows else ""
+def _lost(results: dict[str, Any]) -> list[Column]:
+    """What every task but the last has lost since its best."""
+    matrix = results["accuracy_matrix"] or []
+    lost = forgetting_per_task(matrix) if len(matrix) > 1 else []
+    bounds = [0, *accumulate(results["task_sizes"] or [1] * len(matrix))]
+    spans = [(first, end - 1) for first, end in pairwise(bounds[: len(lost) + 1])]
+    final = [matrix[-1][task] for task in range(len(lost))]
+    return lost and [
+        Column("task", "text", [f"{task}" for task in range(len(lost))]),
+        Column("classes", "text", [f"{first}–{last}" if last > first else f"{first}" for first, last in spans]),
+        Column("when new", "n", [matrix[task][task] for task in range(len(lost))]),
+        Column("best", "n", [end + points for end, points in zip(final, lost)]),
+        Column("at the end", "n", final),
+        Column("lost", "n", lost),
+        Column("", "change", [points / 100 for points in lost]),
+    ]
 
 
-def _few_shot(results: dict) -> dict[str, list[float | None]]:
-    """The few-shot figures as lists of one length; empty for other runs."""
-    given = results.get("fscil")
+def _few_shot(results: dict[str, Any]) -> dict[str, list[float | None]]:
+    """The few-shot figures per session; empty for other runs."""
+    given = results["fscil"]
     return {name: list(given.get(name) or [None]) for name in FEW_SHOT} if given else {}
 
 
-def _sessions(results: dict) -> str:
-    figures = _few_shot(results)
+def _sessions(figures: dict[str, list[float | None]]) -> Curves | None:
     if not figures:
-        return ""
-    names = [name.replace("_", " ") for name in figures]
+        return None
     sessions = range(max(map(len, figures.values())))
-    columns = [_padded(values, len(sessions)) for values in figures.values()]
-    numbers = table(["session", *names], ([f"{i}", *cells] for i, cells in enumerate(zip(*columns))))
-    if len(sessions) == 1:
-        return numbers
-    chart = line_chart(dict(zip(names[:3], columns)), sessions, "session", width=540)
-    return f'<div class="columns">{chart}{numbers}</div>'
+    curves = {name.replace("_", " "): _padded(values, len(sessions)) for name, values in figures.items()}
+    columns = [Column(name, "n", values) for name, values in curves.items()]
+    drawn = {name: curves[name] for name in list(curves)[:3]}  # the drop is no accuracy
+    chart = Chart(drawn, sessions, "session") if len(sessions) > 1 else None
+    return Curves([Column("session", "text", [f"{i}" for i in sessions]), *columns], chart)
 
 
-def _long_tail(results: dict) -> str:
-    rows = [[f"{name} training images per class", value] for name, value in (results.get("long_tail") or {}).items()]
-    return table(["", "accuracy (%)"], rows) if rows else ""
+def _long_tail(groups: dict[str, float | None]) -> list[Column]:
+    names = [f"{name} training images per class" for name in groups]
+    return names and [Column("", "text", names), Column("accuracy (%)", "n", list(groups.values()))]
 
 
-def _classes(results: dict) -> str:
-    accuracies = results.get("per_class_accuracy")
-    if not accuracies:
-        return ""
+def _classes(results: dict[str, Any]) -> list[Column]:
+    accuracies = results["per_class_accuracy"] or []
     count = len(accuracies)
-    tasks = [task for task, size in enumerate(results.get("task_sizes") or []) for _ in range(size)]
-    columns: dict[str, list] = {"label": [f"{label}" for label in range(count)]}
-    columns["class"] = _padded(results.get("class_names"), count)
-    columns["task"] = [None if task is None else f"{task}" for task in _padded(tasks, count)]
-    columns["train"] = _padded(results.get("train_counts"), count)
-    columns["test"] = _padded(results.get("test_counts"), count)
-    columns["accuracy (%)"] = list(accuracies)
-    columns[""] = [None if value is None else bar(value / 100) for value in accuracies]
-    columns = {title: cells for title, cells in columns.items() if any(cell is not None for cell in cells)}
-    return split_table(list(columns), list(zip(*columns.values())))
+    tasks = [f"{task}" for task, size in enumerate(results["task_sizes"] or []) for _ in range(size)]
+    columns = [
+        Column("label", "text", [f"{label}" for label in range(count)]),
+        Column("class", "text", _padded(results["class_names"], count)),
+        Column("task", "text", _padded(tasks, count)),
+        Column("train", "n", _padded(results["train_counts"], count)),
+        Column("test", "n", _padded(results["test_counts"], count)),
+        Column("accuracy (%)", "n", accuracies),
+        Column("", "bar", [None if value is None else value / 100 for value in accuracies]),
+    ]
+    return [column for column in columns if any(cell is not None for cell in column.values)]
 
 
-def _padded(values: Sequence | None, count: int) -> list:
-    return [*(values or []), *[None] * count][:count]
+def _by_task(gallery: Sequence[GalleryRow]) -> list[tuple[int, list[GalleryRow]]]:
+    rows = sorted((row for row in gallery if row.real or row.synthetic), key=lambda row: (row.task, row.class_index))
+    return [(task, list(group)) for task, group in groupby(rows, lambda row: row.task)]
 
 
-def _memory(results: dict) -> str:
-    counted = {key: value for key, value in (results.get("memory_bytes") or {}).items() if value is not None}
-    memory = {key: value for key, value in counted.items() if value or key not in ONLY_OF_SOME}
-    if not memory:
-        return ""
+def _memory(counts: dict[str, int | None]) -> list[Column]:
+    order = [*(key for key in counts if key not in MEMORY_NAMES), *(key for key in MEMORY_NAMES if key in counts)]
+    memory = {key: counts[key] for key in order if counts[key] or (counts[key] == 0 and key in ALWAYS_SHOWN)}
     largest = max((count for key, count in memory.items() if key != "frozen"), default=0) or 1
     real = memory.get("all_real_data")
-    known = [key for key in MEMORY_NAMES if key in memory]
-    rows = []
-    for key in [*(key for key in memory if key not in MEMORY_NAMES), *known]:
-        count = memory[key]
-        share = Figure(f"{100 * count / real:,.1f} %") if real else None
-        rows.append([MEMORY_NAMES.get(key, key), Figure(human_bytes(count)), share, bar(count / largest)])
-    return table(["", "size", "of all real data", ""], rows) + _units(results.get("memory_units") or {})
+    return [
+        Column("", "text", [MEMORY_NAMES.get(key, key.replace("_", " ")) for key in memory]),
+        Column("size", "bytes", list(memory.values())),
+        Column("of all real data", "share", [100 * count / real if real else None for count in memory.values()]),
+        Column("", "bar", [count / largest for count in memory.values()]),
+    ] if memory else []  # fmt: skip
 
 
-def _units(units: dict[str, float]) -> str:
+def _units(units: dict[str, float]) -> list[Column]:
     """Exemplars as papers count them; nothing of a run that keeps none."""
     if not units.get("nominal"):
-        return ""
-    rows = [[name, Figure(f"{units[key]:,.2f}".removesuffix(".00"))] for key, name in UNIT_NAMES.items()]
-    return table([f"in raw images of {human_bytes(units['unit_bytes'])}", ""], rows)
+        return []
+    numbers = [f"{units[key]:,.2f}".removesuffix(".00") for key in UNITS]
+    title = f"in raw images of {human_bytes(units['unit_bytes'])}"
+    return [Column(title, "unit", UNITS), Column("", "n", numbers)]
 
 
-def _seconds(results: dict) -> str:
-    seconds = {key: value for key, value in (results.get("seconds") or {}).items() if value is not None}
+def _seconds(given: dict[str, float | None]) -> list[Column]:
+    seconds = {key: value for key, value in given.items() if value is not None}
     if not seconds:
-        return ""
+        return []
     total = seconds.pop("total", None) or sum(seconds.values()) or 1
     seconds["other"] = max(total - sum(seconds.values()), 0.0)
-    rows = [
-        [SECONDS_NAMES.get(key, key), Figure(human_seconds(value)), 100 * value / total, bar(value / total)]
-        for key, value in seconds.items()
+    return [
+        Column("", "phase", [*seconds, "total"]),
+        Column("time", "seconds", [*seconds.values(), total]),
+        Column("% of the total", "n", [*(100 * value / total for value in seconds.values()), 100.0]),
+        Column("", "bar", [*(value / total for value in seconds.values()), ""]),
     ]
-    return table(["", "time", "% of the total", ""], [*rows, ["total", Figure(human_seconds(total)), 100.0, ""]])
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def _pairs(values: dict[str, Any]) -> list[Column]:
     # Settings are shown as JSON has them, digit by digit; results are rounded.
-    texts = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in values.items()}
-    return split_table(["key", "value"], list(texts.items())) if texts else ""
+    texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values.values()]
+    return [Column("key", "text", list(values)), Column("value", "text", texts)] if values else []
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -295,3 +244,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _padded(values: Sequence | None, count: int) -> list:
+    return [*(values or []), *[None] * count][:count]

@@ -126,7 +126,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
     """
     remedy = "delete it, and the same command goes on with this machine's threads and precision"
     stored = read_json(folder / ENVIRONMENT, remedy)
-    if not isinstance(stored.get("threads"), int) or stored["threads"] < 1 or "precision" not in stored:
+    if type(stored.get("threads")) is not int or stored["threads"] < 1 or "precision" not in stored:
         raise CheckpointError(f"{folder / ENVIRONMENT} is damaged (no threads or precision): {remedy}")
     return stored
 

@@ -61,7 +61,7 @@ class Manifest:
             RepriseError: if the folder belongs to something else (the first difference is named) or is damaged.
         """
         if not self.exists:
-            content = self._content({}, **notes)
+            content = self._content({}, notes)
             if write:
                 write_json(self.path, content)
             return content
@@ -109,7 +109,7 @@ class Manifest:
         for name in files:
             assert self._is_ours(name), name
         notes = {**(self.read() if self.exists else {}), **notes}
-        write_json(self.path, self._content(files, **notes))
+        write_json(self.path, self._content(files, notes))
 
     def damaged(self) -> list[str]:
         """Return the listed files that are missing or changed since they were sealed."""
@@ -149,7 +149,7 @@ class Manifest:
         inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name and path.as_posix() == name
         return inside and (self.names is None or self.names.fullmatch(name) is not None)
 
-    def _content(self, files: dict[str, str], **notes: Any) -> dict[str, Any]:
+    def _content(self, files: dict[str, str], notes: dict[str, Any]) -> dict[str, Any]:
         return {**WRITTEN_BY, "kind": self.kind, **(self.identity or {}), **notes, "files": files}
 
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from learners.guide.batches import RenewedBatches
 from utils.data.batches import Loading
 from utils.data.images import ImageSet
-from utils.data.transforms import RECIPES, ClassifierTransform
+from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 
 
 def real_images(count) -> ImageSet:
@@ -22,7 +22,7 @@ def renewed(draws, interval=2, real=10, batch_size=4, **changes) -> RenewedBatch
         draws.append(step)
         return ImageSet.of(torch.full((3, 3, 8, 8), step, dtype=torch.uint8), torch.tensor([97, 98, 99]))
 
-    transform = ClassifierTransform(RECIPES["none"], 8, (0.5,) * 3, (0.5,) * 3, in_memory=True)
+    transform = ClassifierTransform(AUGMENTATIONS["none"], 8, (0.5,) * 3, (0.5,) * 3, in_memory=True)
     loading = Loading(transform, batch_size, (0,), torch.device("cpu"), **changes)
     return RenewedBatches(real_images(real), draw, interval, loading)
 

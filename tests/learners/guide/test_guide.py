@@ -101,7 +101,7 @@ def test_guidance_moves_the_confidence_where_the_flags_say(flags, confidence, si
     learner, task = learned(tmp_path, limit_tasks=2, **{"classifier_scale_min_new": 30, **flags})
     labels = torch.arange(32) % 2
     requests = Requests.of_labels(labels, (0,))
-    plain, guided = (said(learner, learner.draw(task, requests, guided)) for guided in (False, True))
+    plain, guided = (said(learner, learner.replay.draw(task, requests, guided)) for guided in (False, True))
     assert sign * (confidence(guided, labels) - confidence(plain, labels)).mean() > 0
 
 
@@ -118,19 +118,19 @@ def pixels(images):
 def test_guided_images_depend_on_the_chunks_by_rounding_alone(tmp_path):
     learner, task = learned(tmp_path, limit_tasks=2)
     requests = Requests.of_labels(torch.arange(12) % 2, (0,))
-    in_fours = pixels(learner.draw(task, requests))
+    in_fours = pixels(learner.replay.draw(task, requests))
     learner.replay.source.chunk_size = 5
-    assert (pixels(learner.draw(task, requests)) - in_fours).abs().max() <= 1
+    assert (pixels(learner.replay.draw(task, requests)) - in_fours).abs().max() <= 1
 
 
 def test_a_checkpointed_network_guides_to_the_same_images(tmp_path, monkeypatch):
     learner, task = learned(tmp_path, limit_tasks=2)
     requests = Requests.of_labels(torch.arange(4) % 2, (0,))
-    plain = pixels(learner.draw(task, requests))
+    plain = pixels(learner.replay.draw(task, requests))
     calls, original = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
     learner.replay.source.generator.unet.enable_gradient_checkpointing()
-    assert (pixels(learner.draw(task, requests)) - plain).abs().max() <= 1 and calls
+    assert (pixels(learner.replay.draw(task, requests)) - plain).abs().max() <= 1 and calls
 
 
 def test_scales_lie_between_their_ends_and_belong_to_the_image(tmp_path):
@@ -163,10 +163,11 @@ def test_without_a_source_it_trains_on_full_batches_of_real_images(tmp_path):
     experiment = toy_experiment("guide", tmp_path)
     results = experiment.learn_all()
     assert results["source"] is None and results["eval_logits"] == "all"
-    assert experiment.learner.training_batches.batch_size == 16 and not len(experiment.learner.training_batches.replay)
+    batches = experiment.learner.batches(experiment.data.task(2))
+    assert batches.loading.batch_size == 16 and batches.draw is None
 
 
 def test_the_joint_form_sees_all_real_images(tmp_path):
     experiment = toy_experiment("guide_joint", tmp_path)
     assert experiment.learn_all()["upper_bound"] is True
-    assert len(experiment.learner.training_batches.labels) == 60
+    assert len(experiment.learner.batches(experiment.data.task(2)).labels) == 60

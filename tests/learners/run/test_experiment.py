@@ -10,6 +10,7 @@ from learners.run.predict import _images
 from synth import SOURCES
 from tests.support.toy import TINY_SOURCES, toy_experiment
 from utils.results.panels import Panel
+from utils.run.carried import Carried
 from utils.run.errors import BankError
 
 
@@ -39,8 +40,9 @@ def test_given_images_that_are_missing_are_missed_before_anything_is_learned(tmp
 
 
 def test_frozen_weights_of_learner_and_source_stand_in_the_ledger_beside_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(LEARNERS["finetune"], "frozen_bytes", lambda self: 1000)
-    monkeypatch.setattr(SOURCES["ddpm"], "frozen_bytes", lambda self: 234)
+    for owner, nbytes in ((LEARNERS["finetune"], 1000), (SOURCES["ddpm"], 234)):
+        lines = [Carried("frozen", nbytes=nbytes, frozen=True)]
+        monkeypatch.setattr(owner, "carried", lambda self, own=owner.carried, lines=lines: own(self) + lines)
     results = toy_experiment("finetune", tmp_path, "ddpm", init_cls=4).learn_all()
     assert results["memory_bytes"]["frozen"] == 1234
 

@@ -37,7 +37,7 @@ def bytes_on_disk(experiment):
     checkpoint = newest(experiment)
     files = [path for path in checkpoint.glob("*.safetensors") if load_tensors(path)]
     files += [path for path in (checkpoint / "source").rglob("*") if path.is_file()]
-    if experiment.learner.replay.source is None or not experiment.learner.replay.source.makes_copies:  # these, maps bring back
+    if not isinstance(experiment.learner.replay, Copied):  # which maps bring back
         files += (experiment.folder.parents[1] / "syn_image_toy_seed7").glob("task_*/*/*-*.png")
     return sum(path.stat().st_size for path in files)
 

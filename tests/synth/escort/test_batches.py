@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from synth.escort.batches import CopiedBatches
 from utils.data.batches import Loading
 from utils.data.images import ImageSet
-from utils.data.transforms import RECIPES, ClassifierTransform
+from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 
 
 def level(labels, copies) -> ImageSet:
@@ -31,7 +31,7 @@ class Copies:
 
 
 def copied(chance, in_memory=True) -> tuple[CopiedBatches, Copies]:
-    transform = ClassifierTransform(RECIPES["none"], 8, (0.5,) * 3, (0.5,) * 3, in_memory)
+    transform = ClassifierTransform(AUGMENTATIONS["none"], 8, (0.5,) * 3, (0.5,) * 3, in_memory)
     copies, labels = Copies(chance), torch.arange(8)
     nines, zeros = torch.full((6,), 9), torch.zeros(2, dtype=torch.int64)
     loading = Loading(transform, 3, (0,), torch.device("cpu"))

@@ -12,7 +12,7 @@ from synth.requests import Requests
 from tests.support.tiny_compvis import compvis_weights, compvis_yaml, write_compvis
 from tests.support.tiny_ldm import tiny_ldm, tiny_ldm_folder, tiny_stable_diffusion
 from tests.support.toy import toy_dataset
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.run.errors import ConfigError, WeightsError
 from utils.training.run import Run
 from utils.training.runtime import Runtime
@@ -29,7 +29,7 @@ def make_ldm(folder, precision="fp32", **keys):
 
 def draw_one(source):
     """Fit the first task of the toy data and draw one image of class 0."""
-    data = DataManager(toy_dataset(), init_cls=2, increment=2)
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
     task = next(data.tasks())
     source.fit_before(task, data.train_images(task))
     return source.generate(Requests.of_classes([0], 1, (7, "ldm", 0))).parts[0].images

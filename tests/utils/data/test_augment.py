@@ -1,4 +1,4 @@
-"""GUIDE's augmentation and AutoAugment, checked against torchvision, colorsys and loops over single images."""
+"""Changes to whole batches and AutoAugment, checked against torchvision, colorsys and loops over single images."""
 
 import colorsys
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from utils.data.batches import Batch, ImageBatches, Loading, MixedBatches, PairedBatches, test_batches
 from utils.data.images import FeatureSet, ImageSet
-from utils.data.transforms import RECIPES, ClassifierTransform
+from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def images_of(count, size=8, start=0) -> ImageSet:
 
 
 def loading(recipe="cifar", size=8, in_memory=True, batch_size=4, key=(1993, 0, "train"), **changes) -> Loading:
-    transform = ClassifierTransform(RECIPES[recipe], size, (0.5,) * 3, (0.5,) * 3, in_memory)
+    transform = ClassifierTransform(AUGMENTATIONS[recipe], size, (0.5,) * 3, (0.5,) * 3, in_memory)
     return Loading(transform, batch_size, key, CPU, **changes)
 
 
@@ -81,7 +81,7 @@ def test_replay_of_another_size_is_brought_to_the_networks():
 
 
 def test_small_images_stay_small_and_larger_replay_is_kept_at_the_networks_size():
-    batches = batches_of(images_of(6), images_of(4, size=64, start=6), recipe="asp", size=32)
+    batches = batches_of(images_of(6), images_of(4, size=64, start=6), recipe="vit_crop", size=32)
     assert [tuple(pixels.shape) for pixels in batches.stores] == [(6, 3, 8, 8), (4, 3, 32, 32)]
     assert all(pixels.dtype == torch.uint8 for pixels in batches.stores)
 
@@ -91,7 +91,7 @@ def test_images_of_two_sizes_stay_with_their_labels_in_every_batch():
         levels = torch.arange(start, start + count).to(torch.uint8)
         return ImageSet.of(levels.view(-1, 1, 1, 1).repeat(1, 3, size, size), torch.arange(start, start + count))
 
-    batches = batches_of(flat(6, 8, 0) + flat(3, 40, 6), flat(5, 16, 9), recipe="asp", size=32)
+    batches = batches_of(flat(6, 8, 0) + flat(3, 40, 6), flat(5, 16, 9), recipe="vit_crop", size=32)
     for batch in batches.epoch(0):
         levels = ((batch.images + 1) * 127.5).mean((1, 2, 3)).round()
         assert batch.images.shape[1:] == (3, 32, 32)
@@ -100,7 +100,7 @@ def test_images_of_two_sizes_stay_with_their_labels_in_every_batch():
 
 def test_a_set_of_two_sizes_is_evaluated_in_stored_order():
     images = images_of(3) + images_of(2, size=64, start=3) + images_of(1, size=32, start=5)
-    transform = ClassifierTransform(RECIPES["asp"], 32, (0.0,) * 3, (1.0,) * 3, True)
+    transform = ClassifierTransform(AUGMENTATIONS["vit_crop"], 32, (0.0,) * 3, (1.0,) * 3, True)
     together = torch.cat(list(test_batches(images, transform, 2, CPU)))
     apart = [next(test_batches(images.take([i]), transform, 2, CPU)) for i in range(6)]
     assert_close(together, torch.cat(apart), rtol=0, atol=0)
@@ -154,7 +154,7 @@ def test_shards_partition_every_batch_unless_it_is_smaller_than_their_number(cou
         assert sorted(together) == sorted(batch.labels.tolist())
 
 
-@pytest.mark.parametrize("recipe", ["none", "imagenet", "imagenet_jitter", "escort"])
+@pytest.mark.parametrize("recipe", ["none", "imagenet", "imagenet_jitter", "auto_augment"])
 def test_large_images_are_the_same_with_and_without_worker_processes(photographs, recipe):
     alone, helped = (
         list(batches_of(photographs, recipe=recipe, size=16, in_memory=False, num_workers=workers).epoch(0))
@@ -176,7 +176,7 @@ def test_each_large_image_is_cropped_by_its_own_key(photographs):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_test_batches_keep_the_stored_order_without_augmentation(in_memory):
     images = images_of(10, size=16)
-    transform = ClassifierTransform(RECIPES["imagenet"], 16, (0.5,) * 3, (0.5,) * 3, in_memory)
+    transform = ClassifierTransform(AUGMENTATIONS["imagenet"], 16, (0.5,) * 3, (0.5,) * 3, in_memory)
     chunks = list(test_batches(images, transform, 4, CPU))
     assert [len(chunk) for chunk in chunks] == [4, 4, 2]
     pixels = images.parts[0].images
@@ -186,7 +186,7 @@ def test_test_batches_keep_the_stored_order_without_augmentation(in_memory):
 
 
 def test_no_images_give_no_test_batches():
-    transform = ClassifierTransform(RECIPES["cifar"], 8, (0.5,) * 3, (0.5,) * 3, True)
+    transform = ClassifierTransform(AUGMENTATIONS["cifar"], 8, (0.5,) * 3, (0.5,) * 3, True)
     assert list(test_batches(ImageSet(), transform, 4, CPU)) == []
 
 

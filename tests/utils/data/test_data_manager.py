@@ -5,7 +5,7 @@ import torch
 
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.data.subsets import long_tail_counts
 from utils.run.errors import ConfigError, DataError, SealedDataError
 
@@ -32,8 +32,9 @@ def toy_dataset(per_class=10, **changes) -> Dataset:
     return Dataset(**{**fields, **changes})
 
 
-def manager(dataset=None, **settings) -> DataManager:
-    return DataManager(dataset or toy_dataset(), **{"init_cls": 2, "increment": 2, "order_seed": 3, **settings})
+def manager(dataset=None, upper_bound=False, **rules) -> DataManager:
+    split = Split(**{"init_cls": 2, "increment": 2, "order_seed": 3, **rules})
+    return DataManager(dataset or toy_dataset(), split, upper_bound)
 
 
 def test_tasks_name_their_classes_in_the_order_of_learning():
@@ -142,3 +143,54 @@ def test_impossible_settings_are_refused_at_construction():
         manager(init_cls=6)
     with pytest.raises(DataError, match=r"kshot=11, but class '.*' has only 10 training images"):
         manager(kshot=11)
+
+
+def numbered_dataset() -> Dataset:
+    """Five classes of 20 images, every pixel the image's own number; class = number % 5."""
+    numbers = torch.arange(100)
+    return toy_dataset(train=ImageSet.of(numbers.to(torch.uint8).view(-1, 1, 1, 1), numbers % 5))
+
+
+@pytest.mark.parametrize(
+    ("rules", "counts"),
+    [
+        ({}, [4] * 5),
+        ({"kshot": 2}, [4] * 5),  # held out before the shots are drawn
+        ({"limit_tasks": 2}, [4] * 4),
+        ({"imb_factor": 0.25, "shuffle": False}, [4, 3, 2, 1, 1]),  # a fifth of 20, 14, 10, 7, 5
+        ({"imb_factor": 0.25, "kshot": 2, "limit_tasks": 2, "shuffle": False}, [4, 3, 2, 1]),
+    ],
+)
+def test_validation_images_are_of_their_class_and_never_trained_on(rules, counts):
+    data = manager(numbered_dataset(), upper_bound=True, val_share=0.2, **rules)
+    held_out, last = data.val_images(range(5)), data.task(data.num_tasks - 1)
+    data.advance(last)
+    trained = data.all_seen_images(last)
+    assert held_out.counts(data.num_classes).tolist() == counts
+    numbers, used = (images.parts[0].images.flatten().tolist() for images in (held_out, trained))
+    assert [number % 5 for number in numbers] == [data.class_order[label] for label in held_out.labels.tolist()]
+    assert not set(numbers) & set(used)
+
+
+def test_a_fingerprint_names_classes_counts_and_the_bytes_of_training_images():
+    data = toy_dataset()
+    pixels = data.train.parts[0].images.clone()
+    pixels[7] += 1
+    changed = toy_dataset(train=ImageSet.of(pixels, data.train.labels))
+    first, same, other = (manager(dataset).fingerprint() for dataset in (data, toy_dataset(), changed))
+    assert first == same and first["images"] != other["images"]
+    assert (first["dataset"], first["counts"], sorted(first["class_names"])) == ("toy", [10] * 5, NAMES)
+    assert first["images"] != manager(kshot=3).fingerprint()["images"]
+
+
+def test_a_fingerprint_of_files_moves_with_names_and_sizes_but_not_with_their_folder(tmp_path):
+    def fingerprint(folder: str, name: str = "a.jpg", size: int = 5) -> dict:
+        paths = [tmp_path / folder / "train" / str(label) / name for label in range(5)]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x" * size)
+        files = ImageSet.of([str(path) for path in paths], torch.arange(5))
+        return manager(toy_dataset(train=files, root=str(tmp_path / folder))).fingerprint()
+
+    assert fingerprint("here") == fingerprint("there")
+    assert len({fingerprint(*case)["images"] for case in [("a",), ("b", "b.jpg"), ("c", "a.jpg", 6)]}) == 3

@@ -42,7 +42,7 @@ def test_large_images_stay_files_and_feed_a_224_pixel_network(tmp_path):
     dataset = load_dataset("pets", tmp_path)
     assert not dataset.in_memory and isinstance(dataset.train.parts[0].images[0], str)
     assert (dataset.image_size, dataset.augmentation, dataset.mean[0]) == (224, "imagenet", 0.485)
-    assert dataset.train.image(1).shape == (3, 90, 70)
+    assert dataset.train.image(1).shape == (3, 90, 70) and dataset.root == str(tmp_path / "pets")
 
 
 def test_small_images_of_odd_sizes_stay_files(tmp_path):
@@ -196,7 +196,7 @@ def odd_photographs(tmp_path):
     return tmp_path
 
 
-def test_photographs_are_read_into_memory_at_64_pixels_as_guide_sees_them(odd_photographs):
+def test_photographs_are_read_into_memory_at_64_pixels_squashed_and_cut(odd_photographs):
     dataset = load_dataset("imagenet100_64", odd_photographs)
     assert (dataset.in_memory, dataset.image_size, dataset.channels) == (True, 64, 3)
     assert (dataset.augmentation, dataset.mean, dataset.std) == ("none", (0.5,) * 3, (0.5,) * 3)
@@ -263,7 +263,7 @@ def test_cub_is_read_with_its_official_split_as_published(tmp_path):
         for i in (0, 1)
     ]
     assert levels == [0, 150, 50, 100]
-    assert (dataset.image_size, dataset.augmentation, dataset.mean) == (224, "asp", (0,) * 3)
+    assert (dataset.image_size, dataset.augmentation, dataset.mean) == (224, "vit_crop", (0,) * 3)
     assert "official split" in dataset.source and "2 training and 2 test images" in dataset.source
 
 
@@ -290,16 +290,16 @@ def test_absent_cub_says_how_to_unpack_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["food101", "Caltech256", "PLACES100", "imagenet100_escort"])
-def test_escorts_data_sets_share_one_transform_and_find_the_folders_of_the_original(tmp_path, name):
+def test_auto_augmented_data_sets_share_one_transform_and_find_the_folders_of_the_original(tmp_path, name):
     original = {"food101": "Food101", "PLACES100": "Places100", "imagenet100_escort": "ImageNet100"}.get(name, name)
     write_folders(tmp_path / original, images=[("RGB", (80, 60)), ("L", (70, 90))])
     dataset = load_dataset(name, tmp_path, offline=True)
     assert dataset.name == name.lower() and not dataset.in_memory
-    assert (dataset.augmentation, dataset.image_size) == ("escort", 224)
+    assert (dataset.augmentation, dataset.image_size) == ("auto_augment", 224)
     assert (dataset.mean, dataset.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_escorts_edge_maps_and_copies_beside_train_and_test_are_not_read(tmp_path):
+def test_edge_maps_and_copies_beside_train_and_test_are_not_read(tmp_path):
     folder = write_folders(tmp_path / "Places100")
     write_image(folder / "edge_maps" / "cat" / "0.bmp", "L")
     write_image(folder / "exemplars" / "cat" / "0_seed00.jpg")
@@ -398,7 +398,8 @@ def test_class_folders_win_over_a_download(downloaded, tmp_path):
 def test_pilots_cifar_is_stored_at_32_and_fed_at_224_without_normalisation(downloaded, tmp_path):
     dataset = load_dataset("cifar224", tmp_path)
     assert dataset.train.parts[0].images.shape[2:] == (32, 32)
-    assert (dataset.image_size, dataset.augmentation, dataset.mean, dataset.std) == (224, "asp", (0,) * 3, (1,) * 3)
+    assert (dataset.image_size, dataset.augmentation) == (224, "vit_crop")
+    assert (dataset.mean, dataset.std) == ((0,) * 3, (1,) * 3)
 
 
 def test_a_failed_download_says_what_to_put_where_and_why_it_failed(monkeypatch, tmp_path):

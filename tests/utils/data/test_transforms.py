@@ -15,15 +15,15 @@ from utils.data.augment import auto_augment, erase, jiggle, rotate
 from utils.data.crops import crop_and_flip, crop_boxes, random_resized_crop, shift_and_flip
 from utils.data.images import ImageSet
 from utils.data.transforms import (
-    RECIPES,
+    AUGMENTATIONS,
+    Augmentation,
     ClassifierTransform,
     DiffusionTransform,
-    Recipe,
     classifier_transform,
     match_channels,
     normalise,
     resize_and_crop,
-    stack,
+    stack_images,
     to_uint8,
     to_unit_range,
 )
@@ -51,7 +51,7 @@ def as_tensor(image: Image.Image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def transform(recipe=RECIPES["cifar"], size=8, in_memory=True) -> ClassifierTransform:
+def transform(recipe=AUGMENTATIONS["cifar"], size=8, in_memory=True) -> ClassifierTransform:
     return ClassifierTransform(recipe, size, MEAN, STD, in_memory)
 
 
@@ -81,7 +81,7 @@ def test_normalise_is_torchvisions():
 def test_one_grey_channel_becomes_three_normalised_ones():
     images = noise_images(channels=1)
     expected = tv.Normalize(MEAN, STD)(images.expand(-1, 3, -1, -1) / 255)
-    assert_close(transform(RECIPES["none"]).test(images), expected)
+    assert_close(transform(AUGMENTATIONS["none"]).test(images), expected)
 
 
 # ---------------------------------------------------------------------- augmentation
@@ -113,7 +113,7 @@ def test_shifts_reach_every_corner_and_half_of_the_images_are_mirrored():
 
 
 def test_brightness_multiplies_each_image_by_its_own_factor_in_range():
-    recipe = Recipe(brightness=63 / 255)
+    recipe = Augmentation(brightness=63 / 255)
     images = torch.full((2000, 1, 2, 2), 100, dtype=torch.uint8)
     plain = ClassifierTransform(recipe, 2, (0.0,) * 3, (1.0,) * 3, True).train(images, generator())
     factors = plain[:, 0, 0, 0] * 255 / 100
@@ -125,7 +125,8 @@ def test_brightness_multiplies_each_image_by_its_own_factor_in_range():
 
 def test_brightness_never_leaves_the_range_of_an_image():
     images = torch.full((50, 3, 2, 2), 255, dtype=torch.uint8)
-    pixels = ClassifierTransform(Recipe(brightness=0.5), 2, (0.0,) * 3, (1.0,) * 3, True).train(images, generator())
+    brighter = ClassifierTransform(Augmentation(brightness=0.5), 2, (0.0,) * 3, (1.0,) * 3, True)
+    pixels = brighter.train(images, generator())
     assert pixels.max().item() == 1.0
 
 
@@ -153,40 +154,40 @@ def test_generators_see_flips_only_where_the_data_set_has_them(flip, changed):
     assert_close(DiffusionTransform(8, flip).test(images), to_unit_range(images), rtol=0, atol=0)
 
 
-def test_guide_shifts_flips_turns_jiggles_and_erases_one_after_the_other():
+def test_the_strong_augmentation_shifts_flips_turns_jiggles_and_erases_one_after_the_other():
     images, draw = noise_images(40), generator(5)
     pixels = shift_and_flip(images, 4, True, draw) / 255
     pixels = jiggle(rotate(pixels, 30, 0.5, draw), 0.1, draw)
     pixels = erase(pixels, 0.5, (0.1, 0.5), (0.3, 3.3), draw)
-    guide = ClassifierTransform(RECIPES["guide"], 8, (0.5,) * 3, (0.5,) * 3, True)
-    assert_close(guide.train(images, generator(5)), pixels * 2 - 1)
-    assert_close(guide.test(images), to_unit_range(images))
+    strong = ClassifierTransform(AUGMENTATIONS["strong"], 8, (0.5,) * 3, (0.5,) * 3, True)
+    assert_close(strong.train(images, generator(5)), pixels * 2 - 1)
+    assert_close(strong.test(images), to_unit_range(images))
 
 
-def test_escort_crops_flips_brightens_and_auto_augments_one_image_after_the_other():
+def test_auto_augment_crops_flips_brightens_and_auto_augments_one_image_after_the_other():
     images, draw, expected = noise_images(20, height=60, width=50), generator(5), []
     for image in images:
         image = random_resized_crop(image, 24, (0.08, 1.0), draw)
         image = image.flip(-1) if torch.rand((), generator=draw) < 0.5 else image
         factor = torch.empty(()).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw).item()
         expected.append(auto_augment((image * factor).clamp(0, 255).to(torch.uint8), draw))
-    escort, same = transform(RECIPES["escort"], 24, in_memory=False), generator(5)
-    loaded = torch.stack([escort.load_train(image, same) for image in images])
+    files, same = transform(AUGMENTATIONS["auto_augment"], 24, in_memory=False), generator(5)
+    loaded = torch.stack([files.load_train(image, same) for image in images])
     assert_close(loaded, torch.stack(expected), rtol=0, atol=0)
 
 
-def test_what_escorts_workers_leave_to_the_device_is_the_normalisation_alone():
+def test_what_workers_with_auto_augment_leave_to_the_device_is_the_normalisation_alone():
     images, draw = noise_images(4, height=24, width=24), generator(5)
-    batch = transform(RECIPES["escort"], 24, in_memory=False).train(images, draw)
+    batch = transform(AUGMENTATIONS["auto_augment"], 24, in_memory=False).train(images, draw)
     assert_close(batch, tv.Normalize(MEAN, STD)(images / 255))
     assert torch.equal(draw.get_state(), generator(5).get_state())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_escort_sees_small_images_in_memory_as_it_sees_files(channels):
+def test_auto_augment_sees_small_images_in_memory_as_it_sees_files(channels):
     images, draw = noise_images(8, channels, 8, 8), generator(3)
-    small = transform(RECIPES["escort"], 24)
-    files = transform(RECIPES["escort"], 24, in_memory=False)
+    small = transform(AUGMENTATIONS["auto_augment"], 24)
+    files = transform(AUGMENTATIONS["auto_augment"], 24, in_memory=False)
     loaded = torch.stack([files.load_train(image, draw) for image in images])
     assert_close(small.train(small.keep(images, training=True), generator(3)), files.train(loaded, draw))
     assert_close(small.test(images), files.test(torch.stack([files.load_test(image) for image in images])))
@@ -197,23 +198,23 @@ def test_a_flip_before_a_rotation_is_one_after_the_opposite_rotation():
     assert_close(tv2.rotate(image.flip(-1), 20, bilinear), tv2.rotate(image, -20, bilinear).flip(-1))
 
 
-def test_steps_that_a_recipe_leaves_out_draw_nothing():
+def test_steps_that_are_left_out_draw_nothing():
     images, draw, same = noise_images(), generator(5), generator(5)
     pixels = shift_and_flip(images, 4, True, draw) / 255
     pixels = (pixels * torch.empty(6, 1, 1, 1).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw)).clamp(0, 1)
     expected = normalise(pixels, torch.tensor(MEAN), torch.tensor(STD))
-    assert_close(transform(RECIPES["cifar"]).train(images, same), expected, rtol=0, atol=0)
+    assert_close(transform(AUGMENTATIONS["cifar"]).train(images, same), expected, rtol=0, atol=0)
     assert torch.equal(draw.get_state(), same.get_state())
 
 
-def test_a_learner_may_ask_for_another_recipe_mean_and_deviation_than_the_data_set():
+def test_a_learner_may_ask_for_another_augmentation_mean_and_deviation_than_the_data_set():
     dataset = SimpleNamespace(augmentation="cifar", image_size=8, mean=MEAN, std=STD, in_memory=True)
     own, images = classifier_transform(dataset), noise_images()
-    assert own.recipe == RECIPES["cifar"]
+    assert own.augmentation == AUGMENTATIONS["cifar"]
     assert_close(own.test(images), tv.Normalize(MEAN, STD)(images / 255))
-    guide = classifier_transform(dataset, recipe="guide", mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert guide.recipe == RECIPES["guide"]
-    assert_close(guide.test(images), to_unit_range(images))
+    strong = classifier_transform(dataset, augmentation="strong", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert strong.augmentation == AUGMENTATIONS["strong"]
+    assert_close(strong.test(images), to_unit_range(images))
 
 
 # ---------------------------------------------------------------------- sizes and channels
@@ -259,10 +260,10 @@ def test_half_of_the_cropped_images_are_mirrored_and_the_rest_are_not():
     assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("recipe", ["asp", "imagenet_jitter"])
+@pytest.mark.parametrize("recipe", ["vit_crop", "imagenet_jitter"])
 def test_a_cropped_training_batch_stays_in_range_and_is_normalised(recipe):
-    kept = ClassifierTransform(RECIPES[recipe], 32, MEAN, STD, True)
-    plain = ClassifierTransform(RECIPES[recipe], 32, (0.0,) * 3, (1.0,) * 3, True)
+    kept = ClassifierTransform(AUGMENTATIONS[recipe], 32, MEAN, STD, True)
+    plain = ClassifierTransform(AUGMENTATIONS[recipe], 32, (0.0,) * 3, (1.0,) * 3, True)
     images = noise_images(6)
     batch = plain.train(images, generator(2))
     assert batch.shape == (6, 3, 32, 32) and batch.min() >= 0 and batch.max() <= 1
@@ -272,7 +273,7 @@ def test_a_cropped_training_batch_stays_in_range_and_is_normalised(recipe):
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 32)])
 def test_small_images_are_tested_as_pil_would_enlarge_them(height, width):
     images = noise_images(3, 3, height, width)
-    batch = ClassifierTransform(RECIPES["asp"], 224, (0.0,) * 3, (1.0,) * 3, True).test(images)
+    batch = ClassifierTransform(AUGMENTATIONS["vit_crop"], 224, (0.0,) * 3, (1.0,) * 3, True).test(images)
     view = tv.Compose([tv.Resize(256, tv.InterpolationMode.BICUBIC), tv.CenterCrop(224)])
     expected = torch.stack([as_tensor(view(as_pil(image))) for image in images])
     assert_close(batch * 255, expected.float(), rtol=0, atol=1)
@@ -298,12 +299,12 @@ def test_the_test_view_is_torchvisions_resize_and_centre_crop_of_a_pil_image(hei
 def test_replay_is_resized_with_antialiasing_as_pil_does(mode, filtering):
     pixels = noise_images(1, 3, 64, 64)
     expected = as_tensor(as_pil(pixels[0]).resize((16, 16), filtering))
-    assert_close(stack(image_set(pixels), 16, mode)[0], expected, rtol=0, atol=1)
+    assert_close(stack_images(image_set(pixels), 16, mode)[0], expected, rtol=0, atol=1)
 
 
 def test_stack_resizes_other_sizes_repeats_grey_and_leaves_the_rest_alone():
     small, colour, grey = noise_images(2), noise_images(1, 3, 16, 16), noise_images(3, 1)
-    stacked = stack(image_set(small, colour, grey), 8)
+    stacked = stack_images(image_set(small, colour, grey), 8)
     assert stacked.shape == (6, 3, 8, 8)
     assert stacked.dtype == torch.uint8
     assert_close(stacked[:2], small, rtol=0, atol=0)
@@ -311,7 +312,7 @@ def test_stack_resizes_other_sizes_repeats_grey_and_leaves_the_rest_alone():
 
 
 def test_stack_keeps_one_channel_where_all_images_are_grey():
-    assert stack(image_set(noise_images(2, 1), noise_images(2, 1, 4, 4)), 8, "nearest").shape == (4, 1, 8, 8)
+    assert stack_images(image_set(noise_images(2, 1), noise_images(2, 1, 4, 4)), 8, "nearest").shape == (4, 1, 8, 8)
 
 
 def test_grey_is_repeated_to_three_equal_channels():
@@ -325,30 +326,30 @@ def test_grey_is_repeated_to_three_equal_channels():
     [
         ("cifar", 8, True, 8),
         ("cifar", 4, True, 32),  # without a crop, other sizes are brought to the network's
-        ("asp", 8, True, 8),  # with one, small images are enlarged per batch
-        ("asp", 8, False, 8),
-        ("asp", 40, True, 32),
-        ("asp", 40, False, 32),
+        ("vit_crop", 8, True, 8),  # with one, small images are enlarged per batch
+        ("vit_crop", 8, False, 8),
+        ("vit_crop", 40, True, 32),
+        ("vit_crop", 40, False, 32),
     ],
 )
 def test_images_are_kept_small_where_every_batch_is_cropped_anew(recipe, side, training, kept):
     size = 8 if (recipe, side) == ("cifar", 8) else 32
-    pixels = transform(RECIPES[recipe], size).keep(noise_images(2, 3, side, side), training)
+    pixels = transform(AUGMENTATIONS[recipe], size).keep(noise_images(2, 3, side, side), training)
     assert pixels.shape == (2, 3, kept, kept)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_only_small_images_are_augmented_as_a_batch(in_memory):
-    assert all(transform(recipe, in_memory=in_memory).whole_batch is in_memory for recipe in RECIPES.values())
+    assert all(transform(recipe, in_memory=in_memory).whole_batch is in_memory for recipe in AUGMENTATIONS.values())
 
 
 def test_large_images_beside_small_ones_are_tested_by_their_middle():
     image = noise_images(1, 3, 60, 80)
-    kept = transform(RECIPES["asp"], 32).keep(image, training=False)
+    kept = transform(AUGMENTATIONS["vit_crop"], 32).keep(image, training=False)
     assert_close(kept, resize_and_crop(image, 32, "bicubic"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("recipe", ["none", "imagenet"])
 def test_workers_turn_large_grey_images_into_three_channels_of_the_networks_size(recipe):
-    image, large = noise_images(1, 1, 50, 40)[0], transform(RECIPES[recipe], size=24, in_memory=False)
+    image, large = noise_images(1, 1, 50, 40)[0], transform(AUGMENTATIONS[recipe], size=24, in_memory=False)
     assert large.load_train(image, generator()).shape == large.load_test(image).shape == (3, 24, 24)

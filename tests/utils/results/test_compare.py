@@ -1,3 +1,5 @@
+"""Tables and curves over runs, by their command."""
+
 import csv
 import json
 import subprocess
@@ -6,8 +8,10 @@ from pathlib import Path
 from statistics import stdev
 
 import pytest
+from matplotlib.figure import Figure
 
 from utils.results.compare import main
+from utils.results.plot import Line, draw_line
 
 ROOT = Path(__file__).parents[3]
 
@@ -58,17 +62,17 @@ def few_shot(base, novel):
 
 
 def test_few_shot_runs_have_columns_of_their_last_session(tmp_path, capsys):
-    run = write_run(tmp_path, "asp", {1: 50.0}, **few_shot(80.0, 48.0))
+    run = write_run(tmp_path, "prompts", {1: 50.0}, **few_shot(80.0, 48.0))
     head, _, row = table_of(capsys, run).splitlines()
     assert head.endswith("base (%)  novel (%)  harmonic mean (%)  drop (pts)")
     assert row.split()[-4:] == ["80.00", "48.00", "60.00", "12.50"]
 
 
 def test_runs_without_few_shots_beside_few_shot_runs_leave_these_columns_empty(tmp_path, capsys):
-    write_run(tmp_path, "a_asp", {1: 50.0, 2: 50.0}, **few_shot(80.0, 48.0))
+    write_run(tmp_path, "a_few", {1: 50.0, 2: 50.0}, **few_shot(80.0, 48.0))
     write_run(tmp_path, "b_wa", {1: 50.0})
-    asp, wa = csv_of(capsys, str(tmp_path))
-    assert (asp["base_mean"], asp["novel_std"], wa["base_mean"]) == ("80.0", "0.0", "")
+    few, wa = csv_of(capsys, str(tmp_path))
+    assert (few["base_mean"], few["novel_std"], wa["base_mean"]) == ("80.0", "0.0", "")
 
 
 def test_one_seed_has_no_deviation(tmp_path, capsys):
@@ -118,12 +122,34 @@ def test_without_any_run_the_message_names_the_folder_and_the_code_is_2(tmp_path
     assert folder in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_damaged_file_is_named(tmp_path, capsys, content):
-    run = write_run(tmp_path, "cifar_wa", {1: 50.0})
-    (tmp_path / "cifar_wa" / "seed_1" / "results.json").write_text(content)
-    assert main([run]) == 2
-    assert "results.json" in capsys.readouterr().err
+DAMAGED = [
+    b"",  # empty
+    b'{"task_sizes": [2, 2], "accuracy',  # cut
+    b"[]",  # another type
+    b'"text"',
+    b"null",
+    b"\xff\xfe{}",  # not UTF-8
+]
+FOREIGN_RESULTS = [
+    b"{}",  # an object, but none of ours
+    b'{"task_sizes": 4, "accuracy_matrix": [[90.0]]}',
+    b'{"task_sizes": [2], "accuracy_matrix": [["good"]]}',
+    b'{"task_sizes": [2], "accuracy_matrix": [[90.0]], "fscil": [1]}',
+    b'{"task_sizes": [2], "accuracy_matrix": [[90.0]], "memory_bytes": {"bank": "much"}}',
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", content) for content in [*DAMAGED, b'{"synth": 3}']]
+    + [("seed_1/results.json", content) for content in DAMAGED + FOREIGN_RESULTS],
+)
+def test_a_damaged_or_foreign_file_is_named_in_one_line_with_what_to_do(tmp_path, capsys, file, content):
+    path = Path(write_run(tmp_path, "cifar_wa", {1: 50.0})) / file
+    path.write_bytes(content)
+    assert main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path} ") and line.endswith(f"delete {path.parent} and repeat the run")
 
 
 def test_latex_has_booktabs_rules_and_escapes(tmp_path, capsys):
@@ -144,3 +170,54 @@ def test_the_table_can_go_to_a_file_by_the_command_line(tmp_path):
     command = [sys.executable, "-m", "utils.results.compare", run, "--output", str(tmp_path / "out" / "table.txt")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b""
     assert "cifar_wa" in (tmp_path / "out" / "table.txt").read_text()
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".png", b"\x89PNG"), (".SVG", b"<?xml")])
+def test_curves_are_drawn_beside_the_table(tmp_path, capsys, suffix, start):
+    run = write_run(tmp_path, "cifar_wa", {1: 70.0, 2: 70.0}, top1_curve=[90.0, 70.0])
+    assert "cifar_wa" in table_of(capsys, run, "--plot", str(tmp_path / f"curves{suffix}"))
+    assert (tmp_path / f"curves{suffix}").read_bytes().startswith(start)
+
+
+def test_a_pdf_holds_no_type_3_fonts(tmp_path, capsys):
+    run = write_run(tmp_path, "cifar_wa", {1: 70.0}, top1_curve=[90.0, 70.0])
+    table_of(capsys, run, "--plot", str(tmp_path / "curves.pdf"))
+    content = (tmp_path / "curves.pdf").read_bytes()
+    assert b"/TrueType" in content or b"/Type0" in content or b"/CIDFontType2" in content
+    assert b"/Type3" not in content
+
+
+def test_lines_are_means_in_a_band_of_the_sample_deviation():
+    axes = Figure().add_subplot()
+    draw_line(axes, Line("wa", [4, 2], [[90.0, 70.0], [92.0, 76.0]]), 0)
+    (line,), (band,) = axes.lines, axes.collections
+    assert line.get_xydata().tolist() == [[4, 91], [6, 73]]
+    low, high = band.get_paths()[0].get_extents().intervaly
+    assert (low, high) == pytest.approx((73 - stdev([70, 76]), 91 + stdev([90, 92])))
+
+
+def test_one_seed_has_no_band():
+    axes = Figure().add_subplot()
+    draw_line(axes, Line("wa", [4, 2], [[90.0, 70.0]]), 0)
+    assert len(axes.lines) == 1 and not axes.collections
+
+
+@pytest.mark.parametrize("name", ["curves.jpg", "curves"])
+def test_another_kind_of_figure_is_refused_before_anything_is_read(tmp_path, capsys, name):
+    assert main([str(tmp_path / "absent"), "--plot", name]) == 2
+    output = capsys.readouterr()
+    assert output.err == f"error: cannot draw {name}: its name must end in .pdf, .png or .svg\n" and output.out == ""
+
+
+def test_runs_without_a_finished_seed_are_named_and_not_drawn(tmp_path, capsys):
+    write_run(tmp_path, "begun", {1: None})
+    assert main([str(tmp_path), "--plot", str(tmp_path / "curves.pdf")]) == 2
+    assert "no seed of begun has finished" in capsys.readouterr().err
+    write_run(tmp_path, "done", {1: 70.0}, top1_curve=[90.0, 70.0])
+    assert main([str(tmp_path), "--plot", str(tmp_path / "curves.pdf")]) == 0
+    assert "no seed has finished: begun" in capsys.readouterr().err
+
+
+def test_matplotlib_is_loaded_for_a_plot_alone(tmp_path):
+    code = "import sys, utils.compare; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -114,18 +114,18 @@ def test_performance_drop_weighs_tasks_by_their_test_images():
     assert figures["novel"] == [None, 40.0]
 
 
-def test_asps_averages_weigh_groups_and_not_images():
+def test_group_averages_weigh_groups_and_not_images():
     labels = np.array([0] * 30 + [1] * 10 + [2] * 5 + [3] * 5)
     predictions = np.where(np.arange(50) < 30, labels, 0)  # class 0 right, all others wrong
-    assert metrics.asp_averages(predictions, labels, init_cls=2, increment=2)["old"] == 75.0  # one group of 40 images
-    single = metrics.asp_averages(predictions, labels, init_cls=3, increment=1)
+    assert metrics.group_averages(predictions, labels, init_cls=2, increment=2)["old"] == 75.0  # one group of 40 images
+    single = metrics.group_averages(predictions, labels, init_cls=3, increment=1)
     assert single["old"] == pytest.approx((100 + 0 + 0) / 3)
-    assert single["new"] is None  # class 3 ends exactly at init_cls and is lost, as in ASP's code
+    assert single["new"] is None  # class 3 ends exactly at init_cls and is lost, as in the authors' code
 
 
-def test_asps_averages_of_the_first_session_have_no_new_groups():
+def test_group_averages_of_the_first_session_have_no_new_groups():
     labels = np.arange(4)
-    assert metrics.asp_averages(labels, labels, 4, 2) == {"old": 100.0, "new": None, "harmonic_mean": None}
+    assert metrics.group_averages(labels, labels, 4, 2) == {"old": 100.0, "new": None, "harmonic_mean": None}
 
 
 def test_the_harmonic_mean_of_nothing_is_zero():

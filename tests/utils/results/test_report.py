@@ -1,3 +1,5 @@
+"""The page of a run: what it tells, what it leaves out, and that it needs nothing else."""
+
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -6,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.results.figures import heat_map, human_bytes, human_seconds, line_chart, split_table, table
+from utils.results.figures import Chart, human_bytes, human_seconds
 from utils.results.gallery import GalleryRow
 from utils.results.panels import Cell, Panel, PanelRow
 from utils.results.report import write_report
@@ -135,7 +137,7 @@ FEW_SHOT = {
     "novel": [None, 33.3],
     "harmonic_mean": [None, 47.1],
     "performance_drop": [0.0, 21.2],
-    "asp_old": [90.0, 80.4],
+    "group_old": [90.0, 80.4],
 }
 
 
@@ -256,29 +258,38 @@ def test_a_broken_image_is_named_and_leaves_no_file(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_heat_map_has_numbers_for_twenty_tasks_and_none_for_a_hundred():
-    assert ">50.0<" in heat_map([[50.0] * (i + 1) for i in range(20)])
-    assert ">50.0<" not in heat_map([[50.0] * (i + 1) for i in range(100)])
+@pytest.mark.parametrize(("num_tasks", "has_numbers"), [(20, True), (100, False)])
+def test_the_heat_map_has_numbers_for_twenty_tasks_and_none_for_a_hundred(tmp_path, num_tasks, has_numbers):
+    page, _ = page_of(tmp_path, {"accuracy_matrix": [[50.0] * (i + 1) for i in range(num_tasks)]})
+    assert ('after task 1: 50.00 %">50.0</td>' in page) == has_numbers
 
 
 def test_lines_fall_where_accuracy_falls_and_skip_unknown_values():
-    chart = line_chart({"top-1": [100.0, None, 60.0]}, [2, 4, 6], "classes seen")
-    (points,) = re.findall('points="([^"]*)"', chart)
-    (left, high), (right, low) = (tuple(map(float, point.split(","))) for point in points.split())
+    (points,) = Chart({"top-1": [100.0, None, 60.0]}, [2, 4, 6], "classes seen").lines()
+    (left, high, _), (right, low, _) = points
     assert left < right and high < low
-    assert chart.count("<title>") == 2
 
 
 def test_names_at_the_ends_of_lines_never_overlap():
-    chart = line_chart({"a": [50.0, 50.0], "b": [50.0, 50.1], "c": [50.0, 49.9]}, [1, 2], "classes seen")
-    ys = [float(y) for y in re.findall('class="end" x="[0-9.]+" y="([0-9.]+)"', chart)]
+    chart = Chart({"a": [50.0, 50.0], "b": [50.0, 50.1], "c": [50.0, 49.9]}, [1, 2], "classes seen")
+    ys = [y for *_, y in chart.end_labels()]
     assert len(ys) == 3 and min(b - a for a, b in pairwise(ys)) >= 17
 
 
-def test_long_tables_stand_in_two_columns():
-    rows = [[f"{i}"] for i in range(13)]
-    assert split_table(["n"], rows).count("<table>") == 2
-    assert table(["n"], rows).count("<table>") == 1
+def test_validation_has_a_line_of_its_own_without_points_where_it_is_unknown(tmp_path):
+    page, _ = page_of(tmp_path, results_of(3, val_top1_curve=[None, 71.5, 66.25]))
+    assert 'aria-label="top-1, top-5, val top-1 over classes seen"' in page and "held-out training images" in page
+    assert '<td class="n">–</td></tr>' in page and "<title>71.50 %</title>" in page
+
+
+@pytest.mark.parametrize(("num_classes", "tables"), [(12, 1), (13, 2)])
+def test_long_tables_stand_in_two_columns(tmp_path, num_classes, tables):
+    assert page_of(tmp_path, {"per_class_accuracy": [50.0] * num_classes})[0].count("<table>") == tables
+
+
+def test_memory_of_an_unknown_kind_is_shown_by_its_name(tmp_path):
+    page, _ = page_of(tmp_path, {"memory_bytes": {"soft_labels": 2048, "unused_kind": 0}})
+    assert '<td class="text">soft labels</td><td class="n">2.0 KiB</td>' in page and "unused" not in page
 
 
 @pytest.mark.parametrize(

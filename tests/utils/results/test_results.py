@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.toy import toy_dataset
-from utils.data.manager import DataManager
+from utils.data.manager import DataManager, Split
 from utils.results.results import Results, summarise
 
 LOG = logging.getLogger("reprise")
@@ -14,15 +14,16 @@ LOG = logging.getLogger("reprise")
 RIGHT = [[4, 3], [3, 3, 2, 2], [2, 2, 1, 1, 3, 1]]
 
 
-def results_of(sessions, few_shot=True, results=None):
-    data = DataManager(toy_dataset(), init_cls=2, increment=2, shuffle=False, kshot=2 if few_shot else 0)
+def results_of(sessions, few_shot=True, results=None, with_val=False):
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, shuffle=False, kshot=2 if few_shot else 0))
     results = results or Results({"seed": 7}, data, few_shot, long_tailed=False)
     for index in sessions:
         labels = torch.arange(2 * index + 2).repeat_interleave(4)
         right = torch.arange(4).repeat(2 * index + 2) < torch.tensor(RIGHT[index]).repeat_interleave(4)
         answers = labels.where(right, (labels + 1) % (2 * index + 2))
         scores = torch.nn.functional.one_hot(answers, 2 * index + 2).float()
-        results.add(data.task(index), {"cnn": scores}, labels)
+        val = ({"cnn": scores[:4]}, labels[:4]) if with_val else None  # held-out images of class 0
+        results.add(data.task(index), {"cnn": scores}, labels, val)
     return results
 
 
@@ -36,7 +37,7 @@ def test_few_shot_figures_are_those_of_the_sessions():
     assert fscil["novel"] == [None, 50.0, 37.5]  # of four novel classes in the last session
     assert fscil["harmonic_mean"] == [None, 60.0, pytest.approx(2 * 50 * 37.5 / 87.5)]
     assert fscil["performance_drop"] == pytest.approx([0.0, 25.0, 87.5 - 100 * 10 / 24])
-    assert fscil["asp_new"] == [None, 50.0, 37.5]  # where groups are equally large, ASP's means are the same
+    assert fscil["group_new"] == [None, 50.0, 37.5]  # groups are equally large, so that their means are the same
 
 
 def test_every_few_shot_session_is_logged_in_one_line(monkeypatch):
@@ -57,6 +58,24 @@ def test_results_that_were_stored_in_between_end_alike():
     copy = results_of([])
     copy.load(first.state())
     assert final(results_of([2], results=copy)) == final(results_of([0, 1, 2]))
+
+
+def test_held_out_images_have_a_curve_in_results_and_log(monkeypatch):
+    lines = []
+    monkeypatch.setattr(LOG, "info", lambda text, *values: lines.append(text % values))
+    assert final(results_of([0, 1], with_val=True))["val_top1_curve"] == [100.0, 75.0]
+    assert lines.count("VAL top1 curve: [100.0, 75.0]") == 1
+
+
+def test_without_held_out_images_there_is_no_such_curve(caplog):
+    caplog.set_level("INFO", "reprise")
+    assert final(results_of([0, 1]))["val_top1_curve"] is None and "VAL" not in caplog.text
+
+
+def test_a_run_that_began_without_held_out_images_has_no_value_for_its_first_tasks():
+    copy = results_of([])
+    copy.load(results_of([0]).state())
+    assert final(results_of([1], results=copy, with_val=True))["val_top1_curve"] == [None, 75.0]
 
 
 def test_the_forgetting_of_classes_comes_from_every_tasks_class_accuracies():

@@ -147,7 +147,7 @@ def test_a_folder_takes_its_place_once_all_is_in_it(tmp_path):
 @pytest.mark.parametrize("error", [ValueError("mine"), OSError(errno.ENOSPC, "full")])
 def test_a_folder_that_failed_leaves_the_old_one_and_nothing_half_written(tmp_path, error):
     (tmp_path / "made").mkdir()
-    with pytest.raises((ValueError, RepriseError), match="mine|the disk is full"):
+    with pytest.raises((ValueError, RepriseError), match=r"mine|the disk is full"):
         with whole_folder(tmp_path / "made") as temporary:
             (temporary / "new").write_text("x")
             raise error

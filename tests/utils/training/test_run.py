@@ -59,8 +59,9 @@ def test_a_last_line_that_a_crash_cut_off_does_not_spoil_the_next(metrics, cut, 
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b'{"task": 1, "purp', b"\xff\xfe{", b"[1, 2]", b"7", b"null", b'{"loss": 1}', b'{"task": 1, "purpose": '
-             b'"train", "step": "x"}', b'{"task": 1, "purpose": "train", "step": NaN}']
+    "line",
+    [b"", b'{"task": 1, "purp', b"\xff\xfe{", b"[1, 2]", b"7", b"null", b'{"loss": 1}',
+     b'{"task": 1, "purpose": "train", "step": "x"}', b'{"task": 1, "purpose": "train", "step": NaN}'],
 )  # fmt: skip
 @pytest.mark.parametrize("place", [0, 4])
 def test_lines_that_are_none_of_ours_are_forgotten_and_cost_no_other(metrics, line, place):

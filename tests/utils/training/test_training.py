@@ -492,7 +492,7 @@ def test_trainings_of_another_purpose_do_not_meet(tmp_path):
         module, steps = linear(), []
         fit(
             module, RandomBatches(), cross_entropy(module), TrainConfig(lr=0.1, steps=3),
-            Training(run, 0, purpose), Hooks(after_step=lambda step: steps.append(step.number)),
+            Training(run, 0, purpose), Hooks(after_step=lambda step, steps=steps: steps.append(step.number)),
         )  # fmt: skip
         assert steps == [1, 2, 3]
 

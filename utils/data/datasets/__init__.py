@@ -10,14 +10,23 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.datasets.base import LARGE_FOLDER, LARGE_SIDE, SMALL_FOLDER, Dataset, Found, Images, Recipe
+from utils.data.datasets.base import (
+    LARGE_FOLDER,
+    LARGE_SIDE,
+    SMALL_FOLDER,
+    Availability,
+    Dataset,
+    DatasetRecipe,
+    LoadedData,
+    Provider,
+)
 from utils.data.datasets.folders import describe_left_out, list_class_names, read_folders, read_through
 from utils.run.errors import ConfigError, DataError
 from utils.run.registry import Registry, nearest
 
-__all__ = ["DATASETS", "PROVIDER_ERRORS", "Dataset", "Found", "find_dataset", "load_dataset"]
+__all__ = ["DATASETS", "PROVIDER_ERRORS", "Availability", "Dataset", "find_dataset", "load_dataset"]
 
-DATASETS: Registry[Recipe] = Registry("data set", __name__)
+DATASETS: Registry[DatasetRecipe] = Registry("data set", __name__)
 # What a download or an unpacking raises: no network, no right to write, a damaged archive.
 PROVIDER_ERRORS = (OSError, RuntimeError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile)
 
@@ -34,64 +43,52 @@ def load_dataset(name: str, data_dir: str | Path = "data", offline: bool = False
         ConfigError: if the name is neither known nor a folder.
         DataError: if the data is absent and cannot be fetched, or is incomplete or broken.
     """
-    place = _look_up(name, Path(data_dir))
-    if place.folder is not None:
-        test_folders = place.recipe.test_folders if place.recipe else ("test",)
-        images = read_folders(place.folder, test_folders, left_out=place.left_out)
-    elif place.recipe is not None and place.recipe.provider is not None:
-        images = _provide(place, Path(data_dir), offline)
+    location = _locate(name, Path(data_dir))
+    if location.folder is None:
+        data = _provide(location, Path(data_dir), offline)
     else:
-        raise DataError(place.absent)
-    recipe = place.recipe or (SMALL_FOLDER if images.side else LARGE_FOLDER)
+        test_folders = location.recipe.test_folders if location.recipe else ("test",)
+        data = read_folders(location.folder, test_folders, left_out=location.left_out)
+    recipe = location.recipe or (SMALL_FOLDER if data.side else LARGE_FOLDER)
     if recipe.view is not None:
-        images = read_through(images, recipe.view)
+        data = read_through(data, recipe.view)
     return Dataset(
-        name=name.lower() if place.recipe else name,
-        train=images.train,
-        test=images.test,
-        class_names=images.class_names,
-        image_size=recipe.image_size or images.side or LARGE_SIDE,
-        channels=images.channels,
-        in_memory=images.side is not None,
+        **data._asdict(),
+        name=name.lower() if location.recipe else name,
+        image_size=recipe.image_size or data.side or LARGE_SIDE,
+        in_memory=data.side is not None,
         mean=recipe.mean,
         std=recipe.std,
         augmentation=recipe.augmentation,
-        source=images.source,
     )
 
 
-def find_dataset(name: str, data_dir: str | Path = "data") -> Found:
+def find_dataset(name: str, data_dir: str | Path = "data") -> Availability:
     """Say what ``load_dataset`` would read, without reading an image or fetching anything.
 
     Raises:
         ConfigError: if the name is neither known nor a folder.
     """
-    place = _look_up(name, Path(data_dir))
-    if place.folder is not None:
-        count = len(set(list_class_names(place.folder / "train")) - set(place.left_out))
-        without = describe_left_out(place.folder, place.left_out)
-        return Found(True, False, f"class folders in {place.folder}{without} ({count} classes)", count)
-    provider = place.recipe.provider if place.recipe else None
-    if provider is None:
-        return Found(False, False, place.absent, None)
-    present, text = provider.describe(Path(data_dir))
-    text = text if present or provider.fetchable else f"{place.absent}; {text}"
-    return Found(present, provider.fetchable, text, provider.num_classes)
+    return _look(_locate(name, Path(data_dir)), Path(data_dir))
 
 
-class _Place(NamedTuple):
-    """What a name stands for: a recipe, or None for a folder of the user's; class folders, or None."""
+class _Location(NamedTuple):
+    """Place that a name stands for: its recipe and class folders, each None where there are none."""
 
-    recipe: Recipe | None
+    recipe: DatasetRecipe | None
     folder: Path | None
-    absent: str
+    absent: str  # what is missing, and where to put it
 
     @property
     def left_out(self) -> tuple[str, ...]:
         return self.recipe.left_out if self.recipe else ()
 
+    @property
+    def provider(self) -> Provider | None:
+        return self.recipe.provider if self.recipe else None
 
-def _look_up(name: str, data_dir: Path) -> _Place:
+
+def _locate(name: str, data_dir: Path) -> _Location:
     known = name.lower() in DATASETS
     recipe = DATASETS[name.lower()] if known else None
     names = dict.fromkeys((name, name.lower(), *(recipe.folders if recipe else ())))
@@ -106,16 +103,30 @@ def _look_up(name: str, data_dir: Path) -> _Place:
         f"put its images into {folders[0]}/train/<class>/<image> and {folders[0]}/test/<class>/<image>"
     )
     # A folder without train/ may be something else, such as torchvision's MNIST on a disk that ignores case.
-    found = [folder for folder in folders if (folder / "train").is_dir()]
-    return _Place(recipe, found[0] if found else None, absent)
+    return _Location(recipe, next((folder for folder in folders if (folder / "train").is_dir()), None), absent)
 
 
-def _provide(place: _Place, data_dir: Path, offline: bool) -> Images:
-    provider = place.recipe.provider
+def _look(location: _Location, data_dir: Path) -> Availability:
+    folder, provider = location.folder, location.provider
+    if folder is not None:
+        count = len(set(list_class_names(folder / "train")) - set(location.left_out))
+        without = describe_left_out(folder, location.left_out)
+        return Availability(True, False, f"class folders in {folder}{without} ({count} classes)", count)
+    if provider is None:
+        return Availability(False, False, location.absent, None)
+    present, text = provider.describe(data_dir)
+    text = text if present or provider.fetchable else f"{location.absent}; {text}"
+    return Availability(present, provider.fetchable, text, provider.num_classes)
+
+
+def _provide(location: _Location, data_dir: Path, offline: bool) -> LoadedData:
+    found = _look(location, data_dir)
+    if not (found.present or found.fetchable):
+        raise DataError(found.text)
     try:
-        return provider.load(data_dir, offline)
+        return location.provider.load(data_dir, offline)
     except PROVIDER_ERRORS as error:
-        if offline and provider.fetchable:
-            raise DataError(f"{place.absent}; without --offline it would be downloaded into {data_dir}") from error
-        tried = "Downloading" if provider.fetchable else "Deriving"
-        raise DataError(f"{place.absent}. {tried} it failed: {str(error).strip()}") from error
+        if offline and found.fetchable:
+            raise DataError(f"{location.absent}; without --offline it would be downloaded into {data_dir}") from error
+        tried = "Downloading" if found.fetchable else "Deriving"
+        raise DataError(f"{location.absent}. {tried} it failed: {str(error).strip()}") from error

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from utils.data.datasets import DATASETS
-from utils.data.datasets.base import Images, Recipe, tensor_images
+from utils.data.datasets.base import DatasetRecipe, LoadedData, pack_tensors
 from utils.data.subsets import split_validation
 
 TEST_SHARE = 0.25
@@ -23,18 +23,16 @@ class Digits:
     def describe(self, data_dir: Path) -> tuple[bool, str]:
         return True, "scikit-learn's handwritten digits, which come with the package"
 
-    def load(self, data_dir: Path, offline: bool) -> Images:
+    def load(self, data_dir: Path, offline: bool) -> LoadedData:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)  # 0..16 -> 0..255
         images, labels = torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(digits.target).long()
         # The key is no run's seed: all runs share one test set.
-        train, test = split_validation(labels, TEST_SHARE, "digits")
-        source = "scikit-learn's handwritten digits"
-        names = [str(digit) for digit in range(10)]
-        return tensor_images((images[train], labels[train]), (images[test], labels[test]), names, source)
+        splits = [(images[part], labels[part]) for part in split_validation(labels, TEST_SHARE, "digits")]
+        return pack_tensors(*splits, [str(digit) for digit in range(10)], "scikit-learn's handwritten digits")
 
 
 # Mean and deviation of all pixels / 255. A mirrored digit is another sign, and a crop of 8 pixels loses strokes.
-DATASETS.register("digits")(Recipe("none", (0.305,) * 3, (0.376,) * 3, provider=Digits()))
+DATASETS.register("digits")(DatasetRecipe("none", (0.305,) * 3, (0.376,) * 3, provider=Digits()))

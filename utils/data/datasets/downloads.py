@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.data.datasets import DATASETS
-from utils.data.datasets.base import CIFAR100_MEAN, CIFAR100_STD, Images, Recipe, Split, tensor_images
+from utils.data.datasets.base import CIFAR100_MEAN, CIFAR100_STD, DatasetRecipe, LoadedData, pack_tensors
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Torchvision:
             return True, f"torchvision's {self.class_name} in {data_dir / self.folder}"
         return False, f"torchvision's {self.class_name}, to be downloaded into {data_dir / self.folder}"
 
-    def load(self, data_dir: Path, offline: bool) -> Images:
+    def load(self, data_dir: Path, offline: bool) -> LoadedData:
         import torchvision
 
         dataset = getattr(torchvision.datasets, self.class_name)
@@ -39,30 +42,25 @@ class Torchvision:
         splits = [dataset(str(data_dir), train=train, download=not offline) for train in (True, False)]
         names = [name.split(" - ")[0] for name in splits[0].classes]  # MNIST calls its classes "0 - zero"
         source = f"torchvision's {self.class_name} in {data_dir / self.folder}"
-        return tensor_images(_tensors(splits[0]), _tensors(splits[1]), names, source)
+        return pack_tensors(*map(_read_arrays, splits), names, source)
 
 
-def _tensors(split) -> Split:
+def _read_arrays(split) -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(np.asarray(split.data))
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, torch.as_tensor(split.targets, dtype=torch.int64)
 
 
+MNIST, FASHION_MNIST = Torchvision("MNIST", "MNIST"), Torchvision("FashionMNIST", "FashionMNIST")
+CIFAR10 = Torchvision("CIFAR10", "cifar-10-batches-py")
 CIFAR100 = Torchvision("CIFAR100", "cifar-100-python", num_classes=100)
 
 for name, recipe in {
-    "mnist": Recipe("crop", (0.1307,) * 3, (0.3081,) * 3, provider=Torchvision("MNIST", "MNIST")),
-    "fashion_mnist": Recipe(
-        "cifar", (0.2860,) * 3, (0.3530,) * 3, provider=Torchvision("FashionMNIST", "FashionMNIST")
-    ),
-    "cifar10": Recipe(
-        "cifar",
-        (0.4914, 0.4822, 0.4465),
-        (0.2023, 0.1994, 0.2010),
-        provider=Torchvision("CIFAR10", "cifar-10-batches-py"),
-    ),
-    "cifar100": Recipe("cifar", CIFAR100_MEAN, CIFAR100_STD, provider=CIFAR100),
-    # PILOT's CIFAR-100 for ViTs: 32x32 straight to 224, pixels in [0, 1] without mean and deviation (ASP card, 2.4).
-    "cifar224": Recipe("asp", (0.0,) * 3, (1.0,) * 3, 224, folders=("cifar100",), provider=CIFAR100),
+    "mnist": DatasetRecipe("crop", (0.1307,) * 3, (0.3081,) * 3, provider=MNIST),
+    "fashion_mnist": DatasetRecipe("cifar", (0.2860,) * 3, (0.3530,) * 3, provider=FASHION_MNIST),
+    "cifar10": DatasetRecipe("cifar", CIFAR10_MEAN, CIFAR10_STD, provider=CIFAR10),
+    "cifar100": DatasetRecipe("cifar", CIFAR100_MEAN, CIFAR100_STD, provider=CIFAR100),
+    # PILOT's CIFAR-100 for ViTs: 32x32 straight to 224, pixels in [0, 1] without mean and deviation.
+    "cifar224": DatasetRecipe("vit_crop", (0.0,) * 3, (1.0,) * 3, 224, folders=("cifar100",), provider=CIFAR100),
 }.items():
     DATASETS.register(name)(recipe)

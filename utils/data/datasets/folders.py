@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.datasets.base import Images
+from utils.data.datasets.base import LoadedData
 from utils.data.images import IMAGE_SUFFIXES, ImageSet, decode_image
 from utils.run.errors import DataError
 
@@ -33,7 +33,7 @@ class Header(NamedTuple):
 
 
 def list_class_names(split: Path) -> list[str]:
-    """Names of the class folders in ``split``: by number where all are numbers, else as ImageFolder sorts them."""
+    """List the class folders in ``split``: by number where all are numbers, else as ImageFolder sorts them."""
     names = [entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith(".")]
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
@@ -41,11 +41,8 @@ def list_class_names(split: Path) -> list[str]:
 
 
 def read_folders(
-    folder: Path,
-    test_folders: Sequence[str],
-    class_names: list[str] | None = None,
-    left_out: Sequence[str] = (),
-) -> Images:
+    folder: Path, test_folders: Sequence[str], class_names: list[str] | None = None, left_out: Sequence[str] = ()
+) -> LoadedData:
     """Read ``folder/train`` and the first of ``test_folders`` that holds the same classes.
 
     Args:
@@ -58,46 +55,43 @@ def read_folders(
         DataError: if test images are missing, the two splits have other classes, a class has no image, or an image
             is broken. The message names the folder or file.
     """
-    test_folder = _pick_test_folder(folder, test_folders)
-    train = _without(left_out, _class_files(folder / "train", class_names))
-    test = _without(left_out, _class_files(test_folder, class_names))
-    _check_same_classes(folder / "train", list(train), test_folder, list(test))
-    _check_not_empty(folder / "train", train)
-    _check_not_empty(test_folder, test)
+    splits = [folder / "train", _pick_test_folder(folder, test_folders)]
+    train, test = (_list_files(split, class_names, left_out) for split in splits)
+    _check_classes(dict(zip(splits, (train, test))))
     source = f"class folders in {folder}{describe_left_out(folder, left_out)}"
-    return read_files(train, {name: test[name] for name in train}, source)
+    return read_files(train, {name: test[name] for name in train}, source, folder)
 
 
 def describe_left_out(folder: Path, left_out: Sequence[str]) -> str:
-    """Which of ``left_out`` are class folders of ``folder/train``: " without a, b", or nothing where none is."""
+    """Say which of ``left_out`` are class folders of ``folder/train``: " without a, b"; "" where none is."""
     present = [name for name in left_out if (folder / "train" / name).is_dir()]
     return f" without {', '.join(present)}" if present else ""
 
 
-def read_files(train: dict[str, list[str]], test: dict[str, list[str]], source: str) -> Images:
-    """Both splits from the files of every class: small images of one size in memory, others by their paths.
+def read_files(train: dict[str, list[str]], test: dict[str, list[str]], source: str, root: Path) -> LoadedData:
+    """Read both splits from the files of every class: small images of one size into memory, others as paths.
 
     Args:
         train, test: paths by class name, the same names in the same order.
         source: what is read, in words.
+        root: folder that all of them lie in.
 
     Raises:
         DataError: if an image is broken.
     """
-    splits = [_flat(train), _flat(test)]
-    paths = [path for split_paths, _ in splits for path in split_paths]
-    headers = set(_in_threads(_read_header, paths, "checking images"))
+    splits = [_flatten(train), _flatten(test)]
+    headers = set(_map_in_threads(_read_header, [path for paths, _ in splits for path in paths], "checking images"))
     channels = 1 if all(header.grey for header in headers) else 3
     sizes = {(header.width, header.height) for header in headers}
     if len(sizes) == 1 and max(sizes.pop()) <= SMALL_SIDE:
-        splits = [(_decode(split_paths, channels), labels) for split_paths, labels in splits]
+        splits = [(_decode(paths, channels), labels) for paths, labels in splits]
     counts = f"{len(splits[0][1])} training and {len(splits[1][1])} test images, {len(train)} classes"
     sets = [ImageSet.of(images, labels) for images, labels in splits]
-    return Images(*sets, list(train), channels, f"{source} ({counts})")
+    return LoadedData(*sets, list(train), channels, f"{source} ({counts})", str(root))
 
 
-def read_through(images: Images, view: Callable[[Tensor], Tensor]) -> Images:
-    """The same images in memory, each decoded once and changed by ``view``; see ``Recipe``.
+def read_through(data: LoadedData, view: Callable[[Tensor], Tensor]) -> LoadedData:
+    """Read every image into memory, changed by ``view``; see ``DatasetRecipe``.
 
     Raises:
         DataError: if an image is broken.
@@ -105,10 +99,10 @@ def read_through(images: Images, view: Callable[[Tensor], Tensor]) -> Images:
 
     def read(split: ImageSet) -> ImageSet:
         stored = split.parts[0].images
-        pixels = view(stored) if isinstance(stored, Tensor) else _decode(list(stored), images.channels, view)
+        pixels = view(stored) if isinstance(stored, Tensor) else _decode(list(stored), data.channels, view)
         return ImageSet.of(pixels.contiguous(), split.labels)
 
-    return images._replace(train=read(images.train), test=read(images.test))
+    return data._replace(train=read(data.train), test=read(data.test))
 
 
 def _pick_test_folder(folder: Path, names: Sequence[str]) -> Path:
@@ -124,31 +118,28 @@ def _pick_test_folder(folder: Path, names: Sequence[str]) -> Path:
     return (same or present)[0]
 
 
-def _class_files(split: Path, class_names: list[str] | None) -> dict[str, list[str]]:
-    """Paths of the images of every class, sorted."""
+def _list_files(split: Path, class_names: list[str] | None, left_out: Sequence[str]) -> dict[str, list[str]]:
+    """Sorted paths of the images of every class."""
     if (split / ANNOTATIONS).is_file():
-        files = _annotated_files(split)
-        return {name: files.get(name, []) for name in class_names or sorted(files)}
-    return {name: _image_files(split / name) for name in class_names or list_class_names(split)}
-
-
-def _without(left_out: Sequence[str], files: dict[str, list[str]]) -> dict[str, list[str]]:
+        files = _read_annotations(split)
+        files = {name: files.get(name, []) for name in class_names or sorted(files)}
+    else:
+        files = {name: _list_images(split / name) for name in class_names or list_class_names(split)}
     return {name: paths for name, paths in files.items() if name not in left_out}
 
 
-def _image_files(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
+def _list_images(folder: Path) -> list[str]:
+    # Of a folder that is not there, os.walk lists nothing.
     return sorted(
-        os.path.join(root, name)
-        for root, _, names in os.walk(folder, followlinks=True)
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)
         for name in names
         if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
     )
 
 
-def _annotated_files(split: Path) -> dict[str, list[str]]:
-    """Tiny-ImageNet's `val`: lines of file name, class and box, divided by tabs."""
+def _read_annotations(split: Path) -> dict[str, list[str]]:
+    """Paths by class from Tiny-ImageNet's `val`: lines of file name, class and box, divided by tabs."""
     files: dict[str, list[str]] = {}
     for line in sorted((split / ANNOTATIONS).read_text(encoding="utf-8").splitlines()):
         file, name = line.split("\t")[:2]
@@ -156,33 +147,33 @@ def _annotated_files(split: Path) -> dict[str, list[str]]:
     return files
 
 
-def _check_same_classes(train: Path, train_classes: list[str], test: Path, test_classes: list[str]) -> None:
-    only_train = [name for name in train_classes if name not in set(test_classes)]
-    only_test = [name for name in test_classes if name not in set(train_classes)]
+def _check_classes(splits: dict[Path, dict[str, list[str]]]) -> None:
+    """Refuse two splits of other classes, and classes without images."""
+    (train, train_files), (test, test_files) = splits.items()
+    only_train = [name for name in train_files if name not in test_files]
+    only_test = [name for name in test_files if name not in train_files]
     if only_train or only_test:
         raise DataError(
-            f"{train} and {test} must hold the same classes. Only in {train.name}: {_listed(only_train)}; "
-            f"only in {test.name}: {_listed(only_test)}. Add or remove these folders"
+            f"{train} and {test} must hold the same classes. Only in {train.name}: {_join_names(only_train)}; "
+            f"only in {test.name}: {_join_names(only_test)}. Add or remove these folders"
         )
+    for split, files in splits.items():
+        if not files:
+            raise DataError(f"{split} holds no class folder: put images into {split}/<class>/<image>")
+        empty = [name for name, paths in files.items() if not paths]
+        if empty:
+            raise DataError(
+                f"no image in the class folders {_join_names(empty)} of {split}: put images "
+                f"({', '.join(IMAGE_SUFFIXES)}) there, or remove these folders from train and test"
+            )
 
 
-def _check_not_empty(split: Path, files: dict[str, list[str]]) -> None:
-    if not files:
-        raise DataError(f"{split} holds no class folder: put images into {split}/<class>/<image>")
-    empty = [name for name, paths in files.items() if not paths]
-    if empty:
-        raise DataError(
-            f"no image in the class folders {_listed(empty)} of {split}: put images "
-            f"({', '.join(IMAGE_SUFFIXES)}) there, or remove these folders from train and test"
-        )
-
-
-def _listed(names: list[str], most: int = 5) -> str:
+def _join_names(names: list[str], most: int = 5) -> str:
     shown = ", ".join(names[:most]) or "none"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-def _flat(files: dict[str, list[str]]) -> tuple[list[str], Tensor]:
+def _flatten(files: dict[str, list[str]]) -> tuple[list[str], Tensor]:
     """All paths, class by class, and their labels, int64 (N,)."""
     counts = torch.tensor([len(paths) for paths in files.values()])
     return [path for paths in files.values() for path in paths], torch.arange(len(files)).repeat_interleave(counts)
@@ -202,19 +193,15 @@ def _decode(paths: list[str], channels: int, view: Callable[[Tensor], Tensor] = 
     def read(path: str) -> Tensor:
         return view(decode_image(path)).expand(channels, -1, -1).contiguous()
 
-    return torch.stack(_in_threads(read, paths, "reading images"))
+    return torch.stack(_map_in_threads(read, paths, "reading images"))
 
 
-def _in_threads(function: Callable[[str], Any], paths: list[str], description: str) -> list[Any]:
-    """``function`` of every path, in order; the first error ends the work at once."""
+def _map_in_threads(function: Callable[[str], Any], paths: list[str], description: str) -> list[Any]:
+    """``function`` of every path, in order; the first error ends the work, since `map` cancels what has not begun."""
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     results: list[Any] = []
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=description, delay=2, leave=False) as bar:
-        try:
-            for done in pool.map(lambda chunk: [function(path) for path in chunk], chunks):
-                results += done
-                bar.update(len(done))
-        except DataError:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for done in pool.map(lambda chunk: [function(path) for path in chunk], chunks):
+            results += done
+            bar.update(len(done))
     return results

@@ -11,9 +11,9 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
 from utils.data.datasets import DATASETS
-from utils.data.datasets.base import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIDE, Images, Recipe
+from utils.data.datasets.base import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIDE, DatasetRecipe, LoadedData
 from utils.data.datasets.folders import list_class_names, read_files, read_folders
-from utils.data.transforms import square
+from utils.data.transforms import resize_to_square
 
 EITHER = ("test", "val")
 IMAGENET_FOLDERS = ("imagenet1000", "imagenet")
@@ -33,22 +33,20 @@ class FirstOfImageNet:
     fetchable: bool = False
 
     def describe(self, data_dir: Path) -> tuple[bool, str]:
-        folder = self._folder(data_dir)
+        folder = self._find(data_dir)
         if folder is None:
             return False, f"class folders of all ImageNet in {data_dir / IMAGENET_FOLDERS[0]} would do as well"
         return True, f"{self.num_classes} of the classes in {folder}"
 
-    def load(self, data_dir: Path, offline: bool) -> Images:
-        folder = self._folder(data_dir)
-        if folder is None:
-            raise FileNotFoundError(f"no class folders of all ImageNet in {data_dir / IMAGENET_FOLDERS[0]} either")
+    def load(self, data_dir: Path, offline: bool) -> LoadedData:
+        folder = self._find(data_dir)
         names = list_class_names(folder / "train")
         if len(names) != 1000:
             raise ValueError(f"{folder} has {len(names)} classes, not the 1000 that ImageNet-100 is drawn from")
         order = np.random.RandomState(1993).permutation(1000)[: self.num_classes]
         return read_folders(folder, EITHER, [names[i] for i in sorted(order)])
 
-    def _folder(self, data_dir: Path) -> Path | None:
+    def _find(self, data_dir: Path) -> Path | None:
         folders = [data_dir / name for name in IMAGENET_FOLDERS]
         return next((folder for folder in folders if (folder / "train").is_dir()), None)
 
@@ -66,10 +64,7 @@ class OfficialCub:
             return True, f"CUB-200-2011 and its official split in {folder}"
         return False, f"the published archive, unpacked as {folder} with images.txt beside images/, is read as it is"
 
-    def load(self, data_dir: Path, offline: bool) -> Images:
-        present, text = self.describe(data_dir)
-        if not present:
-            raise FileNotFoundError(text)
+    def load(self, data_dir: Path, offline: bool) -> LoadedData:
         folder = data_dir / CUB_FOLDER
         paths, splits, labels, names = (_read_table(folder / f"{name}.txt") for name in CUB_TABLES)
         train, test = ({name: [] for name in names.values()} for _ in range(2))
@@ -78,7 +73,7 @@ class OfficialCub:
             if files is None or name is None:
                 raise ValueError(f"the tables of {folder} give no split or no class for image {image}, {path}")
             files[name].append(str(folder / "images" / path))
-        return read_files(train, test, text)
+        return read_files(train, test, self.describe(data_dir)[1], folder)
 
 
 @dataclass(frozen=True)
@@ -94,21 +89,24 @@ class OfficialFood:
             return True, f"torchvision's Food101 and its official split in {folder}"
         return False, f"torchvision's Food101, to be downloaded into {folder} (5 GB)"
 
-    def load(self, data_dir: Path, offline: bool) -> Images:
+    def load(self, data_dir: Path, offline: bool) -> LoadedData:
         import torchvision
 
         torchvision.datasets.Food101(str(data_dir), download=not offline)
         folder = data_dir / FOOD_FOLDER
-        train, test = (_food_files(folder, split) for split in ("train", "test"))
-        return read_files(train, test, f"torchvision's Food101 and its official split in {folder}")
+        train, test = (_list_food(folder, split) for split in ("train", "test"))
+        return read_files(train, test, f"torchvision's Food101 and its official split in {folder}", folder)
 
 
-def squashed_middle(image: Tensor) -> Tensor:
-    """ImageNet as GUIDE sees it (GUIDE card, 4): uint8 (..., C, H, W) squashed to 76x76, then the middle 64x64."""
-    return F.center_crop(square(image, 76, "bilinear"), [64, 64])
+def squash_and_crop(image: Tensor) -> Tensor:
+    """Squash photographs, uint8 (..., C, H, W), to 76x76 and cut out the middle 64x64.
+
+    So the code of Cywiński et al., arXiv:2403.03938, reads ImageNet.
+    """
+    return F.center_crop(resize_to_square(image, 76, "bilinear"), [64, 64])
 
 
-def _food_files(folder: Path, split: str) -> dict[str, list[str]]:
+def _list_food(folder: Path, split: str) -> dict[str, list[str]]:
     """Paths by class, sorted as class folders would be."""
     images = json.loads((folder / "meta" / f"{split}.json").read_text(encoding="utf-8"))
     files = {name: sorted(str(folder / "images" / f"{image}.jpg") for image in images[name]) for name in sorted(images)}
@@ -122,39 +120,33 @@ def _food_files(folder: Path, split: str) -> dict[str, list[str]]:
 def _read_table(path: Path) -> dict[str, str]:
     """Lines of an id and a value, divided by a blank, in their order."""
     rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    short = [number for number, row in enumerate(rows, 1) if len(row) != 2]
-    if short:
-        raise ValueError(f"{path}, line {short[0]}: not an id and a value")
+    for number, row in enumerate(rows, 1):
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {number}: not an id and a value")
     return dict(rows)
 
 
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "test_folders": EITHER}
-# ASP and PILOT feed these to a ViT as pixels in [0, 1], without mean and deviation (ASP card, 2.4).
-ASP = {"augmentation": "asp", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": LARGE_SIDE}
-# ESCORT treats all of its data sets alike (ESCORT card, 1.6).
-ESCORT = {"augmentation": "escort", "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": LARGE_SIDE}
+# PILOT feeds these to a ViT as pixels in [0, 1], without mean and deviation.
+VIT = {"augmentation": "vit_crop", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": LARGE_SIDE}
+# Duan et al., arXiv:2311.18266, treat all of their data sets alike.
+AUTO = {"augmentation": "auto_augment", "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": LARGE_SIDE}
+FIRST = {"test_folders": EITHER, "provider": FirstOfImageNet()}
+HALVES = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 for name, recipe in {
-    "tiny_imagenet": Recipe("imagenet", folders=("tiny-imagenet-200", "tiny-imagenet"), image_size=64, **IMAGENET),
-    "imagenet100": Recipe("imagenet", image_size=LARGE_SIDE, provider=FirstOfImageNet(), **IMAGENET),
-    "imagenet100_64": Recipe(
-        "none",
-        (0.5,) * 3,
-        (0.5,) * 3,
-        folders=("imagenet100",),
-        test_folders=EITHER,
-        provider=FirstOfImageNet(),
-        view=squashed_middle,
+    "tiny_imagenet": DatasetRecipe(
+        "imagenet", folders=("tiny-imagenet-200", "tiny-imagenet"), image_size=64, **IMAGENET
     ),
-    "imagenet1000": Recipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
-    "imagenetr": Recipe(folders=("imagenet-r",), test_folders=EITHER, **ASP),
-    "cub": Recipe(folders=("cub200",), **ASP),
-    "cub_official": Recipe(provider=OfficialCub(), **ASP),
-    "food101": Recipe(folders=("Food101",), provider=OfficialFood(), **ESCORT),
-    "caltech256": Recipe(folders=("Caltech256",), left_out=("257.clutter",), **ESCORT),
-    "places100": Recipe(folders=("Places100",), **ESCORT),
-    "imagenet100_escort": Recipe(
-        folders=("imagenet100", "ImageNet100"), test_folders=EITHER, provider=FirstOfImageNet(), **ESCORT
-    ),
+    "imagenet100": DatasetRecipe("imagenet", image_size=LARGE_SIDE, **IMAGENET | FIRST),
+    "imagenet100_64": DatasetRecipe("none", folders=("imagenet100",), view=squash_and_crop, **HALVES, **FIRST),
+    "imagenet100_escort": DatasetRecipe(folders=("imagenet100", "ImageNet100"), **AUTO, **FIRST),
+    "imagenet1000": DatasetRecipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
+    "imagenetr": DatasetRecipe(folders=("imagenet-r",), test_folders=EITHER, **VIT),
+    "cub": DatasetRecipe(folders=("cub200",), **VIT),
+    "cub_official": DatasetRecipe(provider=OfficialCub(), **VIT),
+    "food101": DatasetRecipe(folders=("Food101",), provider=OfficialFood(), **AUTO),
+    "caltech256": DatasetRecipe(folders=("Caltech256",), left_out=("257.clutter",), **AUTO),
+    "places100": DatasetRecipe(folders=("Places100",), **AUTO),
 }.items():
     DATASETS.register(name)(recipe)
