@@ -24,7 +24,7 @@ from models.incremental import IncrementalNet
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
 from synth import SOURCES
-from synth.base import Guide
+from synth.ddpm.source import Sampling
 from synth.requests import Requests
 from utils.data.batches import ImageBatches
 from utils.data.datasets import Dataset
@@ -129,7 +129,7 @@ def _ddpm(bench: Bench, precision: str) -> None:
     requests = Requests.of_labels(torch.arange(draws) % 5, (0, "bench", 0))
 
     def draw(bend=None) -> int:
-        return len(source.generate(requests, Guide(respacing, bend=bend)))
+        return len(source.draw(requests, Sampling(respacing), bend))
 
     bench.measure(f"{respacing} drawing, {draws} at once, {precision}", "images/s", draw, warm=0)
     backbone = build_backbone("preact_resnet18", BackboneOptions(image_size=32))

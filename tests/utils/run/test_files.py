@@ -29,7 +29,6 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-
 @pytest.mark.parametrize("content", ["grün\n", b"\x00\xff", ""])
 def test_a_file_is_written_whole_and_leaves_no_temporary_one(tmp_path, content):
     atomic_write(tmp_path / "new" / "file", content)
@@ -147,8 +146,8 @@ def test_a_folder_takes_its_place_once_all_is_in_it(tmp_path):
 @pytest.mark.parametrize("error", [ValueError("mine"), OSError(errno.ENOSPC, "full")])
 def test_a_folder_that_failed_leaves_the_old_one_and_nothing_half_written(tmp_path, error):
     (tmp_path / "made").mkdir()
-    with pytest.raises((ValueError, RepriseError), match=r"mine|the disk is full"):
-        with whole_folder(tmp_path / "made") as temporary:
-            (temporary / "new").write_text("x")
-            raise error
+    wrong = pytest.raises((ValueError, RepriseError), match=r"mine|the disk is full")
+    with wrong, whole_folder(tmp_path / "made") as temporary:
+        (temporary / "new").write_text("x")
+        raise error
     assert everything_in(tmp_path) == {"made"}

@@ -30,7 +30,6 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-
 def test_a_checkpoint_comes_back_with_its_tensors_and_state(tmp_path):
     number, tensors, state = checkpoints(tmp_path).load_newest(LOG)
     assert (number, state) == (20, {"step": 20})
