@@ -79,7 +79,7 @@ class LinearHead(Head):
 
 
 class PlainHead(Head):
-    """logits = W f without bias; rows start as those of ``torch.nn.Linear``, as in GUIDE (arXiv:2403.03938)."""
+    """logits = W f without bias; rows start as those of ``torch.nn.Linear`` (Cywinski et al., arXiv:2403.03938)."""
 
     def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         return _uniform(rows, 1 / math.sqrt(rows.shape[1]), generator)

@@ -36,7 +36,7 @@ class _Block(nn.Module):
 
 
 class PreactResNet(nn.Module):
-    """GUIDE's classifier (Cywinski et al., 2024, arXiv:2403.03938): four groups of 64 to 512 channels.
+    """The classifier of Cywinski et al. (2024, arXiv:2403.03938): four groups of 64 to 512 channels.
 
     Args:
         blocks: residual blocks per group; depth is 8 * blocks + 2.
@@ -67,5 +67,5 @@ class PreactResNet(nn.Module):
 
 @BACKBONES.register("preact_resnet18")
 def preact_resnet18(options: BackboneOptions) -> nn.Module:
-    """Depth 18, 512 features, 11,167,942 parameters: GUIDE's network for CIFAR and for ImageNet at 64 pixels."""
+    """Depth 18, 512 features, 11,167,942 parameters: for CIFAR and for ImageNet at 64 pixels."""
     return PreactResNet(blocks=2)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from models import BACKBONES
 from models.options import BackboneOptions
-from utils.run.errors import ConfigError
 
 
 class _Block(nn.Module):
@@ -57,34 +56,6 @@ class CifarResNet(nn.Module):
         """Images (B, 3, H, W), mean 0 and deviation 1 per channel, to non-negative features (B, 64)."""
         x = F.relu(self.bn(self.conv(x)))
         return self.stages(x).mean(dim=(2, 3))
-
-
-def split_last_stage(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Cut a ResNet in front of its last stage, as MEMO does (Zhou et al., ICLR 2023, arXiv:2205.13218).
-
-    Args:
-        backbone: one of this module; its weights are shared, not copied.
-
-    Returns:
-        The trunk, images (B, 3, H, W) to maps (B, C, h, w), and the last stage, maps to pooled features (B, D).
-
-    Raises:
-        ConfigError: for any other backbone.
-    """
-    from torchvision.models import ResNet
-
-    if isinstance(backbone, CifarResNet):
-        *first, last = backbone.stages
-        trunk = nn.Sequential(backbone.conv, backbone.bn, nn.ReLU(), *first)
-    elif isinstance(backbone, ResNet):
-        first, last = (backbone.layer1, backbone.layer2, backbone.layer3), backbone.layer4
-        trunk = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool, *first)
-    else:
-        raise ConfigError(
-            f"a {type(backbone).__name__} cannot be cut in front of its last stage: choose convnet_type="
-            "resnet20, resnet32, resnet18, resnet34 or resnet50"
-        )
-    return trunk, nn.Sequential(last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def init_conv(module: nn.Module) -> None:

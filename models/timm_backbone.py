@@ -17,7 +17,7 @@ PILOT_ALIASES = {
     "vit_base_patch16_224": "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "pretrained_vit_b16_224_in21k": "vit_base_patch16_224.augreg_in21k",
     "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
-    # ASP's, with prompts: the name meant these weights in the timm that it was written for.
+    # For a ViT with prompts: the name meant these weights in the timm that it was written for.
     "pretrained_vit_b16_224_vpt": "vit_base_patch16_224.augreg_in21k_ft_in1k",
 }
 # What timm's constructors raise for arguments that make no network.

@@ -9,8 +9,7 @@ from pydantic import Field
 
 from learners import LEARNERS
 from learners.expandable.der import DynamicallyExpandableRepresentation
-from learners.expandable.network import ExpandableNet
-from models.resnet import split_last_stage
+from learners.expandable.network import ExpandableNet, split_last_stage
 from utils.training.fit import TrainConfig
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from models.heads import LinearHead
 from models.incremental import IncrementalNet
+from models.resnet import CifarResNet
+from utils.run.errors import ConfigError
 
 
 class Branches(nn.Module):
@@ -105,3 +107,31 @@ class ExpandableNet(IncrementalNet):
 
     def constant_parts(self) -> list[nn.Module]:
         return self.backbone.frozen()
+
+
+def split_last_stage(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Cut a ResNet in front of its last stage (Zhou et al., ICLR 2023, arXiv:2205.13218).
+
+    Args:
+        backbone: a ResNet of ours or of torchvision; its weights are shared, not copied.
+
+    Returns:
+        The trunk, images (B, 3, H, W) to maps (B, C, h, w), and the last stage, maps to pooled features (B, D).
+
+    Raises:
+        ConfigError: for any other backbone.
+    """
+    from torchvision.models import ResNet
+
+    if isinstance(backbone, CifarResNet):
+        *first, last = backbone.stages
+        trunk = nn.Sequential(backbone.conv, backbone.bn, nn.ReLU(), *first)
+    elif isinstance(backbone, ResNet):
+        first, last = (backbone.layer1, backbone.layer2, backbone.layer3), backbone.layer4
+        trunk = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool, *first)
+    else:
+        raise ConfigError(
+            f"a {type(backbone).__name__} cannot be cut in front of its last stage: choose convnet_type="
+            "resnet20, resnet32, resnet18, resnet34 or resnet50"
+        )
+    return trunk, nn.Sequential(last, nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.files.diffusers_folder import LDM_SCHEDULE, check_tokenizer
-from models.files.diffusers_parts import Parts, read_tokenizer
+from models.files.diffusers_parts import TextToImageParts, read_tokenizer
 from models.files.weights import load_exactly, read_weights
 from utils.run.errors import ConfigError, WeightsError
 
@@ -21,25 +21,20 @@ TEXT_HEADS = 8  # BERTEmbedder's; shapes tell heads times width alone
 # Side of the latents of text2img-large. The YAML's image_size is not read: it stands there with 8, 32 and 64.
 LATENT_SIDE = 32
 
-# What a YAML says, the tensor that shows it, and along which axis.
-CLAIMS = (
-    ("unet_config.params.model_channels", UNET + "input_blocks.0.0.weight", 0),
-    ("unet_config.params.in_channels", UNET + "input_blocks.0.0.weight", 1),
-    ("unet_config.params.out_channels", UNET + "out.2.weight", 0),
-    ("unet_config.params.context_dim", UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
-    ("first_stage_config.params.ddconfig.ch", VAE + "encoder.conv_in.weight", 0),
-    ("first_stage_config.params.ddconfig.in_channels", VAE + "encoder.conv_in.weight", 1),
-    ("first_stage_config.params.ddconfig.z_channels", VAE + "decoder.conv_in.weight", 1),
-    ("first_stage_config.params.embed_dim", VAE + "post_quant_conv.weight", 1),
-    ("cond_stage_config.params.n_embed", TEXT + "token_emb.weight", 1),
-)
-# What the conversion reads beside them.
+# What the conversion reads of the YAML, below model.params.
 NEEDED = (
-    *(f"unet_config.params.{key}" for key in ("attention_resolutions", "num_res_blocks", "channel_mult", "num_heads")),
-    "unet_config.params.transformer_depth", "first_stage_config.params.ddconfig.ch_mult",
-    "first_stage_config.params.ddconfig.num_res_blocks", "first_stage_config.params.ddconfig.out_ch",
-    "cond_stage_config.params.n_layer", "linear_start", "linear_end", "timesteps", "scale_factor",
+    *(f"unet_config.params.{key}" for key in (
+        "model_channels", "in_channels", "out_channels", "context_dim", "attention_resolutions", "num_res_blocks",
+        "channel_mult", "num_heads", "transformer_depth",
+    )),
+    *(f"first_stage_config.params.ddconfig.{key}" for key in (
+        "ch", "in_channels", "z_channels", "ch_mult", "num_res_blocks", "out_ch",
+    )),
+    "cond_stage_config.params.n_embed", "cond_stage_config.params.n_layer", "linear_start", "linear_end", "timesteps",
+    "scale_factor",
 )  # fmt: skip
+# One weight of each part, by which such a checkpoint is known.
+SHOWN = (UNET + "out.2.weight", VAE + "post_quant_conv.weight", TEXT + "token_emb.weight")
 # A key that gives another kind of model away.
 FOREIGN = {
     "cond_stage_model.transformer.text_model.": "Stable Diffusion 1.x",
@@ -60,7 +55,7 @@ ATTENTION_NAMES = {
 FEED_FORWARD_NAMES = {"0.": "final_layer_norm.", "1.net.0.0.": "fc1.", "1.net.2.": "fc2."}
 
 
-def check_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) -> None:
+def check_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool, key: str = "path") -> None:
     """See that checkpoint, YAML and tokenizer are there; no weights are read.
 
     Raises:
@@ -69,14 +64,14 @@ def check_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool)
     """
     if not Path(path).is_file():
         raise WeightsError(
-            f"ldm_ckpt={path!r}: there is no such file. Put text2img-large's model.ckpt there, or name the hub id "
+            f"{key}={path!r}: there is no such file. Put text2img-large's model.ckpt there, or name the hub id "
             "CompVis/ldm-text2im-large-256, which needs no YAML"
         )
     read_yaml(yaml)
     check_tokenizer(tokenizer, "vocab.txt", "bert-base-uncased", offline)
 
 
-def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) -> Parts:
+def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) -> TextToImageParts:
     """Read and convert a checkpoint; every weight must find its place.
 
     Args:
@@ -93,10 +88,10 @@ def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) 
     params = read_yaml(yaml)
     weights = read_weights(path)
     _check_architecture(weights, path)
-    _check_claims(params, weights, yaml)
+    _check_buffers(params, weights, yaml)
     unet, vae = _convert_unet(params, weights, path), _convert_vae(params, weights, path)
-    text_encoder = _convert_text_encoder(weights, path)
-    return Parts(
+    text_encoder = _convert_text_encoder(params, weights, path)
+    return TextToImageParts(
         vae, text_encoder, read_tokenizer(tokenizer, "BertTokenizerFast", offline), unet, _schedule(params), LATENT_SIDE
     )
 
@@ -113,18 +108,16 @@ def read_yaml(path: str | None) -> dict[str, Any]:
     import yaml
 
     if path is None:
-        raise ConfigError("yaml is missing: a checkpoint file needs its CompVis YAML, such as exps/ldm/ldm_dddr.yaml")
+        raise ConfigError("yaml is missing: a checkpoint file needs its CompVis YAML, such as the one in exps/ldm")
     try:
         params = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["model"]["params"]
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"yaml={path!r}: there is no such file; exps/ldm/ldm_dddr.yaml fits text2img-large"
-        ) from error
+        raise ConfigError(f"yaml={path!r}: there is no such file; exps/ldm holds the one of text2img-large") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"yaml={path!r} cannot be read as YAML: {error}") from error
     except (KeyError, TypeError) as error:
         raise ConfigError(f"yaml={path!r} has no section model.params: is it in CompVis' form?") from error
-    for key in (*(key for key, _, _ in CLAIMS), *NEEDED):
+    for key in NEEDED:
         _value(params, key, path)
     return params
 
@@ -132,7 +125,7 @@ def read_yaml(path: str | None) -> dict[str, Any]:
 def _value(params: Any, key: str, path: str) -> Any:
     for part in key.split("."):
         if not isinstance(params, dict) or part not in params:
-            raise ConfigError(f"yaml={path!r}: model.params.{key} is missing; exps/ldm/ldm_dddr.yaml shows all keys")
+            raise ConfigError(f"yaml={path!r}: model.params.{key} is missing; the one in exps/ldm shows all keys")
         params = params[part]
     return params
 
@@ -149,7 +142,7 @@ def _schedule(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_architecture(weights: dict[str, Tensor], path: str) -> None:
-    absent = [key for _, key, _ in CLAIMS if key not in weights]
+    absent = [key for key in SHOWN if key not in weights]
     if not absent:
         return
     kind = next((name for prefix, name in FOREIGN.items() if any(key.startswith(prefix) for key in weights)), None)
@@ -160,20 +153,19 @@ def _check_architecture(weights: dict[str, Tensor], path: str) -> None:
     )
 
 
-def _check_claims(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> None:
-    """Compare what the YAML says with the shapes and buffers that show it."""
-    found = [(key, weights[name].shape[axis], f"{name} {tuple(weights[name].shape)}") for key, name, axis in CLAIMS]
-    layers = _text_layers(weights)
-    found.append(("cond_stage_config.params.n_layer", layers, f"{layers} attention layers below {TEXT}"))
-    if "betas" in weights:  # CompVis keeps its schedule beside the weights
-        betas = weights["betas"]
-        found.append(("timesteps", len(betas), f"betas ({len(betas)},)"))
-        found.append(("linear_start", betas[0].item(), "betas[0]"))
-        found.append(("linear_end", betas[-1].item(), "betas[-1]"))
+def _check_buffers(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> None:
+    """Compare the YAML's numbers with those that CompVis keeps beside the weights; no shape would show a mistake."""
+    found = {}
+    if (betas := weights.get("betas")) is not None:
+        found = {
+            "timesteps": (len(betas), f"betas ({len(betas)},)"),
+            "linear_start": (betas[0].item(), "betas[0]"),
+            "linear_end": (betas[-1].item(), "betas[-1]"),
+        }
     if "scale_factor" in weights:
-        found.append(("scale_factor", weights["scale_factor"].item(), "scale_factor"))
-    for key, there, where in found:
-        claimed = _value(params, key, path)
+        found["scale_factor"] = (weights["scale_factor"].item(), "scale_factor")
+    for key, (there, where) in found.items():
+        claimed = params[key]
         if not isinstance(claimed, (int, float)) or abs(claimed - there) > 1e-4 * abs(there):
             raise ConfigError(
                 f"yaml={path!r} does not belong to this checkpoint: it says model.params.{key}: {claimed}, the "
@@ -204,15 +196,16 @@ def _convert_vae(params: dict[str, Any], weights: dict[str, Tensor], path: str) 
     return fill(lambda: AutoencoderKL.from_config(config), convert_ldm_vae_checkpoint, config, section, path)
 
 
-def _convert_text_encoder(weights: dict[str, Tensor], path: str) -> nn.Module:
+def _convert_text_encoder(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> nn.Module:
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertEncoder
 
     head = TEXT + "to_logits."  # a vocabulary head that nobody uses
     section = {key: value for key, value in weights.items() if key.startswith(TEXT) and not key.startswith(head)}
-    vocabulary, width = section[TEXT + "token_emb.weight"].shape
+    text = params["cond_stage_config"]["params"]
     try:
         config = LDMBertConfig(
-            vocab_size=vocabulary, d_model=width, encoder_layers=_text_layers(weights), dropout=0.0,
+            vocab_size=len(section[TEXT + "token_emb.weight"]), d_model=text["n_embed"], encoder_layers=text["n_layer"],
+            dropout=0.0,
             max_position_embeddings=len(section[TEXT + "pos_emb.emb.weight"]), encoder_attention_heads=TEXT_HEADS,
             head_dim=len(section[TEXT + "attn_layers.layers.0.1.to_q.weight"]) // TEXT_HEADS,
             encoder_ffn_dim=len(section[TEXT + "attn_layers.layers.1.1.net.0.0.weight"]),
@@ -263,10 +256,6 @@ def fill(
 
 def _lacks(path: str, error: KeyError) -> WeightsError:
     return WeightsError(f"{path} lacks the weight {error.args[0]}: fetch the checkpoint again")
-
-
-def _text_layers(weights: dict[str, Tensor]) -> int:
-    return sum(re.fullmatch(TEXT + r"attn_layers\.layers\.\d+\.1\.to_q\.weight", key) is not None for key in weights)
 
 
 def _rename_text(section: dict[str, Tensor], _config: Any) -> dict[str, Tensor]:

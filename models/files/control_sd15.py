@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.files.compvis import TEXT, UNET, VAE, VAE_PARTS, fill
 from models.files.diffusers_folder import LDM_SCHEDULE
-from models.files.diffusers_parts import Parts, read_tokenizer
+from models.files.diffusers_parts import TextToImageParts, read_tokenizer
 from models.files.weights import read_weights
 from utils.run.errors import WeightsError
 
@@ -35,7 +35,7 @@ SHOWN = {
 FIT = {"wanted": "of Stable Diffusion 1.x", "hint": "Fetch the file again"}
 
 
-def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[Parts, nn.Module]:
+def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[TextToImageParts, nn.Module]:
     """Read a file and take it apart into diffusers' networks; every weight must find its place.
 
     Args:
@@ -65,7 +65,7 @@ def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[Part
         "block_out_channels": _widths(shape["vae"][0]), "layers_per_block": LAYERS,
         "down_block_types": ["DownEncoderBlock2D"] * len(LEVELS), "up_block_types": ["UpDecoderBlock2D"] * len(LEVELS),
     }  # fmt: skip
-    parts = Parts(
+    parts = TextToImageParts(
         _convert(AutoencoderKL, vae, names.convert_ldm_vae_checkpoint, weights, VAE_PARTS, path),
         _convert_text_encoder(weights, shape, path), read_tokenizer(tokenizer, "CLIPTokenizerFast", offline),
         _convert(UNet2DConditionModel, unet, names.convert_ldm_unet_checkpoint, weights, UNET, path),

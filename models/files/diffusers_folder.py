@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.files.weights import hub_answers, some
+from models.files.weights import first_names, hub_answers
 from utils.run.errors import WeightsError
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
@@ -27,7 +27,7 @@ LDM_SCHEDULE = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class PipelineLayout:
     """Where a pipeline keeps its parts, and of which class they are.
 
     Attributes:
@@ -48,17 +48,17 @@ class Layout:
 
 
 LAYOUTS = {
-    "LDMTextToImagePipeline": Layout("vqvae", "bert", "LDMBertModel", "BertTokenizerFast", LDM_SCHEDULE),
-    "StableDiffusionPipeline": Layout("vae", "text_encoder", "CLIPTextModel", "CLIPTokenizerFast"),
+    "LDMTextToImagePipeline": PipelineLayout("vqvae", "bert", "LDMBertModel", "BertTokenizerFast", LDM_SCHEDULE),
+    "StableDiffusionPipeline": PipelineLayout("vae", "text_encoder", "CLIPTextModel", "CLIPTokenizerFast"),
 }
 
 
 @dataclass(frozen=True)
-class Sought:
-    """What a key of the config names, for checks and errors.
+class PublishedModel:
+    """A model as a user names it, for checks and errors.
 
     Attributes:
-        key: of the config.
+        key: what the user calls it.
         kind: of model.
         example: a hub id that fits.
         file: a published single file that fits as well.
@@ -85,45 +85,42 @@ class Sought:
         return [] if _holds_weights(folder, DIFFUSERS_WEIGHTS) else [DIFFUSERS_WEIGHTS[0]]
 
 
-LDM = Sought("ldm_ckpt", "text-to-image model", "CompVis/ldm-text2im-large-256", file="model.ckpt")
-
-
-def check_folder(source: str, offline: bool, sought: Sought = LDM) -> None:
+def check_folder(source: str, offline: bool, model: PublishedModel) -> None:
     """See that a folder is whole, or that a hub id is in the cache or may be fetched; nothing is read or fetched.
 
     Raises:
         WeightsError: if not; it names what is missing and where it belongs.
     """
     if Path(source).is_dir():
-        _require_whole(Path(source), sought)
+        _require_whole(Path(source), model)
     elif "/" not in source or not HUB_ID.fullmatch(source):
-        another = f"another {sought.file}, a folder" if sought.file else "another folder"
+        another = f"another {model.file}, a folder" if model.file else "another folder"
         raise WeightsError(
-            f"{sought.key}={source!r}: there is no such file or folder. Put the weights there, or name {another} "
-            f"with {sought.index}, or a hub id such as {sought.example}"
+            f"{model.key}={source!r}: there is no such file or folder. Put the weights there, or name {another} "
+            f"with {model.index}, or a hub id such as {model.example}"
         )
-    elif absent := _cached_folder(source, sought)[1]:
+    elif absent := _cached_folder(source, model)[1]:
         if offline:
-            raise _absent(source, absent, "nothing is fetched offline", sought)
+            raise _absent(source, absent, "nothing is fetched offline", model)
         if not hub_answers():
-            raise _absent(source, absent, "the hub does not answer", sought)
+            raise _absent(source, absent, "the hub does not answer", model)
 
 
-def find_folder(source: str, offline: bool, sought: Sought = LDM) -> Path:
+def find_folder(source: str, offline: bool, model: PublishedModel) -> Path:
     """The model's folder; a hub id is fetched into the usual cache unless it is there.
 
     Raises:
         WeightsError: if the model is absent, incomplete or of a kind that we do not know.
     """
-    check_folder(source, offline, sought)
-    return Path(source) if Path(source).is_dir() else _fetch(source, sought)
+    check_folder(source, offline, model)
+    return Path(source) if Path(source).is_dir() else _fetch(source, model)
 
 
-def whole_folder(source: str, sought: Sought) -> Path | None:
+def whole_folder(source: str, model: PublishedModel) -> Path | None:
     """A folder, or the place of a hub id in the cache, if it lacks nothing; None: it has to be fetched."""
     if Path(source).is_dir():
-        return None if sought.missing(Path(source)) else Path(source)
-    folder, absent = _cached_folder(source, sought)
+        return None if model.missing(Path(source)) else Path(source)
+    folder, absent = _cached_folder(source, model)
     return None if absent else folder
 
 
@@ -148,7 +145,7 @@ def check_tokenizer(source: str, file: str, model: str, offline: bool) -> None:
         )
 
 
-def layout_of(folder: Path) -> Layout:
+def layout_of(folder: Path) -> PipelineLayout:
     """How the pipeline in this folder is laid out; a kind that we cannot drive is refused by name."""
     index = read_json(folder / "model_index.json")
     layout = LAYOUTS.get(str(index.get("_class_name")))
@@ -186,13 +183,13 @@ def first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------- what is there
 
 
-def _require_whole(folder: Path, sought: Sought) -> None:
-    absent = sought.missing(folder)
+def _require_whole(folder: Path, model: PublishedModel) -> None:
+    absent = model.missing(folder)
     if absent:
-        checkpoints = [path.name for path in folder.glob(f"*{Path(sought.file).suffix}")] if sought.file else []
-        hint = f"; or name the file itself, {sought.key}={folder / checkpoints[0]}" if checkpoints else ""
+        checkpoints = [path.name for path in folder.glob(f"*{Path(model.file).suffix}")] if model.file else []
+        hint = f"; or name the file itself, {model.key}={folder / checkpoints[0]}" if checkpoints else ""
         raise WeightsError(
-            f"{folder} is not a whole {sought.kind} of diffusers, it lacks {some(absent)}: "
+            f"{folder} is not a whole {model.kind} of diffusers, it lacks {first_names(absent)}: "
             f"copy the files from the published model{hint}"
         )
 
@@ -221,28 +218,28 @@ def _cached_file(hub_id: str, filename: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _cached_folder(hub_id: str, sought: Sought) -> tuple[Path | None, list[str]]:
+def _cached_folder(hub_id: str, model: PublishedModel) -> tuple[Path | None, list[str]]:
     """Where the cache holds the model, and what of it is missing there."""
-    index = _cached_file(hub_id, sought.index)
-    return (None, [sought.index]) if index is None else (index.parent, sought.missing(index.parent))
+    index = _cached_file(hub_id, model.index)
+    return (None, [model.index]) if index is None else (index.parent, model.missing(index.parent))
 
 
-def _absent(hub_id: str, absent: list[str], why: str, sought: Sought) -> WeightsError:
+def _absent(hub_id: str, absent: list[str], why: str, model: PublishedModel) -> WeightsError:
     from huggingface_hub import constants
 
     return WeightsError(
-        f"{sought.key}={hub_id!r}: the cache {constants.HF_HUB_CACHE} lacks {some(absent)} of this model, and {why}. "
-        f"Run once with a network, or copy the folder models--{hub_id.replace('/', '--')} into the cache from a "
+        f"{model.key}={hub_id!r}: the cache {constants.HF_HUB_CACHE} lacks {first_names(absent)} of this model, and "
+        f"{why}. Run once with a network, or copy the folder models--{hub_id.replace('/', '--')} into the cache from a "
         "machine that has it, or put the model's files into a folder of yours and name that folder"
     )
 
 
-def _fetch(hub_id: str, sought: Sought) -> Path:
+def _fetch(hub_id: str, model: PublishedModel) -> Path:
     """The folder in the cache, filled if it is not whole."""
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder, absent = _cached_folder(hub_id, sought)
+    folder, absent = _cached_folder(hub_id, model)
     if not absent:
         return folder
     try:
@@ -250,6 +247,6 @@ def _fetch(hub_id: str, sought: Sought) -> Path:
         folder = DiffusionPipeline.download(hub_id, safety_checker=None, feature_extractor=None)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = error.__cause__ or error
-        raise _absent(hub_id, absent, f"they could not be fetched ({first_line(reason)})", sought) from error
-    _require_whole(Path(folder), sought)
+        raise _absent(hub_id, absent, f"they could not be fetched ({first_line(reason)})", model) from error
+    _require_whole(Path(folder), model)
     return Path(folder)

@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from models.files.diffusers_folder import (
-    LDM,
     LDM_SCHEDULE,
-    Sought,
+    PublishedModel,
     check_folder,
     find_folder,
     first_line,
@@ -20,14 +19,14 @@ from models.files.diffusers_folder import (
     read_json,
     whole_folder,
 )
-from models.files.weights import hub_answers, some
+from models.files.weights import first_names, hub_answers
 from utils.run.errors import WeightsError
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
-class Parts:
+class TextToImageParts:
     """A text-to-image model in pieces, on the CPU, as they were read.
 
     Attributes:
@@ -67,18 +66,18 @@ class Parts:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
 
-def read_folder(source: str, offline: bool, sought: Sought = LDM) -> Parts:
+def read_folder(source: str, offline: bool, model: PublishedModel) -> TextToImageParts:
     """Read all parts of a folder or a hub id, which is fetched into the usual cache unless it is there.
 
     Raises:
         WeightsError: if the model is absent, incomplete, damaged or of a kind that we do not know.
     """
-    folder = find_folder(source, offline, sought)
+    folder = find_folder(source, offline, model)
     layout = layout_of(folder)
     text_encoder = _read_network(str(folder / layout.text_encoder), layout.text_encoder_class)
     unet = _read_network(str(folder / "unet"), "UNet2DConditionModel")
     vae = _read_network(str(folder / layout.vae), "AutoencoderKL")
-    return Parts(
+    return TextToImageParts(
         vae, getattr(text_encoder, "model", text_encoder),  # LDMBertModel adds a vocabulary head that nobody uses
         read_tokenizer(str(folder / "tokenizer"), layout.tokenizer_class, offline=True), unet,
         layout.schedule or _read_schedule(folder), unet.config.sample_size,
@@ -104,14 +103,14 @@ def read_tokenizer(source: str, kind: str, offline: bool) -> Any:
         ) from error
 
 
-def read_network(source: str, kind: str, offline: bool, sought: Sought) -> nn.Module:
+def read_network(source: str, kind: str, offline: bool, model: PublishedModel) -> nn.Module:
     """Read one network from a folder or a hub id, which is fetched into the usual cache unless it is there.
 
     Raises:
         WeightsError: if it is absent, incomplete, damaged or of another architecture than its config.json says.
     """
-    check_folder(source, offline, sought)
-    here = whole_folder(source, sought)
+    check_folder(source, offline, model)
+    here = whole_folder(source, model)
     return _read_network(source if here is None else str(here), kind, local=here is not None)
 
 
@@ -131,7 +130,7 @@ def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
         "unexpected": sorted(report["unexpected_keys"]),
     }  # fmt: skip
     if problems["missing"] or problems["misshapen"]:
-        text = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
+        text = "; ".join(f"{len(keys)} {what}: {first_names(keys)}" for what, keys in problems.items() if keys)
         raise WeightsError(
             f"the weights in {source} are not those that its config.json asks for. {text}. Copy both from one "
             "and the same model"

@@ -121,15 +121,15 @@ def load_exactly(
         "misshapen": misshapen,
     }
     if any(problems.values()):
-        text = "; ".join(f"{len(keys)} {kind}: {some(keys)}" for kind, keys in problems.items() if keys)
+        text = "; ".join(f"{len(keys)} {kind}: {first_names(keys)}" for kind, keys in problems.items() if keys)
         raise WeightsError(
             f"{path} does not fit {what} ({len(shared) - len(misshapen)} of {len(wanted)} keys do). {text}. {hint}"
         )
     network.load_state_dict(weights, assign=assign)
 
 
-def some(keys: list[str]) -> str:
-    """The first few names."""
+def first_names(keys: list[str]) -> str:
+    """Return the first few names, for a message."""
     return ", ".join(keys[:NAMED_AT_MOST]) + (", ..." if len(keys) > NAMED_AT_MOST else "")
 
 

@@ -24,7 +24,6 @@ class LatentDiffusion(ABC):
         vector_size: D, length of the vector that stands for one class.
         schedule: what diffusers' schedulers need to know of the noise: num_train_timesteps, beta_start, beta_end,
             beta_schedule, prediction_type ("epsilon" or "v_prediction").
-        reads_text: whether words mean anything to it; a model that does not looks at the vectors alone.
     """
 
     image_size: int
@@ -32,7 +31,6 @@ class LatentDiffusion(ABC):
     latent_shape: tuple[int, int, int]
     vector_size: int
     schedule: dict[str, Any]
-    reads_text: bool = True
 
     @abstractmethod
     def initial_vector(self, word: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,35 +11,49 @@ import torch
 from torch import Tensor, nn
 
 from models.files.control_sd15 import read_controlnet_file
-from models.files.diffusers_folder import Sought, check_folder, check_tokenizer
-from models.files.diffusers_parts import Parts, read_folder, read_network
+from models.files.diffusers_folder import PublishedModel, check_folder, check_tokenizer
+from models.files.diffusers_parts import TextToImageParts, read_folder, read_network
 from models.files.weights import SUFFIXES, check_weights_file, what_is_missing
-from models.latent.text_to_image import TextToImage
+from models.latent.text_to_image import ON_CPU, Placement, TextToImage
 from utils.data.transforms import to_uint8
 from utils.run.errors import WeightsError
 from utils.training import seeding
 
-BASE = Sought(
+BASE = PublishedModel(
     "base", "text-to-image model", "stable-diffusion-v1-5/stable-diffusion-v1-5", file="control_sd15_canny.pth"
 )
-CONTROLNET = Sought("controlnet", "ControlNet", "lllyasviel/sd-controlnet-canny", network=True)
+CONTROLNET = PublishedModel("controlnet", "ControlNet", "lllyasviel/sd-controlnet-canny", network=True)
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of Stable Diffusion 1.x
 # What turns the noise of training into the DDIM of ControlNet's code: 20 steps are 951, 901, ..., 1, and the last one
 # ends at the noise of step 0 instead of at none.
 DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 
 
+@dataclass(frozen=True)
+class EdgeSampling:
+    """How images are drawn along edges.
+
+    Attributes:
+        steps: of DDIM.
+        guidance: at least 1, which turns it off.
+        strength: of the control; 0 turns it off.
+    """
+
+    steps: int
+    guidance: float
+    strength: float
+
+
 class ControlNetPipeline:
     """Stable Diffusion that draws along given edges, frozen (Zhang et al., ICCV 2023, arXiv:2302.05543).
 
-    It is used as ESCORT uses it (arXiv:2311.18266): DDIM without fresh noise, guidance away from a negative prompt,
-    and the control in both branches of it.
+    It is used as by Duan et al. (BMVC 2025, arXiv:2311.18266): DDIM without fresh noise, guidance away from a negative
+    prompt, and the control in both branches of it.
 
     Args:
         parts: of Stable Diffusion, as `read_folder` or `read_controlnet_file` gave them; they are moved, not copied.
         controlnet: ControlNetModel that was trained on this Stable Diffusion, or on one of its shape.
-        device: where it works.
-        dtype: of the frozen weights and of the latents.
+        placement: of the frozen weights and of the latents.
 
     Raises:
         WeightsError: if the ControlNet is not made for this Stable Diffusion.
@@ -48,20 +63,21 @@ class ControlNetPipeline:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: TextToImageParts,
         controlnet: nn.Module,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        placement: Placement = ON_CPU,
     ):
         from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 
         _require_kin(parts, controlnet)
         control_fingerprint = seeding.hash_tensors(controlnet.state_dict())
-        self.base = TextToImage(parts, device=device, dtype=dtype)
-        self.device, self.dtype, self.vae_factor = self.base.device, dtype, parts.vae_factor
+        self.base = TextToImage(parts, placement=placement)
+        self.device, self.dtype, self.vae_factor = self.base.device, placement.dtype, parts.vae_factor
         self._fingerprint = hashlib.sha256(f"{self.base.fingerprint()} {control_fingerprint}".encode()).hexdigest()
         self.controlnet = controlnet.eval().requires_grad_(False)
-        nn.Module.to(controlnet, self.device, dtype)  # diffusers' own `to` warns of what does not concern this network
+        nn.Module.to(
+            controlnet, self.device, self.dtype
+        )  # diffusers' own `to` warns of what does not concern this network
         # Decoding has most of the pixels: image by image, it needs no more memory than the denoising of a batch.
         parts.vae.enable_slicing()
         # Without the safety checker, which blackens some images; texts are embedded once, by `embed`.
@@ -83,10 +99,7 @@ class ControlNetPipeline:
         prompts: Tensor,
         negative: Tensor,
         generators: list[torch.Generator],
-        *,
-        steps: int,
-        guidance: float,
-        strength: float,
+        sampling: EdgeSampling,
     ) -> Tensor:
         """Draw one image per edge map by DDIM (Song et al., 2021, Eq. 12, eta = 0).
 
@@ -95,15 +108,42 @@ class ControlNetPipeline:
             prompts: (B, 77, W), of ``embed``.
             negative: (1, 77, W), of ``embed``: what the images are guided away from.
             generators: B of the CPU. An image depends on its own alone, whatever else is drawn beside it.
-            steps: of DDIM.
-            guidance: at least 1, which turns it off.
-            strength: of the control; 0 turns it off.
+            sampling: steps and weights.
 
         Returns:
             (B, 3, H, W) uint8 in [0, 255], on the CPU. Colours are rounded, where the reference truncates them.
         """
-        images = self._images(edges, prompts, negative, generators, steps, guidance, strength)
-        return to_uint8(images).cpu()
+        return to_uint8(self.draw_floats(edges, prompts, negative, generators, sampling)).cpu()
+
+    @torch.no_grad()
+    def draw_floats(
+        self,
+        edges: Tensor,
+        prompts: Tensor,
+        negative: Tensor,
+        generators: list[torch.Generator],
+        sampling: EdgeSampling,
+    ) -> Tensor:
+        """Draw as `draw` does, and return the images before rounding: float32 (B, 3, H, W), about [-1, 1]."""
+        count, height, width = edges.shape
+        assert len(prompts) == len(generators) == count, (len(prompts), len(generators), count)
+        # diffusers would shrink other sizes without a word, and put grey pixels among the edges.
+        assert height % self.vae_factor == width % self.vae_factor == 0, (height, width, self.vae_factor)
+        latents = self.pipeline(
+            image=edges[:, None].expand(-1, 3, -1, -1).float(),
+            prompt_embeds=self._take(prompts),
+            negative_prompt_embeds=self._take(negative).expand(count, -1, -1),
+            latents=self._take(self._noise(height, width, generators)),
+            num_inference_steps=sampling.steps,
+            guidance_scale=float(sampling.guidance),
+            controlnet_conditioning_scale=float(sampling.strength),
+            eta=0.0,
+            guess_mode=False,
+            output_type="latent",
+            return_dict=False,
+        )[0]
+        # Decoded here: in half precision, the pipeline's own step from [-1, 1] to [0, 1] would round once more.
+        return self.base.decode(latents)
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights as they came, so that a model is itself in every number format."""
@@ -115,38 +155,6 @@ class ControlNetPipeline:
         return self.base.frozen_bytes() + sum(value.numel() * value.element_size() for value in control)
 
     # ------------------------------------------------------------------ inside
-
-    @torch.no_grad()
-    def _images(
-        self,
-        edges: Tensor,
-        prompts: Tensor,
-        negative: Tensor,
-        generators: list[torch.Generator],
-        steps: int,
-        guidance: float,
-        strength: float,
-    ) -> Tensor:
-        """The images before rounding, float32 (B, 3, H, W), about [-1, 1]."""
-        count, height, width = edges.shape
-        assert len(prompts) == len(generators) == count, (len(prompts), len(generators), count)
-        # diffusers would shrink other sizes without a word, and put grey pixels among the edges.
-        assert height % self.vae_factor == width % self.vae_factor == 0, (height, width, self.vae_factor)
-        latents = self.pipeline(
-            image=edges[:, None].expand(-1, 3, -1, -1).float(),
-            prompt_embeds=self._take(prompts),
-            negative_prompt_embeds=self._take(negative).expand(count, -1, -1),
-            latents=self._take(self._noise(height, width, generators)),
-            num_inference_steps=steps,
-            guidance_scale=float(guidance),
-            controlnet_conditioning_scale=float(strength),
-            eta=0.0,
-            guess_mode=False,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        # Decoded here: in half precision, the pipeline's own step from [-1, 1] to [0, 1] would round once more.
-        return self.base.decode(latents)
 
     def _noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
         # Drawn by us: diffusers would draw in the number format of the weights, which gives other numbers in each.
@@ -189,8 +197,7 @@ def load_controlnet(
     controlnet: str | None = None,
     *,
     tokenizer: str = CLIP_TOKENIZER,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    placement: Placement = ON_CPU,
     offline: bool = False,
 ) -> ControlNetPipeline:
     """Load a published Stable Diffusion with a ControlNet.
@@ -200,7 +207,7 @@ def load_controlnet(
         controlnet: a hub id, or a folder with config.json; null: the one in the file, and for other bases
             lllyasviel/sd-controlnet-canny.
         tokenizer: folder or hub id of the CLIP tokenizer that goes with a file.
-        device, dtype: see `ControlNetPipeline`.
+        placement: see `ControlNetPipeline`.
         offline: fetch nothing; what is absent is an error.
 
     Raises:
@@ -208,17 +215,17 @@ def load_controlnet(
     """
     check_controlnet(base, controlnet, offline, tokenizer)
     if _is_file(base):
-        return ControlNetPipeline(*read_controlnet_file(base, tokenizer, offline), device, dtype)
+        return ControlNetPipeline(*read_controlnet_file(base, tokenizer, offline), placement)
     parts = read_folder(base, offline, BASE)
     control = read_network(controlnet or CONTROLNET.example, "ControlNetModel", offline, CONTROLNET)
-    return ControlNetPipeline(parts, control, device, dtype)
+    return ControlNetPipeline(parts, control, placement)
 
 
 def _is_file(base: str) -> bool:
     return Path(base).suffix in SUFFIXES
 
 
-def _require_kin(parts: Parts, controlnet: nn.Module) -> None:
+def _require_kin(parts: TextToImageParts, controlnet: nn.Module) -> None:
     unet, control = parts.unet.config, controlnet.config
     same = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
     pairs = {key: (_plain(control[key]), _plain(unet[key])) for key in same}

@@ -1,4 +1,4 @@
-"""Generators of our own: a network that knows the arguments it was made with, in a folder of two files."""
+"""Generators of our own: networks that are trained here, in a folder of two files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from models.config import NetworkConfig
 from models.files.weights import load_exactly, read_weights
-from utils.run.errors import WeightsError
+from utils.run.errors import ConfigError, WeightsError
 from utils.run.files import save_tensors, write_json
 from utils.training import seeding
 
@@ -19,16 +20,21 @@ CONFIG, WEIGHTS = "model.json", "model.safetensors"
 class OwnModel(nn.Module):
     """A network that is made with random weights, trained, frozen and kept.
 
+    Its constructor takes what the data say, by name, and a ``config`` of the class `Config`.
+
     Attributes:
-        arguments: of its class, as JSON.
-        source: the replay source that trains it.
+        config: hyperparameters.
+        data: the constructor's other arguments, as JSON has them.
     """
 
-    arguments: dict[str, Any]
-    source: str
+    Config: type[NetworkConfig]
+
+    def __init__(self, config: NetworkConfig, **data: Any):
+        super().__init__()
+        self.config, self.data = config, data
 
     def freeze(self) -> OwnModel:
-        """Eval mode, no gradients."""
+        """Switch to eval mode, without gradients."""
         return self.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
@@ -39,26 +45,36 @@ class OwnModel(nn.Module):
         """Bytes of all weights as they lie in memory."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
-    def save(self, directory: Path) -> None:
-        """Weights and arguments."""
+    def save(self, directory: str | Path) -> None:
+        """Write the weights, and what it takes to build the network again."""
         save_tensors(Path(directory) / WEIGHTS, self.state_dict())
-        write_json(Path(directory) / CONFIG, self.arguments)
+        write_json(Path(directory) / CONFIG, {**self.data, **self.config.model_dump(mode="json")})
 
     @classmethod
-    def load(cls, directory: str | Path) -> OwnModel:
-        """A frozen model from what ``save`` wrote.
+    def load(cls, directory: str | Path, remedy: str = "name a folder that it was saved in"):
+        """Return a frozen model from what ``save`` wrote.
+
+        Args:
+            directory: that holds both files.
+            remedy: what the user may do if it holds none, for the message.
 
         Raises:
-            WeightsError: if the folder holds none, or its files do not fit each other.
+            WeightsError: if the folder holds none, or its files are damaged or do not fit each other.
         """
         path = Path(directory) / WEIGHTS
         try:
             path.stat()
-            model = cls(**json.loads((Path(directory) / CONFIG).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise WeightsError(
-                f"{str(directory)!r} holds no model of the source {cls.source!r} ({error}): name a folder that "
-                "`python -m synth.train` wrote with this source"
-            ) from error
+            model = cls._from_json((Path(directory) / CONFIG).read_text(encoding="utf-8"))
+        # torch and diffusers refuse sizes that make no network in many ways.
+        except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, ConfigError) as error:
+            raise WeightsError(f"{str(directory)!r} holds no {cls.__name__} ({error}): {remedy}") from error
         load_exactly(model, read_weights(path), path, f"the {CONFIG} beside it", "Train it again, or fetch both files")
         return model.freeze()
+
+    @classmethod
+    def _from_json(cls, text: str) -> OwnModel:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"{CONFIG} is no JSON object")
+        own = {key: content.pop(key) for key in cls.Config.model_fields if key in content}
+        return cls(config=cls.Config.parse(own), **content)

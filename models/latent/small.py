@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from models.config import NetworkConfig
 from models.latent.contract import LatentDiffusion
 from models.latent.own import OwnModel
 from utils.run.errors import ConfigError
@@ -17,7 +19,7 @@ NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, 
 
 
 class Denoiser(nn.Module):
-    """What is trained on latents: the noise predictor and one vector per class.
+    """The noise predictor and one vector per class: all that is trained on latents.
 
     Attributes:
         unet: diffusers' ``UNet2DConditionModel``.
@@ -28,6 +30,36 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet = unet
         self.table = nn.Parameter(torch.randn(num_classes, vector_size))
+
+
+class SmallLDMConfig(NetworkConfig):
+    """Hyperparameters of a `SmallLDM`. Every level after the first halves the side of what it gets."""
+
+    vae_channels: list[int] = Field([16, 32], min_length=1, description="autoencoder's width per level")
+    latent_channels: int = Field(4, ge=1, description="channels of a latent")
+    block_out_channels: list[int] = Field([64, 96], min_length=1, description="UNet's width per level")
+    layers_per_block: int = Field(1, ge=1, description="residual blocks per level of the UNet")
+    attention_levels: list[int] = Field([1], description="levels of the UNet with attention, 0 is the finest")
+    num_heads: int = Field(4, ge=1, description="attention heads")
+    norm_num_groups: int = Field(8, ge=1, description="groups of every GroupNorm")
+    vector_size: int = Field(512, ge=1, description="length of a class vector")
+    num_tokens: int = Field(16, ge=1, description="parts of a class vector that attention chooses among")
+    prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="of the UNet")
+
+    def check(self, side: int) -> None:
+        """Raise ConfigError if the sizes do not fit each other or images of this side."""
+        halvings = len(self.vae_channels) + len(self.block_out_channels) - 2
+        if side % 2**halvings:
+            raise ConfigError(
+                f"{len(self.vae_channels)} vae_channels and {len(self.block_out_channels)} block_out_channels halve an "
+                f"image {halvings} times, so its side must be a multiple of {2**halvings}, not {side}: give fewer of "
+                "them"
+            )
+        self.require_multiples("vae_channels", of="norm_num_groups")
+        self.require_multiples("block_out_channels", of="norm_num_groups")
+        self.require_multiples("block_out_channels", of="num_heads")
+        self.require_multiples("vector_size", of="num_tokens")
+        self.require_levels("attention_levels", len(self.block_out_channels))
 
 
 class SmallLDM(OwnModel, LatentDiffusion):
@@ -41,58 +73,24 @@ class SmallLDM(OwnModel, LatentDiffusion):
     Args:
         image_shape: (C, S, S) of the images.
         class_names: of the rows of the table of vectors.
-        vae_channels: width of each level of the autoencoder; every level after the first halves the side.
-        latent_channels: c of a latent.
-        block_out_channels: width of each level of the UNet; every level after the first halves the side.
-        layers_per_block: residual blocks per level of the UNet on the way down; the way up has one more.
-        attention_levels: levels of the UNet, from 0, that have attention; its middle always has.
-        num_heads: attention heads wherever there is attention.
-        norm_num_groups: groups of every GroupNorm.
-        vector_size: D of a class vector.
-        num_tokens: of the context that a vector is cut into.
-        prediction_type: "epsilon" or "v_prediction".
+        config: hyperparameters.
 
     Raises:
         ConfigError: if the shapes do not fit each other.
     """
 
-    reads_text = False
-    source = "small_ldm"
+    Config = SmallLDMConfig
 
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        class_names: Sequence[str],
-        *,
-        vae_channels: Sequence[int] = (16, 32),
-        latent_channels: int = 4,
-        block_out_channels: Sequence[int] = (64, 96),
-        layers_per_block: int = 1,
-        attention_levels: Sequence[int] = (1,),
-        num_heads: int = 4,
-        norm_num_groups: int = 8,
-        vector_size: int = 512,
-        num_tokens: int = 16,
-        prediction_type: str = "v_prediction",
-    ):
-        super().__init__()
-        self.arguments: dict[str, Any] = {
-            "image_shape": list(image_shape), "class_names": list(class_names), "vae_channels": list(vae_channels),
-            "latent_channels": latent_channels, "block_out_channels": list(block_out_channels),
-            "layers_per_block": layers_per_block, "attention_levels": list(attention_levels), "num_heads": num_heads,
-            "norm_num_groups": norm_num_groups, "vector_size": vector_size, "num_tokens": num_tokens,
-            "prediction_type": prediction_type,
-        }  # fmt: skip
-        _check_shapes(self.arguments)
+    def __init__(self, image_shape: Sequence[int], class_names: Sequence[str], config: SmallLDMConfig):
+        super().__init__(config, image_shape=list(image_shape), class_names=list(class_names))
         self.image_channels, self.image_size, _ = image_shape
-        side = self.image_size // 2 ** (len(vae_channels) - 1)
-        self.latent_shape = (latent_channels, side, side)
-        self.vector_size, self.num_tokens, self.class_names = vector_size, num_tokens, list(class_names)
-        self.schedule = {**NOISE, "prediction_type": prediction_type}
-        self.vae = _autoencoder(self.image_channels, vae_channels, latent_channels, norm_num_groups)
-        unet = _unet(self.latent_shape, block_out_channels, layers_per_block, attention_levels, num_heads,
-                     norm_num_groups, vector_size // num_tokens)  # fmt: skip
-        self.denoiser = Denoiser(unet, len(class_names), vector_size)
+        config.check(self.image_size)
+        side = self.image_size // 2 ** (len(config.vae_channels) - 1)
+        self.latent_shape = (config.latent_channels, side, side)
+        self.vector_size, self.class_names = config.vector_size, list(class_names)
+        self.schedule = {**NOISE, "prediction_type": config.prediction_type}
+        self.vae = _autoencoder(self.image_channels, config)
+        self.denoiser = Denoiser(_unet(self.latent_shape, config), len(class_names), config.vector_size)
         self.register_buffer("scale", torch.ones(()))  # latents times this have unit spread
 
     # ------------------------------------------------------------------ LatentDiffusion
@@ -112,59 +110,40 @@ class SmallLDM(OwnModel, LatentDiffusion):
         """The vectors cut into tokens, (B, tokens, D / tokens); zeros where the prompt is empty."""
         if vectors is None and any(prompts):
             raise ConfigError(
-                f"this model reads no text, so {next(filter(None, prompts))!r} means nothing to it: leave "
-                "synth.inversion true, or choose a text-to-image model"
+                f"this model reads no text, so {next(filter(None, prompts))!r} means nothing to it: give it vectors, "
+                "or choose a text-to-image model"
             )
         told = torch.tensor([[bool(prompt)] for prompt in prompts], device=self.scale.device)
         vectors = torch.zeros(1, self.vector_size) if vectors is None else vectors
-        return (vectors.to(self.scale.device) * told).unflatten(1, (self.num_tokens, -1))
+        return (vectors.to(self.scale.device) * told).unflatten(1, (self.config.num_tokens, -1))
 
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
         device = self.scale.device
         return self.denoiser.unet(zt.to(device), t.to(device), context.to(device), return_dict=False)[0].float()
 
 
-def _autoencoder(channels: int, widths: Sequence[int], latent_channels: int, groups: int) -> nn.Module:
+def _autoencoder(channels: int, config: SmallLDMConfig) -> nn.Module:
     from diffusers import AutoencoderKL
 
+    levels = len(config.vae_channels)
     return AutoencoderKL(
-        in_channels=channels, out_channels=channels, latent_channels=latent_channels,
-        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=tuple(widths), layers_per_block=1, norm_num_groups=groups, mid_block_add_attention=False,
+        in_channels=channels, out_channels=channels, latent_channels=config.latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.vae_channels), layers_per_block=1, norm_num_groups=config.norm_num_groups,
+        mid_block_add_attention=False,
     )  # fmt: skip
 
 
-def _unet(shape, widths: Sequence[int], layers: int, attention, heads: int, groups: int, token_size: int) -> nn.Module:
+def _unet(shape: tuple[int, int, int], config: SmallLDMConfig) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    down = ["CrossAttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))]
+    levels = range(len(config.block_out_channels))
+    down = ["CrossAttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels]
     return UNet2DConditionModel(
-        sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], block_out_channels=tuple(widths),
-        down_block_types=tuple(down), up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-        layers_per_block=layers, norm_num_groups=groups, cross_attention_dim=token_size,
-        attention_head_dim=heads,  # what diffusers calls so is the number of heads
+        sample_size=shape[1], in_channels=shape[0], out_channels=shape[0],
+        block_out_channels=tuple(config.block_out_channels), down_block_types=tuple(down),
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups,
+        cross_attention_dim=config.vector_size // config.num_tokens,
+        attention_head_dim=config.num_heads,  # what diffusers calls so is the number of heads
     )  # fmt: skip
-
-
-def _check_shapes(given: dict[str, Any]) -> None:
-    vae, unet, size = given["vae_channels"], given["block_out_channels"], given["image_shape"][1]
-    factor = 2 ** (len(vae) + len(unet) - 2)
-    if size % factor:
-        raise ConfigError(
-            f"{len(vae)} vae_channels and {len(unet)} block_out_channels halve an image {factor.bit_length() - 1} "
-            f"times, so its side must be a multiple of {factor}, not {size}: give fewer of them"
-        )
-    require_multiples(given, "vae_channels", "norm_num_groups")
-    require_multiples(given, "block_out_channels", "norm_num_groups")
-    require_multiples(given, "block_out_channels", "num_heads")
-    require_multiples(given, "vector_size", "num_tokens")
-    absent = [level for level in given["attention_levels"] if not 0 <= level < len(unet)]
-    if absent:
-        raise ConfigError(f"attention_levels={absent} do not exist: levels are 0 to {len(unet) - 1}")
-
-
-def require_multiples(given: dict[str, Any], key: str, of: str) -> None:
-    values = given[key] if isinstance(given[key], list) else [given[key]]
-    for value in values:
-        if value % given[of]:
-            raise ConfigError(f"{key}={given[key]}: {value} is not a multiple of {of}={given[of]}")

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
+from models.config import NetworkConfig
 from models.latent.own import OwnModel
-from models.latent.small import NOISE, require_multiples
+from models.latent.small import NOISE
 from utils.run.errors import ConfigError
+
+
+class SmallControlNetConfig(NetworkConfig):
+    """Hyperparameters of a `SmallControlNet`. Every level after the first halves the side of what it gets."""
+
+    map_size: int | None = Field(None, ge=4, description="side of the edge maps; null: the images' own")
+    block_out_channels: list[int] = Field([32, 64], min_length=1, description="UNet's width per level")
+    layers_per_block: int = Field(1, ge=1, description="residual blocks per level of the UNet")
+    norm_num_groups: int = Field(8, ge=1, description="groups of every GroupNorm")
+    prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="of the UNet")
+
+    def halvings(self, side: int) -> int:
+        """Return how often a map is halved to images of this side.
+
+        Raises:
+            ConfigError: if the sizes do not fit each other.
+        """
+        factor, map_size = 2 ** (len(self.block_out_channels) - 1), self.map_size or side
+        if side % factor:
+            raise ConfigError(
+                f"{len(self.block_out_channels)} block_out_channels halve an image {len(self.block_out_channels) - 1} "
+                f"times, so its side must be a multiple of {factor}, not {side}: give fewer of them"
+            )
+        self.require_multiples("block_out_channels", of="norm_num_groups")
+        times, rest = divmod(map_size, side)
+        if rest or not times or times & (times - 1):
+            raise ConfigError(
+                f"map_size={map_size}: it must be the side of the images, {side}, or 2, 4, 8, ... times that"
+            )
+        return times.bit_length() - 1
 
 
 class SmallControlNet(OwnModel):
@@ -20,42 +52,25 @@ class SmallControlNet(OwnModel):
 
     Args:
         image_shape: (C, S, S) of the images.
-        map_size: side of the edge maps, S times a power of two.
-        block_out_channels: width of each level of the UNet; every level after the first halves the side.
-        layers_per_block: residual blocks per level on the way down; the way up has one more.
-        norm_num_groups: groups of every GroupNorm.
-        prediction_type: "epsilon" or "v_prediction".
+        config: hyperparameters; ``map_size`` is S times a power of two.
 
     Raises:
         ConfigError: if the shapes do not fit each other.
     """
 
-    source = "small_controlnet"
+    Config = SmallControlNetConfig
 
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        map_size: int,
-        *,
-        block_out_channels: Sequence[int] = (32, 64),
-        layers_per_block: int = 1,
-        norm_num_groups: int = 8,
-        prediction_type: str = "v_prediction",
-    ):
-        super().__init__()
-        self.arguments: dict[str, Any] = {
-            "image_shape": list(image_shape), "map_size": map_size, "block_out_channels": list(block_out_channels),
-            "layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups,
-            "prediction_type": prediction_type,
-        }  # fmt: skip
-        self.halvings = _check_shapes(self.arguments)
-        self.image_shape, self.map_size = tuple(image_shape), map_size
-        self.schedule = {**NOISE, "prediction_type": prediction_type}
-        self.unet = _unet(self.image_shape, block_out_channels, layers_per_block, norm_num_groups)
+    def __init__(self, image_shape: Sequence[int], config: SmallControlNetConfig):
+        super().__init__(config, image_shape=list(image_shape))
+        self.image_shape = tuple(image_shape)
+        side = self.image_shape[1]
+        self.halvings, self.map_size = config.halvings(side), config.map_size or side
+        self.schedule = {**NOISE, "prediction_type": config.prediction_type}
+        self.unet = _unet(self.image_shape, config)
         self.control = self.fresh_control()
 
     def fresh_control(self) -> nn.Module:
-        """A ControlNet that starts as a copy of the UNet's encoder and adds nothing yet.
+        """Return a ControlNet that starts as a copy of the UNet's encoder and adds nothing yet.
 
         Convolutions before it bring a map to the size of an image.
         """
@@ -65,7 +80,7 @@ class SmallControlNet(OwnModel):
         return ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=widths, conditioning_channels=1)
 
     def predict(self, xt: Tensor, t: Tensor, edges: Tensor | None, strength: float = 1.0) -> Tensor:
-        """The noise, or the velocity (``schedule``), in noisy images.
+        """Predict the noise, or the velocity (``schedule``), in noisy images.
 
         Args:
             xt: (B, C, S, S).
@@ -84,26 +99,13 @@ class SmallControlNet(OwnModel):
         )[0].float()
 
 
-def _unet(shape: Sequence[int], widths: Sequence[int], layers: int, groups: int) -> nn.Module:
+def _unet(shape: tuple[int, int, int], config: SmallControlNetConfig) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
+    levels = len(config.block_out_channels)
     return UNet2DConditionModel(
-        sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], block_out_channels=tuple(widths),
-        down_block_types=("DownBlock2D",) * len(widths), up_block_types=("UpBlock2D",) * len(widths),
-        mid_block_type="UNetMidBlock2D", layers_per_block=layers, norm_num_groups=groups,
+        sample_size=shape[1], in_channels=shape[0], out_channels=shape[0],
+        block_out_channels=tuple(config.block_out_channels), down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels, mid_block_type="UNetMidBlock2D",
+        layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups,
     )  # fmt: skip
-
-
-def _check_shapes(given: dict[str, Any]) -> int:
-    """How often a map is halved to an image's side."""
-    side, map_size, widths = given["image_shape"][1], given["map_size"], given["block_out_channels"]
-    if side % 2 ** (len(widths) - 1):
-        raise ConfigError(
-            f"{len(widths)} block_out_channels halve an image {len(widths) - 1} times, so its side must be a multiple "
-            f"of {2 ** (len(widths) - 1)}, not {side}: give fewer of them"
-        )
-    require_multiples(given, "block_out_channels", "norm_num_groups")
-    times, rest = divmod(map_size, side)
-    if rest or not times or times & (times - 1):
-        raise ConfigError(f"map_size={map_size}: it must be the side of the images, {side}, or 2, 4, 8, ... times that")
-    return times.bit_length() - 1

@@ -4,32 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.files.compvis import check_checkpoint, read_checkpoint
-from models.files.diffusers_folder import check_folder
-from models.files.diffusers_parts import Parts, read_folder
+from models.files.diffusers_folder import PublishedModel, check_folder
+from models.files.diffusers_parts import TextToImageParts, read_folder
 from models.files.weights import SUFFIXES
 from models.latent.contract import PLACEHOLDER, LatentDiffusion
 from utils.run.errors import ConfigError, WeightsError
 from utils.training import seeding
+from utils.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where frozen weights lie, and in which number format."""
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, runtime: Runtime, precision: str) -> Placement:
+        """Return the run's device, with "fp32", "bf16" or, for "auto", the run's own number format."""
+        bf16 = runtime.bf16 if precision == "auto" else precision == "bf16"
+        return cls(runtime.device, torch.bfloat16 if bf16 else torch.float32)
+
+
+ON_CPU = Placement()
 
 
 class TextToImage(LatentDiffusion):
     """Text encoder, UNet and VAE of a published model, frozen.
 
     A class is one vector in the place of the placeholder's row of the text encoder's token embedding, before
-    positions and the transformer (textual inversion, Gal et al., ICLR 2023, arXiv:2208.01618; DDDR's code). Nothing
+    positions and the transformer (textual inversion, Gal et al., ICLR 2023, arXiv:2208.01618). Nothing
     is added to the vocabulary, so that one placeholder serves any number of classes in a batch.
 
     Args:
         parts: as `read_folder` or `read_checkpoint` gave them; they are moved, not copied.
         image_size: in pixels; null: what the model was trained at.
-        device: where it works.
-        dtype: of the frozen weights; vectors and results are float32 in any case.
+        placement: of the frozen weights; vectors and results are float32 in any case.
 
     Raises:
         ConfigError: if the VAE cannot take the image size.
@@ -38,12 +56,11 @@ class TextToImage(LatentDiffusion):
 
     def __init__(
         self,
-        parts: Parts,
+        parts: TextToImageParts,
         image_size: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        placement: Placement = ON_CPU,
     ):
-        self.device, self.dtype, self.schedule = torch.device(device), dtype, dict(parts.schedule)
+        self.device, self.dtype, self.schedule = torch.device(placement.device), placement.dtype, dict(parts.schedule)
         self.image_size = image_size or parts.latent_side * parts.vae_factor
         if self.image_size % parts.vae_factor:
             raise ConfigError(f"image_size={self.image_size}: this model needs a multiple of {parts.vae_factor} pixels")
@@ -55,7 +72,7 @@ class TextToImage(LatentDiffusion):
         # Of the weights as they came, so that a model is itself in every number format.
         self._fingerprint = seeding.hash_tensors(self.networks.state_dict())
         # In train mode the LDM text encoder would drop a tenth of its activations, and no context would be the same.
-        self.networks.to(self.device, dtype).eval().requires_grad_(False)
+        self.networks.to(self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizer = parts.tokenizer
         self.max_tokens: int = self.text_encoder.config.max_position_embeddings
         self.embedding = self.text_encoder.get_input_embeddings()
@@ -140,7 +157,7 @@ class TextToImage(LatentDiffusion):
         return self.tokenizer.convert_tokens_to_ids(tokens[0])
 
 
-def check_text_to_image(source: str, yaml: str | None, tokenizer: str, offline: bool) -> None:
+def check_text_to_image(source: str, yaml: str | None, tokenizer: str, offline: bool, key: str = "source") -> None:
     """See that a model is here or may be fetched, without reading its weights; arguments as below.
 
     Raises:
@@ -148,9 +165,9 @@ def check_text_to_image(source: str, yaml: str | None, tokenizer: str, offline: 
         ConfigError: for a YAML that is absent or no description of a latent diffusion model.
     """
     if _is_checkpoint(source):
-        check_checkpoint(source, yaml, tokenizer, offline)
+        check_checkpoint(source, yaml, tokenizer, offline, key)
     else:
-        check_folder(source, offline)
+        check_folder(source, offline, _named(key))
 
 
 def load_text_to_image(
@@ -159,9 +176,9 @@ def load_text_to_image(
     tokenizer: str = "bert-base-uncased",
     *,
     image_size: int | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    placement: Placement = ON_CPU,
     offline: bool = False,
+    key: str = "source",
 ) -> TextToImage:
     """Load a published model.
 
@@ -169,17 +186,22 @@ def load_text_to_image(
         source: a hub id, a folder with model_index.json, or a checkpoint file of CompVis' latent diffusion.
         yaml: CompVis YAML of a checkpoint file.
         tokenizer: folder or hub id of the BERT tokenizer that goes with a checkpoint file.
-        image_size, device, dtype: see `TextToImage`.
+        image_size, placement: see `TextToImage`.
         offline: fetch nothing; what is absent is an error.
+        key: what the user calls ``source``, for messages.
 
     Raises:
         WeightsError: if weights are absent, incomplete, foreign or do not fit.
         ConfigError: if the YAML is wrong or contradicts the checkpoint.
     """
-    parts = (
-        read_checkpoint(source, yaml, tokenizer, offline) if _is_checkpoint(source) else read_folder(source, offline)
-    )
-    return TextToImage(parts, image_size, device, dtype)
+    check_text_to_image(source, yaml, tokenizer, offline, key)
+    if _is_checkpoint(source):
+        return TextToImage(read_checkpoint(source, yaml, tokenizer, offline), image_size, placement)
+    return TextToImage(read_folder(source, offline, _named(key)), image_size, placement)
+
+
+def _named(key: str) -> PublishedModel:
+    return PublishedModel(key, "text-to-image model", "CompVis/ldm-text2im-large-256", file="model.ckpt")
 
 
 def _is_checkpoint(source: str) -> bool:

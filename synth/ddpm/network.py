@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from models.config import NetworkConfig
 from utils.run.errors import ConfigError
 
 # From this many channels per group on, GroupNorm on CPUs is as fast in channels_last as in plain order, and the bf16
@@ -33,75 +35,102 @@ class _PaddedLinear(nn.Linear):
         return F.pad(F.linear(x, self.weight[: -self.padding], self.bias[: -self.padding]), (0, self.padding))
 
 
+class ClassUNetConfig(NetworkConfig):
+    """Hyperparameters of a `ClassUNet`; the defaults are GUIDE's CIFAR network."""
+
+    block_out_channels: list[int] = Field([128, 256, 256, 256], min_length=1, description="UNet width per level")
+    layers_per_block: int = Field(3, ge=1, description="residual blocks per level")
+    attention_levels: list[int] = Field([1, 2], description="levels with attention, 0 is the finest")
+    attention_head_dim: int = Field(64, ge=1, description="channels per attention head")
+    norm_num_groups: int = Field(32, ge=1, description="groups of every GroupNorm")
+    dropout: float = Field(0.1, ge=0, lt=1, description="inside the residual blocks")
+    resample: Literal["conv", "resnet"] = Field("conv", description="between levels: convolution or residual block")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute blocks going backward: less memory in training and guided sampling, more time"
+    )
+
+    def check(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        """Raise ConfigError if the sizes do not fit each other, the images or the classes."""
+        widths, (_, height, width) = self.block_out_channels, image_shape
+        factor = 2 ** (len(widths) - 1)
+        if height % factor or width % factor:
+            raise ConfigError(
+                f"a UNet of {len(widths)} levels needs image sides that are multiples of {factor}, not "
+                f"{height}x{width}: give block_out_channels fewer entries, or pad or resize the images"
+            )
+        if not 1 <= num_classes < 4 * widths[0]:
+            raise ConfigError(
+                f"{num_classes} classes do not fit an embedding of 4 * block_out_channels[0] = {4 * widths[0]} places: "
+                f"use block_out_channels[0] > {num_classes // 4}"
+            )
+        self.require_levels("attention_levels", len(widths))
+        self.require_multiples("block_out_channels", of="norm_num_groups")
+        for level in {*self.attention_levels, len(widths) - 1}:  # the middle block has the width of the last level
+            if widths[level] % self.attention_head_dim:
+                raise ConfigError(
+                    f"block_out_channels[{level}]={widths[level]} has attention, so it must be a multiple of "
+                    f"attention_head_dim={self.attention_head_dim}"
+                )
+
+    def block_types(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return diffusers' names of the blocks on the way down and on the way up."""
+        plain = {"conv": "Down", "resnet": "ResnetDownsample"}[self.resample]  # DownBlock2D ignores downsample_type
+        levels = range(len(self.block_out_channels))
+        down = [f"{'AttnDown' if level in self.attention_levels else plain}Block2D" for level in levels]
+        up = [name.replace("Downsample", "Upsample").replace("Down", "Up") for name in reversed(down)]
+        return tuple(down), tuple(up)
+
+
 class ClassUNet(nn.Module):
     """The UNet of guided diffusion (Dhariwal and Nichol, 2021, arXiv:2105.05233), told the class as a one-hot vector.
 
-    The defaults are GUIDE's CIFAR network (Cywinski et al., 2024, arXiv:2403.03938): scale-shift norm, and the raw
-    one-hot vector of the class behind the time embedding. Every residual block then owns one vector per class, and
-    the vector of a class that is absent from the batch gets a gradient of exactly zero.
+    GUIDE's network (Cywinski et al., 2024, arXiv:2403.03938): scale-shift norm, and the raw one-hot vector of the
+    class behind the time embedding. Every residual block then owns one vector per class, and the vector of a class
+    that is absent from the batch gets a gradient of exactly zero.
 
     Args:
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of the images; the side is halved between two levels.
         num_classes: K, all classes that will ever come: K of the 4 * block_out_channels[0] places of the embedding.
-        block_out_channels: width of each level; the image side is halved between two levels.
-        attention_levels: levels, from 0, that have self-attention. The middle block always has it.
-        layers_per_block: residual blocks per level on the way down; the way up has one more.
-        attention_head_dim: channels per head.
-        norm_num_groups: 32 in the reference. With 16 channels per group or more the network works in channels_last,
-            which on CPUs is a third faster in bf16.
-        resample: "conv" strided and nearest-neighbour convolutions, "resnet" residual blocks (GUIDE on ImageNet).
-        checkpointing: recompute residual blocks in the backward pass; less memory, about a third more time.
+        config: hyperparameters. With 16 channels per group or more the network works in channels_last, which on CPUs
+            is a third faster in bf16.
 
     Raises:
         ConfigError: if the shapes do not fit each other; the message says what would.
     """
 
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        block_out_channels: Sequence[int] = (128, 256, 256, 256),
-        attention_levels: Sequence[int] = (1, 2),
-        layers_per_block: int = 3,
-        attention_head_dim: int = 64,
-        norm_num_groups: int = 32,
-        dropout: float = 0.1,
-        resample: str = "conv",
-        checkpointing: bool = False,
-    ):
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, config: ClassUNetConfig):
         super().__init__()
-        _check_shapes(
-            image_shape, num_classes, block_out_channels, attention_levels, attention_head_dim, norm_num_groups
-        )
+        config.check(image_shape, num_classes)
         from diffusers import UNet2DModel
 
+        widths = config.block_out_channels
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes
-        self.embedding_dim = 4 * block_out_channels[0]
-        down_types, up_types = _block_types(len(block_out_channels), attention_levels, resample)
+        self.embedding_dim = 4 * widths[0]
+        down_types, up_types = config.block_types()
         self.unet = UNet2DModel(
             sample_size=tuple(image_shape[1:]),
             in_channels=image_shape[0],
             out_channels=image_shape[0],
             down_block_types=down_types,
             up_block_types=up_types,
-            block_out_channels=tuple(block_out_channels),
-            layers_per_block=layers_per_block,
-            downsample_type=resample,
-            upsample_type=resample,
-            dropout=dropout,
-            attention_head_dim=attention_head_dim,
-            norm_num_groups=norm_num_groups,
+            block_out_channels=tuple(widths),
+            layers_per_block=config.layers_per_block,
+            downsample_type=config.resample,
+            upsample_type=config.resample,
+            dropout=config.dropout,
+            attention_head_dim=config.attention_head_dim,
+            norm_num_groups=config.norm_num_groups,
             # With scale-shift and the default None, the middle attention would have no GroupNorm at all.
-            attn_norm_num_groups=norm_num_groups,
+            attn_norm_num_groups=config.norm_num_groups,
             resnet_time_scale_shift="scale_shift",
             class_embed_type="identity",
         )
         self.unet.time_embedding.linear_2 = _PaddedLinear(self.embedding_dim, self.embedding_dim, num_classes)
         _zero_residual_branches(self.unet)
-        if checkpointing:
+        if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        wide_groups = min(block_out_channels) // norm_num_groups >= CHANNELS_LAST_FROM
+        wide_groups = min(widths) // config.norm_num_groups >= CHANNELS_LAST_FROM
         self.memory_format = torch.channels_last if wide_groups else torch.contiguous_format
         self.to(memory_format=self.memory_format)
 
@@ -137,15 +166,6 @@ class ClassUNet(nn.Module):
         return self.unet(xt, t, class_labels=class_embedding, return_dict=False)[0]
 
 
-def _block_types(levels: int, attention: Sequence[int], resample: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    plain = {"conv": "Down", "resnet": "ResnetDownsample"}  # DownBlock2D ignores downsample_type
-    if resample not in plain:
-        raise ConfigError(f"resample={resample!r}: use 'conv' or 'resnet'")
-    down = [f"{'AttnDown' if level in attention else plain[resample]}Block2D" for level in range(levels)]
-    up = [name.replace("Downsample", "Upsample").replace("Down", "Up") for name in reversed(down)]
-    return tuple(down), tuple(up)
-
-
 def _zero_residual_branches(unet: nn.Module) -> None:
     """Start as the identity: diffusers leaves the last layer of each branch and the output at random."""
     from diffusers.models.attention_processor import Attention
@@ -157,29 +177,3 @@ def _zero_residual_branches(unet: nn.Module) -> None:
     for layer in last:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-
-
-def _check_shapes(image_shape, num_classes, widths, attention_levels, head_dim, groups) -> None:
-    _, height, width = image_shape
-    factor = 2 ** (len(widths) - 1)
-    if height % factor or width % factor:
-        raise ConfigError(
-            f"a UNet of {len(widths)} levels needs image sides that are multiples of {factor}, not {height}x{width}: "
-            "give block_out_channels fewer entries, or pad or resize the images"
-        )
-    if not 1 <= num_classes < 4 * widths[0]:
-        raise ConfigError(
-            f"{num_classes} classes do not fit an embedding of 4 * block_out_channels[0] = {4 * widths[0]} places: "
-            f"use block_out_channels[0] > {num_classes // 4}"
-        )
-    absent = [level for level in attention_levels if not 0 <= level < len(widths)]
-    if absent:
-        raise ConfigError(f"attention_levels={absent} do not exist: levels are 0 to {len(widths) - 1}")
-    for level, channels in enumerate(widths):
-        if channels % groups:
-            raise ConfigError(f"block_out_channels[{level}]={channels} is not a multiple of norm_num_groups={groups}")
-        if channels % head_dim and (level in attention_levels or level == len(widths) - 1):
-            raise ConfigError(
-                f"block_out_channels[{level}]={channels} has attention, so it must be a multiple of "
-                f"attention_head_dim={head_dim}"
-            )

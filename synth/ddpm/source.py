@@ -18,7 +18,7 @@ from models.files.weights import load_exactly, read_weights
 from models.frozen import fixed
 from synth import SOURCES
 from synth.base import ReplaySource, show_progress
-from synth.ddpm.network import ClassUNet
+from synth.ddpm.network import ClassUNet, ClassUNetConfig
 from synth.ddpm.words import translate
 from synth.diffusion import (
     Bend,
@@ -60,25 +60,15 @@ class DDPM(ReplaySource):
     task's raw weights, with a new optimiser and a new moving average; the average generates.
     """
 
-    class Config(SourceConfig):
+    class Config(ClassUNetConfig, SourceConfig):
         # Its rehearsal is drawn with the first three too, but a later run only draws with what is learned.
         drawing: ClassVar[frozenset[str]] = frozenset(
             {"sampler", "timestep_respacing", "guidance", "gradient_checkpointing"}
         )
 
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
-        block_out_channels: list[int] = Field([128, 256, 256, 256], min_length=1, description="UNet width per level")
-        layers_per_block: int = Field(3, ge=1, description="residual blocks per level")
-        attention_levels: list[int] = Field([1, 2], description="levels with attention, 0 is the finest")
         attention_resolutions: list[int] | None = Field(
             None, description="sides in pixels at which there is attention, in place of attention_levels"
-        )
-        attention_head_dim: int = Field(64, ge=1, description="channels per attention head")
-        norm_num_groups: int = Field(32, ge=1, description="groups of every GroupNorm")
-        dropout: float = Field(0.1, ge=0, lt=1, description="inside the residual blocks")
-        resample: Literal["conv", "resnet"] = Field("conv", description="between levels: convolution or residual block")
-        gradient_checkpointing: bool = Field(
-            False, description="recompute blocks going backward: less memory in training and guided sampling, more time"
         )
         diffusion_steps: int = Field(1000, ge=1, description="time steps of the full process")
         beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
@@ -140,13 +130,9 @@ class DDPM(ReplaySource):
 
     def build_network(self) -> nn.Module:
         """Build the noise predictor with random weights: (xt, t, labels) -> eps, where label -1 is no class."""
-        config, size = self.config, self.image_shape[-1]
-        return ClassUNet(
-            self.image_shape, self.num_classes, config.block_out_channels,
-            attention_levels=_attention_levels(config, size), layers_per_block=config.layers_per_block,
-            attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
-            dropout=config.dropout, resample=config.resample, checkpointing=config.gradient_checkpointing,
-        )  # fmt: skip
+        levels = _attention_levels(self.config, self.image_shape[1])
+        config = ClassUNetConfig.of(self.config, attention_levels=levels)
+        return ClassUNet(self.image_shape, self.num_classes, config)
 
     def _start_from(self, folder: Path) -> None:
         found = [folder / name for name in ("generator.safetensors", "network.safetensors")]

@@ -11,7 +11,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from models.latent.control import CLIP_TOKENIZER, ControlNetPipeline, check_controlnet, load_controlnet
+from models.latent.control import (
+    CLIP_TOKENIZER,
+    ControlNetPipeline,
+    EdgeSampling,
+    check_controlnet,
+    load_controlnet,
+)  # fmt: skip
+from models.latent.text_to_image import Placement
 from synth import SOURCES
 from synth.base import weights_place
 from synth.escort.edges import EdgeMap, drawing_size, resize, resize_edges, restore, short_side
@@ -103,11 +110,10 @@ class ControlNetSource(ExemplarCompression):
     def model(self) -> ControlNetPipeline:
         """The frozen networks, read when they are first asked for."""
         if self._model is None:
-            config, runtime = self.config, self.run.runtime
-            bf16 = runtime.bf16 if config.model_precision == "auto" else config.model_precision == "bf16"
+            config = self.config
             self._model = load_controlnet(
-                config.base, config.controlnet, tokenizer=config.tokenizer, device=runtime.device,
-                dtype=torch.bfloat16 if bf16 else torch.float32, offline=promised_offline(),
+                config.base, config.controlnet, tokenizer=config.tokenizer, offline=promised_offline(),
+                placement=Placement.of(self.run.runtime, config.model_precision),
             )  # fmt: skip
         return self._model
 
@@ -145,8 +151,8 @@ class ControlNetSource(ExemplarCompression):
             images = self.model.draw(
                 torch.stack([resize_edges(maps[place].edges(), *size) for place in places]),
                 torch.cat([self._embed(prompt) for prompt in prompts]), self._embed(self.negative),
-                [generators[place] for place in places], steps=self.steps, guidance=self.config.guidance,
-                strength=self.config.control_strength,
+                [generators[place] for place in places],
+                EdgeSampling(self.steps, self.config.guidance, self.config.control_strength),
             )  # fmt: skip
             drawn |= zip(places, images)
         return [restore(drawn[place], one.size) for place, one in enumerate(maps)]

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.latent.small_control import SmallControlNet
+from models.latent.small_control import SmallControlNet, SmallControlNetConfig
 from synth import SOURCES
 from synth.escort.edges import EdgeMap, resize, restore
 from synth.escort.source import ExemplarCompression
@@ -34,16 +34,11 @@ class SmallControlNetSource(ExemplarCompression):
     reads edges. It reads no class, so classes of later tasks are drawn along their edges like any other.
     """
 
-    class Config(ExemplarCompression.Config):
+    class Config(SmallControlNetConfig, ExemplarCompression.Config):
         places: ClassVar[frozenset[str]] = frozenset({"weights"})
 
         sample_batch: int = Field(256, ge=1, description="images drawn at once")
         weights: str | None = Field(None, description="folder of a model that was trained before; then none is trained")
-        map_size: int | None = Field(None, ge=4, description="side of the edge maps; null: the images' own")
-        block_out_channels: list[int] = Field([32, 64], min_length=1, description="UNet's width per level")
-        layers_per_block: int = Field(1, ge=1, description="residual blocks per level of the UNet")
-        norm_num_groups: int = Field(8, ge=1, description="groups of every GroupNorm")
-        prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="of the UNet")
         turns: bool = Field(True, description="learn from turned and mirrored images too, for the classes to come")
         unet_steps: int = Field(400, ge=1, description="training steps of the UNet")
         control_steps: int = Field(600, ge=1, description="training steps of the ControlNet")
@@ -73,12 +68,12 @@ class SmallControlNetSource(ExemplarCompression):
 
     def new_model(self) -> SmallControlNet:
         """A model with random weights."""
-        config, side = self.config, self.dataset.image_size
-        return SmallControlNet(
-            (self.dataset.channels, side, side), config.map_size or side, block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups,
-            prediction_type=config.prediction_type,
-        )  # fmt: skip
+        side = self.dataset.image_size
+        return SmallControlNet((self.dataset.channels, side, side), SmallControlNetConfig.of(self.config))
+
+    def _load(self, folder: str | Path) -> SmallControlNet:
+        remedy = "name a folder that `python -m synth.train` wrote with the source 'small_controlnet'"
+        return SmallControlNet.load(folder, remedy).to(self.run.device)
 
     @property
     def model(self) -> SmallControlNet:
@@ -93,7 +88,7 @@ class SmallControlNetSource(ExemplarCompression):
                     "small_controlnet learns its generator on task 0, which has not passed: fit task 0 too, or name "
                     "the folder of a trained one with synth.weights"
                 )
-            self._model = SmallControlNet.load(self.config.weights).to(self.run.device)
+            self._model = self._load(self.config.weights)
         return self._model
 
     def published_weights(self) -> str:
@@ -173,7 +168,7 @@ class SmallControlNetSource(ExemplarCompression):
         """Take over what ``save`` wrote."""
         super().load(directory)
         if self.config.weights is None:
-            self._model = SmallControlNet.load(directory).to(self.run.device)
+            self._model = self._load(directory)
 
     def carried(self) -> list[Carried]:
         """Name the maps and the generator, which is memory of the past only if it was learned here."""

@@ -6,12 +6,11 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-import torch
 import yaml
 from pydantic import Field
 
 from models.latent.contract import LatentDiffusion
-from models.latent.text_to_image import check_text_to_image, load_text_to_image
+from models.latent.text_to_image import Placement, check_text_to_image, load_text_to_image
 from synth import SOURCES
 from synth.base import weights_place
 from synth.inversion.source import ClassInversion
@@ -50,14 +49,14 @@ class LDM(ClassInversion):
 
     @classmethod
     def check_weights(cls, config, offline: bool) -> None:
-        check_text_to_image(config.ldm_ckpt, config.yaml, config.tokenizer, offline)
+        check_text_to_image(config.ldm_ckpt, config.yaml, config.tokenizer, offline, "ldm_ckpt")
 
     def build_model(self) -> LatentDiffusion:
-        config, runtime = self.config, self.run.runtime
-        bf16 = runtime.bf16 if config.model_precision == "auto" else config.model_precision == "bf16"
+        config = self.config
         return load_text_to_image(
-            config.ldm_ckpt, config.yaml, config.tokenizer, image_size=config.image_size, device=runtime.device,
-            dtype=torch.bfloat16 if bf16 else torch.float32, offline=promised_offline(),
+            config.ldm_ckpt, config.yaml, config.tokenizer, image_size=config.image_size,
+            placement=Placement.of(self.run.runtime, config.model_precision), offline=promised_offline(),
+            key="ldm_ckpt",
         )  # fmt: skip
 
     def describe(self) -> str:

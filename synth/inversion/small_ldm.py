@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.latent.small import SmallLDM
+from models.latent.small import SmallLDM, SmallLDMConfig
 from synth import SOURCES
 from synth.base import show_progress
 from synth.inversion.latents import LatentBatches, Latents, denoising_loss, encode, noise_scheduler
@@ -35,28 +35,18 @@ class SmallLDMSource(ClassInversion):
     everything but new vectors is frozen.
     """
 
-    class Config(ClassInversion.Config):
+    class Config(SmallLDMConfig, ClassInversion.Config):
         sample_batch: int = Field(128, ge=1, description="images drawn at once")
         samples_per_class: int = Field(1000, ge=1, description="images shown per class in the search, in whole batches")
         inversion_lr: float = Field(0.1, gt=0, description="AdamW's rate in the search; vectors here are long")
         guidance: float = Field(2.0, ge=0, description="classifier-free: 1 is the plain class, 0 no class at all")
         weights: str | None = Field(None, description="folder of a model that was trained before; then none is trained")
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
-        vae_channels: list[int] = Field([16, 32], min_length=1, description="autoencoder's width per level")
-        latent_channels: int = Field(4, ge=1, description="channels of a latent")
         vae_steps: int = Field(500, ge=1, description="training steps of the autoencoder")
         vae_lr: float = Field(2e-3, gt=0, description="AdamW's rate for it")
         vae_batch_size: int = Field(64, ge=1, description="images per step of it")
         vae_turns: bool = Field(True, description="also show it turned and mirrored images, for the classes to come")
         kl_weight: float = Field(1e-4, ge=0, description="of the divergence from a standard normal, per latent value")
-        block_out_channels: list[int] = Field([64, 96], min_length=1, description="UNet's width per level")
-        layers_per_block: int = Field(1, ge=1, description="residual blocks per level of the UNet")
-        attention_levels: list[int] = Field([1], description="levels of the UNet with attention, 0 is the finest")
-        num_heads: int = Field(4, ge=1, description="attention heads")
-        norm_num_groups: int = Field(8, ge=1, description="groups of every GroupNorm")
-        vector_size: int = Field(512, ge=1, description="length of a class vector")
-        num_tokens: int = Field(16, ge=1, description="parts of a class vector that attention chooses among")
-        prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="of the UNet")
         unet_steps: int = Field(900, ge=1, description="training steps of UNet and class vectors")
         unet_lr: float = Field(2e-3, gt=0, description="AdamW's rate for them")
         unet_batch_size: int = Field(32, ge=1, description="latents per step of them")
@@ -77,7 +67,11 @@ class SmallLDMSource(ClassInversion):
             )
 
     def build_model(self) -> SmallLDM:
-        return SmallLDM.load(self.config.weights).to(self.run.device)
+        return self._load(self.config.weights)
+
+    def _load(self, folder: str | Path) -> SmallLDM:
+        remedy = "name a folder that `python -m synth.train` wrote with the source 'small_ldm'"
+        return SmallLDM.load(folder, remedy).to(self.run.device)
 
     # ------------------------------------------------------------------ learning
 
@@ -102,14 +96,7 @@ class SmallLDMSource(ClassInversion):
     def new_model(self, class_names: list[str]) -> SmallLDM:
         """A model with random weights."""
         config, size = self.config, self.config.image_size or self.dataset.image_size
-        return SmallLDM(
-            (self.dataset.channels, size, size), class_names,
-            vae_channels=config.vae_channels, latent_channels=config.latent_channels,
-            block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-            attention_levels=config.attention_levels, num_heads=config.num_heads,
-            norm_num_groups=config.norm_num_groups, vector_size=config.vector_size, num_tokens=config.num_tokens,
-            prediction_type=config.prediction_type,
-        )  # fmt: skip
+        return SmallLDM((self.dataset.channels, size, size), class_names, SmallLDMConfig.of(config))
 
     def _train(self, task: Task, images: ImageSet) -> None:
         """First the autoencoder, then, on its latents, the UNet and the vectors."""
@@ -174,7 +161,7 @@ class SmallLDMSource(ClassInversion):
         """Take over what ``save`` wrote."""
         super().load(directory)
         if self.fitted_classes:
-            self.use(SmallLDM.load(self.config.weights or directory).to(self.run.device))
+            self.use(self._load(self.config.weights or directory))
 
     def carried(self) -> list[Carried]:
         """Name vectors and model, which stands apart as frozen only if it came from elsewhere."""

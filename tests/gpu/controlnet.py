@@ -12,8 +12,9 @@ import time
 import torch
 
 from models.files.diffusers_folder import LDM_SCHEDULE
-from models.files.diffusers_parts import Parts
-from models.latent.control import ControlNetPipeline
+from models.files.diffusers_parts import TextToImageParts
+from models.latent.control import ControlNetPipeline, EdgeSampling
+from models.latent.text_to_image import Placement
 from tests.support.tiny_ldm import clip_tokenizer, folder
 
 GUIDANCE, EDGE_DENSITY = 9.0, 0.07
@@ -49,8 +50,8 @@ def build(device: str, narrow: int) -> ControlNetPipeline:
         control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_WIDTHS)
         vae = AutoencoderKL(**narrowed(VAE, narrow))
         text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT, **words))
-    parts = Parts(vae, text_encoder, tokenizer, unet, dict(LDM_SCHEDULE), latent_side=64)
-    return ControlNetPipeline(parts, control, device, torch.bfloat16)
+    parts = TextToImageParts(vae, text_encoder, tokenizer, unet, dict(LDM_SCHEDULE), latent_side=64)
+    return ControlNetPipeline(parts, control, Placement(torch.device(device), torch.bfloat16))
 
 
 def narrowed(config: dict, narrow: int) -> dict:
@@ -66,7 +67,7 @@ def measure(model: ControlNetPipeline, count: int, side: int, steps: int) -> str
 
     def draw(steps: int) -> None:  # its images end on the CPU, so nothing is pending
         generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-        model.draw(edges, prompts, negative, generators, steps=steps, guidance=GUIDANCE, strength=1.0)
+        model.draw(edges, prompts, negative, generators, EdgeSampling(steps, GUIDANCE, 1.0))
 
     draw(2)
     if model.device.type == "cuda":

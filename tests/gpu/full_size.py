@@ -146,12 +146,11 @@ def _ddpm(bench: Bench, precision: str) -> None:
 
 def ldm(bench: Bench) -> None:
     """text2img-large's architecture: class inversion with 12 images per step, drawing at guidance 10."""
-    from models.latent.text_to_image import TextToImage
+    from models.latent.text_to_image import Placement, TextToImage
     from tests.support.tiny_ldm import tiny_ldm_folder
 
     run = bench.run("bf16")
-    dtype = torch.bfloat16 if run.runtime.bf16 else torch.float32
-    model = TextToImage(big_parts(bench), device=run.device, dtype=dtype)
+    model = TextToImage(big_parts(bench), placement=Placement.of(run.runtime, "auto"))
     print(f"LDM of {sum(p.numel() for p in model.networks.parameters()) / 1e9:.2f} B parameters")
     steps, draws, sampling, classes = (2, 2, 2, 2) if bench.narrow else (50, 40, 50, 20)
     config = SOURCES["ldm"].Config.parse({
@@ -180,7 +179,7 @@ def big_parts(bench: Bench):
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
     from models.files.diffusers_folder import LDM_SCHEDULE
-    from models.files.diffusers_parts import Parts
+    from models.files.diffusers_parts import TextToImageParts
     from tests.support.tiny_ldm import BERT_WORDS, bert_tokenizer, folder
 
     narrow, factor = bench.narrow, 10 if bench.narrow else 1
@@ -199,7 +198,9 @@ def big_parts(bench: Bench):
             up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
         bert = LDMBertModel(text).model
-    return Parts(vae, bert, bert_tokenizer(folder()), unet, dict(LDM_SCHEDULE), latent_side=4 if narrow else 32)
+    return TextToImageParts(
+        vae, bert, bert_tokenizer(folder()), unet, dict(LDM_SCHEDULE), latent_side=4 if narrow else 32
+    )
 
 
 def free() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from models import BACKBONES
 from models.options import BackboneOptions
-from models.resnet import _Block, split_last_stage
+from models.resnet import _Block
 from models.timm_backbone import build_backbone
 from utils.run.errors import ConfigError
 
@@ -102,18 +102,3 @@ def test_a_torchvision_weight_file_fits_resnet18_without_its_classifier(tmp_path
     backbone = build_backbone("resnet18", options).eval()
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(reference.fc(backbone(x)), reference(x))
-
-
-@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet18", "resnet34", "resnet50"])
-def test_trunk_and_last_stage_one_after_the_other_are_the_backbone(name):
-    backbone = build_backbone(name, BackboneOptions()).eval()
-    trunk, last_stage = split_last_stage(backbone)
-    x = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(last_stage(trunk(x)), backbone(x))
-    assert count(trunk) + count(last_stage) == count(backbone)
-
-
-def test_a_backbone_without_known_stages_is_refused_with_those_that_have_them():
-    with pytest.raises(ConfigError, match=r"a PreactResNet cannot be cut .*convnet_type=resnet20, .*resnet50"):
-        split_last_stage(build_backbone("preact_resnet18", BackboneOptions()))

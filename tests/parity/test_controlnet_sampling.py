@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.latent.control import load_controlnet
+from models.latent.control import EdgeSampling, load_controlnet
 from tests.support.tiny_controlnet import tiny_controlnet_folders
 from utils.training import seeding
 
@@ -28,7 +28,7 @@ def images(model, edges, seeds, prompts=("a photo of dog",), **changes):
     """Before rounding."""
     embedded = model.embed(list(prompts) * (len(seeds) // len(prompts)))
     settings = SETTINGS | changes
-    return model._images(edges, embedded, model.embed(["row"]), generators(*seeds), **settings)
+    return model.draw_floats(edges, embedded, model.embed(["row"]), generators(*seeds), EdgeSampling(**settings))
 
 
 @pytest.mark.parametrize(("steps", "times"), [(20, range(951, 0, -50)), (50, range(981, 0, -20))])

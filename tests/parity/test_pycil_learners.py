@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from learners import LEARNERS
-from learners.expandable.network import ExpandableNet
+from learners.expandable.network import ExpandableNet, split_last_stage
 from learners.run.configure import build_config
 from models.heads import LinearHead
 from models.options import BackboneOptions
-from models.resnet import split_last_stage
 from models.timm_backbone import build_backbone
 from utils.run.words import read_experiment
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.latent.small import SmallLDM
+from models.latent.small import SmallLDM, SmallLDMConfig
 from synth.inversion.source import ClassInversion
 from tests.support.toy import toy_dataset
 from utils.data.manager import DataManager, Split
@@ -16,10 +16,14 @@ TINY_MODEL = {
 SHORT = {"samples_per_class": 12, "g_local_bs": 6, "sample_steps": 2, "guidance": 2.0}
 
 
-def tiny_model(seed: int = 0, **arguments) -> SmallLDM:
+def tiny_config(**changes) -> SmallLDMConfig:
+    return SmallLDMConfig(**{**TINY_MODEL, **changes})
+
+
+def tiny_model(seed: int = 0, **changes) -> SmallLDM:
     """Draws grey images of 8x8 pixels; its latents are (4, 4, 4)."""
     torch.manual_seed(seed)
-    return SmallLDM((1, 8, 8), ["first", "second"], **{**TINY_MODEL, **arguments}).freeze()
+    return SmallLDM((1, 8, 8), ["first", "second"], tiny_config(**changes)).freeze()
 
 
 class TinyInversion(ClassInversion):

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from utils.run.errors import RepriseError
-from utils.training.checkpoint import atomic_write
+from utils.run.files import atomic_write
 
 SUFFIXES = (".pdf", ".png", ".svg")
 # Okabe and Ito's colours, told apart by colour-blind readers; without yellow, which is too pale for a line.

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from learners.expandable.network import ExpandableNet
+from learners.expandable.network import ExpandableNet, split_last_stage
 from models.heads import LinearHead
+from models.options import BackboneOptions
+from models.timm_backbone import build_backbone
+from utils.run.errors import ConfigError
 
 IMAGES = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -142,3 +145,18 @@ def test_a_teacher_shares_frozen_branches_and_does_not_follow_the_rest():
     torch.testing.assert_close(teacher(IMAGES), logits, rtol=0, atol=0)
     shared = [old is new for old, new in zip(net.backbone.branches, teacher.backbone.branches)]
     assert shared == [True, False] and net.backbone.branches[1].training
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet18", "resnet34", "resnet50"])
+def test_trunk_and_last_stage_one_after_the_other_are_the_backbone(name):
+    backbone = build_backbone(name, BackboneOptions()).eval()
+    trunk, last_stage = split_last_stage(backbone)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(last_stage(trunk(x)), backbone(x))
+    assert len(list(trunk.parameters()) + list(last_stage.parameters())) == len(list(backbone.parameters()))
+
+
+def test_a_backbone_without_known_stages_is_refused_with_those_that_have_them():
+    with pytest.raises(ConfigError, match=r"a PreactResNet cannot be cut .*convnet_type=resnet20, .*resnet50"):
+        split_last_stage(build_backbone("preact_resnet18", BackboneOptions()))

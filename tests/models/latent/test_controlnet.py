@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.latent.control import check_controlnet, load_controlnet
+from models.latent.control import EdgeSampling, check_controlnet, load_controlnet
+from models.latent.text_to_image import Placement
 from tests.support.tiny_controlnet import (
     file_weights,
     narrow_stable_diffusion,
@@ -21,7 +22,7 @@ from utils.data.transforms import to_uint8
 from utils.run.errors import WeightsError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SETTINGS = {"steps": 2, "guidance": 9.0, "strength": 1.0}
+SETTINGS = EdgeSampling(steps=2, guidance=9.0, strength=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,12 @@ def edit_json(path, **changes):
 
 def test_images_are_uint8_of_the_edges_size(model):
     edges, *rest = inputs(model, count=2)
-    images = model.draw(edges[:, :, :6], *rest, **SETTINGS)
+    images = model.draw(edges[:, :, :6], *rest, SETTINGS)
     assert (images.shape, images.dtype, model.image_channels) == ((2, 3, 8, 6), torch.uint8, 3)
 
 
 def test_colours_are_rounded_to_the_nearest_grey_level(model):
-    drawn, floats = model.draw(*inputs(model), **SETTINGS), model._images(*inputs(model), **SETTINGS)
+    drawn, floats = model.draw(*inputs(model), SETTINGS), model.draw_floats(*inputs(model), SETTINGS)
     assert torch.equal(drawn, to_uint8(floats))
 
 
@@ -75,12 +76,12 @@ def test_embeddings_are_independent_of_the_texts_beside_them(model):
 @pytest.mark.parametrize("side", [9, 15])
 def test_a_size_between_latents_is_not_shrunk_in_silence(model, side):
     with pytest.raises(AssertionError):
-        model.draw(*inputs(model, side), **SETTINGS)
+        model.draw(*inputs(model, side), SETTINGS)
 
 
 def test_bf16_weights_halve_the_bytes_and_keep_the_fingerprint_and_nearly_the_images(model):
-    half = load_controlnet(*tiny_controlnet_folders(), dtype=torch.bfloat16, offline=True)
-    full, rough = (each._images(*inputs(each), **SETTINGS) for each in (model, half))
+    half = load_controlnet(*tiny_controlnet_folders(), placement=Placement(dtype=torch.bfloat16), offline=True)
+    full, rough = (each.draw_floats(*inputs(each), SETTINGS) for each in (model, half))
     torch.testing.assert_close(full, rough, rtol=0, atol=0.1)
     assert half.frozen_bytes() * 2 == model.frozen_bytes()
     assert half.fingerprint() == model.fingerprint()
@@ -244,7 +245,7 @@ def file(weights, tmp_path_factory):
 def test_a_file_draws_the_images_of_the_folders_that_it_was_made_from(networks, file):
     pair = [load_controlnet(**file, offline=True), load_controlnet(*save(*networks), offline=True)]
     assert pair[0].fingerprint() == pair[1].fingerprint()  # every weight, bit for bit
-    first, second = [each._images(*inputs(each, side=64), **SETTINGS) for each in pair]
+    first, second = [each.draw_floats(*inputs(each, side=64), SETTINGS) for each in pair]
     # Both readers lay the weights at other addresses, and another alignment may take another kernel.
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 

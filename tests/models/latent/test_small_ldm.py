@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from models.latent.small import SmallLDM
-from tests.support.tiny_inversion import TINY_MODEL, tiny_model
+from tests.support.tiny_inversion import tiny_config, tiny_model
 from utils.run.errors import ConfigError, WeightsError
 from utils.run.files import load_tensors, save_tensors
 
@@ -25,7 +25,7 @@ def pixels(count=3, channels=1, side=8):
     ],
 )
 def test_each_level_of_the_autoencoder_halves_the_latent(shape, widths, latent):
-    model = SmallLDM(shape, ["a"], **{**TINY_MODEL, "vae_channels": widths}).freeze()
+    model = SmallLDM(shape, ["a"], tiny_config(vae_channels=widths)).freeze()
     moments = model.moments(pixels(2, shape[0], shape[1]))
     assert model.latent_shape == latent and moments.shape == (2, 2 * latent[0], *latent[1:])
     assert model.decode(moments[:, : latent[0]]).shape == (2, *shape)
@@ -91,9 +91,9 @@ def test_frozen_bytes_are_those_of_all_weights():
     assert model.frozen_bytes() == sum(value.numel() * 4 for value in model.state_dict().values())
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(WeightsError, match=r"nowhere' holds no model of the source 'small_ldm'.*synth.train"):
-        SmallLDM.load(tmp_path / "nowhere")
+def test_a_folder_without_a_model_is_named_with_the_callers_remedy(tmp_path):
+    with pytest.raises(WeightsError, match=r"nowhere' holds no SmallLDM .*: train one"):
+        SmallLDM.load(tmp_path / "nowhere", "train one")
 
 
 def test_weights_that_do_not_fit_their_arguments_are_counted(tmp_path):
@@ -104,12 +104,25 @@ def test_weights_that_do_not_fit_their_arguments_are_counted(tmp_path):
         SmallLDM.load(tmp_path)
 
 
-def test_arguments_that_nobody_knows_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_moons": 2}, "num_moons"),  # nobody knows it
+        ({"num_heads": "two"}, "num_heads='two'"),
+        ({"num_tokens": 3}, "8 is not a multiple of num_tokens=3"),
+        ({"image_shape": [1, 8]}, "not enough values"),
+        ({"image_shape": [0, 8, 8]}, "does not fit the model.json beside it"),
+        ({"class_names": None}, "holds no SmallLDM"),
+        (["model"], "no JSON object"),
+    ],
+)
+def test_a_damaged_description_is_refused_in_one_line(tmp_path, change, said):
     tiny_model().save(tmp_path)
-    arguments = json.loads((tmp_path / "model.json").read_text())
-    (tmp_path / "model.json").write_text(json.dumps({**arguments, "num_moons": 2}))
-    with pytest.raises(WeightsError, match="num_moons"):
+    content = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(content | change if isinstance(change, dict) else change))
+    with pytest.raises(WeightsError, match=said) as caught:
         SmallLDM.load(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -125,4 +138,4 @@ def test_arguments_that_nobody_knows_are_refused(tmp_path):
 )
 def test_shapes_that_do_not_fit_are_named_by_key(changes, said):
     with pytest.raises(ConfigError, match=said):
-        SmallLDM((1, 12, 12), ["a"], **{**TINY_MODEL, **changes})
+        SmallLDM((1, 12, 12), ["a"], tiny_config(**changes))

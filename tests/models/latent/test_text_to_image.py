@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.files.diffusers_folder import LDM_SCHEDULE
-from models.latent.text_to_image import check_text_to_image, load_text_to_image
+from models.latent.text_to_image import Placement, check_text_to_image, load_text_to_image
 from tests.support.tiny_ldm import BERT_WORDS, save_ldm, tiny_ldm_folder, tiny_stable_diffusion
 from utils.run.errors import ConfigError, WeightsError
 
@@ -47,7 +47,7 @@ def edit_json(path, **changes):
 def test_an_ldm_says_what_it_is(ldm_files):
     model = load_text_to_image(str(ldm_files))
     assert (model.image_size, model.image_channels, model.latent_shape) == (64, 3, (4, 8, 8))
-    assert (model.vector_size, model.max_tokens, model.reads_text) == (32, 77, True)
+    assert (model.vector_size, model.max_tokens) == (32, 77)
     assert model.schedule == LDM_SCHEDULE
 
 
@@ -84,7 +84,10 @@ def test_shapes_keep_the_contract(model):
 
 
 def test_bf16_weights_take_and_give_float32_and_halve_the_bytes(ldm_files):
-    full, half = (load_text_to_image(str(ldm_files), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    full, half = (
+        load_text_to_image(str(ldm_files), placement=Placement(dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     vectors = torch.randn(1, 32, requires_grad=True)
     outputs = [model.predict(torch.ones(1, 4, 8, 8), torch.tensor([5]), model.context(["a dog *"], vectors)) for model
                in (full, half)]  # fmt: skip
@@ -210,7 +213,7 @@ def test_a_file_that_is_absent_is_named_before_anything_is_read(ldm_copy, path, 
 
 def test_the_folder_of_a_checkpoint_is_told_from_the_checkpoint(tmp_path):
     (tmp_path / "model.ckpt").touch()
-    with pytest.raises(WeightsError, match=r"or name the file itself, ldm_ckpt=.*model.ckpt"):
+    with pytest.raises(WeightsError, match=r"or name the file itself, source=.*model.ckpt"):
         check_text_to_image(str(tmp_path), None, "", offline=False)
 
 
@@ -281,7 +284,7 @@ def test_noise_of_an_unknown_kind_is_refused(sd_files, tmp_path):
 
 
 def test_a_path_that_is_not_there_is_told_from_a_hub_id():
-    with pytest.raises(WeightsError, match="ldm_ckpt='models/ldm/large': there is no such file or folder"):
+    with pytest.raises(WeightsError, match="source='models/ldm/large': there is no such file or folder"):
         check_text_to_image("models/ldm/large", None, "", offline=False)
 
 

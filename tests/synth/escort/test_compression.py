@@ -145,7 +145,7 @@ def test_a_damaged_model_is_named_as_what_it_is(tmp_path):
     with pytest.raises(WeightsError, match=r"does not fit the model.json beside it.*Train it again"):
         make_source("small_controlnet", tmp_path, weights=str(tmp_path), map_size=None)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"holds no model of the source 'small_controlnet'.*model.safetensors"):
+    with pytest.raises(WeightsError, match=r"holds no SmallControlNet .*model.safetensors.*source 'small_controlnet'"):
         make_source("small_controlnet", tmp_path, weights=str(tmp_path), map_size=None)
 
 
@@ -195,7 +195,7 @@ def test_a_small_controlnet_that_was_trained_before_is_taken_as_it_is(tmp_path):
     [
         ("small_controlnet", {"map_size": 12}, ConfigError, "map_size=12: it must be the side of the images, 8"),
         ("small_controlnet", {"block_out_channels": [8] * 5}, ConfigError, "a multiple of 16, not 8"),
-        ("small_controlnet", {"weights": "nowhere"}, WeightsError, "holds no model of the source 'small_controlnet'"),
+        ("small_controlnet", {"weights": "nowhere"}, WeightsError, "with the source 'small_controlnet'"),
         ("small_controlnet", {"need_syn_imgs": False}, ConfigError, "need_syn_imgs must be true"),
         ("small_controlnet", {"source_dir": "run"}, ConfigError, "let synth.weights name the folder"),
         ("small_controlnet", {"canny_low": 300}, ConfigError, "canny_low=300 is above canny_high=200"),

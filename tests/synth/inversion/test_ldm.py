@@ -112,7 +112,7 @@ def test_what_a_yaml_says_and_nobody_reads_is_known(tmp_path, changes, said):
 
 
 def test_the_yaml_that_comes_with_us_contradicts_nothing():
-    path = Path(__file__).parents[2] / "exps" / "ldm" / "ldm_dddr.yaml"
+    path = Path(__file__).parents[3] / "exps" / "ldm" / "ldm_dddr.yaml"
     config = LDM.Config.parse(yaml.safe_load(path.read_text())["reprise"]["synth"])
     assert unread(str(path), config) == []
     assert (config.yaml, config.com_round_gen, config.samples_per_class) == ("exps/ldm/ldm_dddr.yaml", 10, 300)

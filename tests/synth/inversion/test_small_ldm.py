@@ -10,7 +10,7 @@ from models.latent.small import SmallLDM
 from synth.inversion.latents import encode
 from synth.inversion.small_ldm import SmallLDMSource, spread
 from synth.requests import Requests
-from tests.support.tiny_inversion import TINY_MODEL, make_inversion, toy_task
+from tests.support.tiny_inversion import make_inversion, tiny_config, toy_task
 from tests.support.toy import tiny_source
 from utils.run.errors import ConfigError, WeightsError
 from utils.training.fit import LossLog
@@ -155,7 +155,7 @@ def test_a_watcher_sees_the_model_while_it_learns(tmp_path):
     ("keys", "error", "said"),
     [
         ({"inversion": False}, ConfigError, "inversion=false draws by class names"),
-        ({"weights": "nowhere"}, WeightsError, "'nowhere' holds no model of the source 'small_ldm'"),
+        ({"weights": "nowhere"}, WeightsError, "'nowhere' holds no SmallLDM .*source 'small_ldm'"),
         ({"image_size": 9}, ConfigError, "must be a multiple of 2, not 9"),
         ({"attention_levels": [3]}, ConfigError, r"attention_levels=\[3\] do not exist"),
     ],
@@ -166,6 +166,6 @@ def test_what_does_not_fit_is_said_when_the_source_is_made(keys, error, said, tm
 
 
 def test_a_model_of_coloured_images_is_refused_for_grey_ones(tmp_path):
-    SmallLDM((3, 8, 8), ["a"], **TINY_MODEL).save(tmp_path)
+    SmallLDM((3, 8, 8), ["a"], tiny_config()).save(tmp_path)
     with pytest.raises(ConfigError, match="draws images of 3 channels, but toy has 1"):
         make(tmp_path, weights=str(tmp_path))
