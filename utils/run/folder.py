@@ -66,14 +66,16 @@ def claim_folder(config: RunConfig, name: str, overwrite: bool, flag: str = "--n
     """
     folder = Path(config.output_dir) / name
     manifest = run_manifest(folder, {"identity": config.identity()}, flag)
-    if not manifest.exists and folder.is_dir() and any(folder.iterdir()):
+    if not manifest.exists and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} holds files, but is no run of Reprise, so it is left alone: give another {flag}")
     if overwrite and manifest.exists:
-        manifest.delete()
-        for seed in config.seed if config.synth is not None and config.synth.syn_image_path is None else ():
-            drawn = replay_manifest(replay_folder(config, name, seed))
-            if drawn.exists:
-                drawn.delete()
+        draws = config.synth is not None and config.synth.syn_image_path is None
+        drawn = [replay_manifest(replay_folder(config, name, seed)) for seed in config.seed if draws]
+        ours = [manifest, *(images for images in drawn if images.exists)]
+        for each in ours:
+            each.read()  # what is foreign or damaged is refused before anything is lost
+        for each in ours:
+            each.delete()
     manifest.claim(config=config.model_dump(mode="json"))
     return folder
 

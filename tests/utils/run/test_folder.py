@@ -105,6 +105,24 @@ def test_a_folder_without_our_manifest_is_never_deleted(tmp_path, overwrite, con
     assert (tmp_path / "run" / "thesis.txt").read_text() == "x"
 
 
+@pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.symlink_to("nowhere")])
+def test_a_file_or_a_dead_link_in_the_place_of_the_folder_is_a_config_error(tmp_path, make):
+    make(tmp_path / "run")
+    with pytest.raises(ConfigError, match="run holds files, but is no run of Reprise"):
+        claim_folder(config(tmp_path), "run", overwrite=True)
+
+
+def test_overwriting_loses_nothing_where_the_images_are_not_ours(tmp_path):
+    settings = config(tmp_path, seed=[1])
+    folder = claim_folder(settings, "run", overwrite=False)
+    drawn = replay_folder(settings, "run", 1)
+    drawn.mkdir()
+    (drawn / "manifest.json").write_text('{"name": "an application of somebody else"}')
+    with pytest.raises(CheckpointError, match=r"manifest\.json is no bank manifest of this project"):
+        claim_folder(settings, "run", overwrite=True)
+    assert (folder / "config.json").exists() and (drawn / "manifest.json").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "ours", "stays"),
     [
