@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from learners import LEARNERS
 from learners.asp.learner import ASP
 from learners.run.configure import build_config
+from synth.replay import Replay
 from tests.benchmarks.timing import alternate, peak_memory, verdict
 from tests.support.tiny_asp import base_loss_as_tokens, encode_layers, prompted_as_tokens
 from utils.data.batches import test_batches
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
 from utils.data.manager import DataManager, Split, Task
+from utils.training.fit import Hooks, Step, Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime, fast_bf16
 
@@ -52,8 +54,10 @@ def begin(precision: str, folder: Path) -> tuple[ASP, Task]:
     data = DataManager(Dataset("bench", *images, names, SIDE, 3, True, half, half, "vit_crop", ""),
                        Split(init_cls=CLASSES, increment=1, shuffle=False))  # fmt: skip
     run = Run(folder, 0, Runtime(["cpu"], precision), num_workers=0, progress=False)
-    learner = LEARNERS["asp"](build_config({**CONFIG, "precision": precision})[0], data, run)
+    config, _ = build_config({**CONFIG, "precision": precision})
+    learner = LEARNERS["asp"](config, data, run, Replay(config, None, data, run, folder))
     task = next(iter(data.tasks()))
+    learner.present = data.train_images(task)
     learner.grow_network(task)
     return learner, task
 
@@ -65,8 +69,9 @@ def our_epochs(precision: str, folder: Path):
     count = iter(range(10**6))
 
     def epoch() -> int:
-        learner.fit(task, f"bench-{next(count)}", learner.network, learner.batches(task),
-                    partial(learner.compute_loss, task=task), learner.train_config(task))  # fmt: skip
+        fit(learner.network, learner.batches(task), partial(learner.compute_loss, task=task),
+            learner.train_config(task), Training(learner.run, task, f"bench-{next(count)}"),
+            Hooks(learner.before_epoch))  # fmt: skip
         return CLASSES * PER_CLASS
 
     return epoch
@@ -127,7 +132,7 @@ def check_equal_losses(folder: Path) -> None:
     ours, task = original.learner, original.task
     torch.nn.init.normal_(ours.backbone.tip)  # prompts that matter, unlike the zeros that they start with
     ours.before_training(task)
-    ours.before_epoch(task, 0)
+    ours.before_epoch(Step(Training(ours.run, task, "check"), epoch=0, number=0, parameters=[]))
     original.anchors = ours.anchor_images
     batch = next(ours.batches(task).epoch(0))
     own, of_class = (torch.randn(size, *ours.backbone.tip.flatten(1).shape) for size in (len(batch), CLASSES))

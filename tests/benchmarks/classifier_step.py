@@ -24,7 +24,7 @@ from tests.benchmarks.timing import alternate, verdict
 from utils.data.batches import ImageBatches
 from utils.data.images import ImageSet
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
-from utils.training.fit import TrainConfig, fit
+from utils.training.fit import TrainConfig, Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime, fast_bf16
 
@@ -94,19 +94,12 @@ def our_arm(pixels: torch.Tensor, labels: torch.Tensor, precision: str, folder: 
 
     def epoch() -> int:
         task = next(count)
-        batches = ImageBatches(
-            ImageSet.of(pixels, labels), transform=transform, batch_size=BATCH, key=(0, task), device=runtime.device
-        )
+        batches = ImageBatches(ImageSet.of(pixels, labels), None, run.loading(transform, BATCH, task, "bench"))
         config = TrainConfig(epochs=1, lr=0.1, weight_decay=5e-4)
         fit(
-            network,
-            batches,
-            lambda batch: {"ce": F.cross_entropy(network(batch.images), batch.labels)},
-            config,
-            run=run,
-            task=task,
-            purpose="bench",
-        )
+            network, batches, lambda batch: {"ce": F.cross_entropy(network(batch.images), batch.labels)}, config,
+            Training(run, task, "bench"),
+        )  # fmt: skip
         return NUM_IMAGES
 
     return epoch

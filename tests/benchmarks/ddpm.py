@@ -19,7 +19,7 @@ from tests.benchmarks.timing import compare
 from utils.data.batches import ImageBatches
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
-from utils.training.fit import TrainConfig, fit
+from utils.training.fit import TrainConfig, Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime, fast_bf16
 
@@ -54,11 +54,10 @@ def our_training(folder: Path, precision: str):
     source, count = new_source(precision, folder), iter(range(10**6))
 
     def steps() -> int:
-        batches = ImageBatches(
-            toy_photographs(), transform=source.transform, batch_size=BATCH, key=(0,), device=source.run.device
-        )
+        task = next(count)
+        batches = ImageBatches(toy_photographs(), None, source.run.loading(source.transform, BATCH, task, "bench"))
         config = TrainConfig(steps=STEPS, lr=2e-4, optimizer="adamw", ema_decay=0.9999)
-        fit(source.network, batches, source.loss, config, run=source.run, task=next(count), purpose="bench")
+        fit(source.network, batches, source.loss, config, Training(source.run, task, "bench"))
         return STEPS
 
     return steps

@@ -17,7 +17,7 @@ from models.heads import PlainHead
 from models.incremental import IncrementalNet
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
-from synth.base import Guide
+from synth.ddpm.source import Sampling
 from synth.diffusion import linear_process, respace
 from synth.requests import Requests
 from tests.benchmarks.ddpm import new_source
@@ -47,7 +47,7 @@ def our_sampling(folder: Path, precision: str):
 
     def images() -> int:
         with fixed(classifier):
-            return len(source.generate(requests, Guide(f"ddim{STEPS}", bend=bend)))
+            return len(source.draw(requests, Sampling(f"ddim{STEPS}"), bend))
 
     return images
 

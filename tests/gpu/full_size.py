@@ -24,14 +24,14 @@ from models.incremental import IncrementalNet
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
 from synth import SOURCES
-from synth.base import Guide
+from synth.ddpm.source import Sampling
 from synth.requests import Requests
 from utils.data.batches import ImageBatches
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
-from utils.training.fit import TrainConfig, fit
+from utils.training.fit import TrainConfig, Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
@@ -90,13 +90,13 @@ def classifier(bench: Bench) -> None:
         network.grow(10)
         network.to(run.device, memory_format=torch.channels_last)
         transform = ClassifierTransform(AUGMENTATIONS["cifar"], 32, MEAN, STD, in_memory=True)
-        batches = ImageBatches(images, transform=transform, batch_size=128, key=(0,), device=run.device)
+        batches = ImageBatches(images, None, run.loading(transform, 128, 0, "bench"))
         tasks = iter(range(9))
 
         def epoch(run=run, network=network, batches=batches, tasks=tasks) -> int:
             config = TrainConfig(epochs=1, lr=0.1, weight_decay=5e-4)
             fit(network, batches, lambda batch: {"ce": F.cross_entropy(network(batch.images), batch.labels)}, config,
-                run=run, task=next(tasks), purpose="bench")  # fmt: skip
+                Training(run, next(tasks), "bench"))  # fmt: skip
             return len(images)
 
         bench.measure(f"ResNet-32 training, batch 128, {precision}", "images/s", epoch)
@@ -118,20 +118,18 @@ def _ddpm(bench: Bench, precision: str) -> None:
     config = kind.Config.parse({**keys, "batch_size": batch, "sample_batch": draws, "keep_sources": False})
     source = kind(config, run, 10, [str(label) for label in range(10)], dataset(32, 10))
     source.fitted_classes = set(range(10))
-    batches = ImageBatches(
-        pictures(4 * batch, 32, 10), transform=source.transform, batch_size=batch, key=(0,), device=run.device
-    )
+    batches = ImageBatches(pictures(4 * batch, 32, 10), None, run.loading(source.transform, batch, 0, "bench"))
 
     def train() -> int:
         config = TrainConfig(steps=steps, lr=2e-4, optimizer="adamw", ema_decay=0.9999)
-        fit(source.network, batches, source.loss, config, run=run, task=next(tasks), purpose="bench")
+        fit(source.network, batches, source.loss, config, Training(run, next(tasks), "bench"))
         return steps
 
     bench.measure(f"DDPM training, batch {batch}, {precision}", "steps/s", train)
     requests = Requests.of_labels(torch.arange(draws) % 5, (0, "bench", 0))
 
     def draw(bend=None) -> int:
-        return len(source.generate(requests, Guide(respacing, bend=bend)))
+        return len(source.draw(requests, Sampling(respacing), bend))
 
     bench.measure(f"{respacing} drawing, {draws} at once, {precision}", "images/s", draw, warm=0)
     backbone = build_backbone("preact_resnet18", BackboneOptions(image_size=32))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.data.images import FeatureSet, ImageSet
+from utils.data.images import FeatureSet, ImageSet, Samples
 from utils.data.transforms import stack_by_size
 from utils.training import seeding
 
@@ -221,11 +221,15 @@ class MixedBatches(ImageBatches):
         self.num_images, self.features = len(images), features.tensor().to(self.device)
         self.labels = torch.cat([self.labels, features.labels.to(self.device)])
         self.is_replay = torch.arange(len(self.labels), device=self.device) >= self.num_images
+        soft_targets = Samples([*images.parts, *features.parts]).soft_targets()
+        self.soft_targets = None if soft_targets is None else soft_targets.to(self.device)
 
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
         # Images first, so that the rows of images and features behind each other are those of the labels.
         parts = [(pick[pick < self.num_images], pick[pick >= self.num_images]) for pick in picks]
-        views = self.views([real for real, _ in parts if len(real)], self.rows(epoch), epoch, generators)
+        # A batch without images uses no generator: those of the others are theirs wherever an epoch is taken up.
+        shown = [(real, generator) for (real, _), generator in zip(parts, generators) if len(real)]
+        views = self.views([real for real, _ in shown], self.rows(epoch), epoch, iter([g for _, g in shown]))
         for real, replayed in parts:
             features = self.features[(replayed - self.num_images).to(self.device)]
             images = Mixed(next(views), features) if len(real) else Mixed(features.new_empty(0, 3, 1, 1), features)

@@ -66,14 +66,16 @@ def claim_folder(config: RunConfig, name: str, overwrite: bool, flag: str = "--n
     """
     folder = Path(config.output_dir) / name
     manifest = run_manifest(folder, {"identity": config.identity()}, flag)
-    if not manifest.exists and folder.is_dir() and any(folder.iterdir()):
+    if not manifest.exists and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} holds files, but is no run of Reprise, so it is left alone: give another {flag}")
     if overwrite and manifest.exists:
-        manifest.delete()
-        for seed in config.seed if config.synth is not None and config.synth.syn_image_path is None else ():
-            drawn = replay_manifest(replay_folder(config, name, seed))
-            if drawn.exists:
-                drawn.delete()
+        draws = config.synth is not None and config.synth.syn_image_path is None
+        drawn = [replay_manifest(replay_folder(config, name, seed)) for seed in config.seed if draws]
+        ours = [manifest, *(images for images in drawn if images.exists)]
+        for each in ours:
+            each.read()  # what is foreign or damaged is refused before anything is lost
+        for each in ours:
+            each.delete()
     manifest.claim(config=config.model_dump(mode="json"))
     return folder
 
@@ -126,7 +128,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
     """
     remedy = "delete it, and the same command goes on with this machine's threads and precision"
     stored = read_json(folder / ENVIRONMENT, remedy)
-    if not isinstance(stored.get("threads"), int) or stored["threads"] < 1 or "precision" not in stored:
+    if type(stored.get("threads")) is not int or stored["threads"] < 1 or "precision" not in stored:
         raise CheckpointError(f"{folder / ENVIRONMENT} is damaged (no threads or precision): {remedy}")
     return stored
 

@@ -1,13 +1,15 @@
 """Every image once per epoch, in an order that depends on the key alone and needs no state to be resumed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from utils.data.batches import Batch, ImageBatches, PairedBatches, RenewedBatches, test_batches
-from utils.data.images import ImageSet
+from utils.data.batches import Batch, ImageBatches, Loading, MixedBatches, PairedBatches, test_batches
+from utils.data.images import FeatureSet, ImageSet
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 
 CPU = torch.device("cpu")
@@ -19,10 +21,14 @@ def images_of(count, size=8, start=0) -> ImageSet:
     return ImageSet.of(pixels, torch.arange(start, start + count))
 
 
-def batches_of(images, replay=None, recipe="cifar", size=8, in_memory=True, **changes) -> ImageBatches:
+def loading(recipe="cifar", size=8, in_memory=True, batch_size=4, key=(1993, 0, "train"), **changes) -> Loading:
     transform = ClassifierTransform(AUGMENTATIONS[recipe], size, (0.5,) * 3, (0.5,) * 3, in_memory)
-    settings = {"transform": transform, "batch_size": 4, "key": (1993, 0, "train"), "device": CPU, **changes}
-    return ImageBatches(images, replay, **settings)
+    return Loading(transform, batch_size, key, CPU, **changes)
+
+
+def batches_of(images, replay=None, **changes) -> ImageBatches:
+    """Batches of images that are known by their labels."""
+    return ImageBatches(images, replay, loading(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +41,9 @@ def photographs(tmp_path_factory) -> ImageSet:
 
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
-    assert [batch.index.tolist() for batch in left] == [batch.index.tolist() for batch in right]
+    assert [batch.labels.tolist() for batch in left] == [batch.labels.tolist() for batch in right]
     for one, other in zip(left, right):
         assert_close(one.images, other.images, rtol=0, atol=0)
-        assert_close(one.labels, other.labels, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(10, [4, 4, 2]), (8, [4, 4]), (3, [3])])
@@ -47,7 +52,7 @@ def test_every_image_comes_once_per_epoch_and_the_last_batch_may_be_smaller(coun
     epoch = list(batches.epoch(0))
     assert [len(batch) for batch in epoch] == sizes
     assert len(batches) == len(sizes)
-    assert sorted(torch.cat([batch.index for batch in epoch]).tolist()) == list(range(count))
+    assert sorted(torch.cat([batch.labels for batch in epoch]).tolist()) == list(range(count))
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(10, [4, 4]), (8, [4, 4]), (3, [3])])
@@ -56,12 +61,10 @@ def test_what_does_not_fill_a_batch_is_left_out_where_asked(count, sizes):
     assert [len(batch) for batch in batches.epoch(0)] == sizes and len(batches) == len(sizes)
 
 
-def test_labels_and_images_belong_to_the_index():
+def test_every_image_keeps_its_label():
     images = images_of(10)
-    batches = batches_of(images, recipe="none")
-    for batch in batches.epoch(0):
-        assert_close(batch.labels, images.labels[batch.index])
-        assert_close(batch.images, images.parts[0].images[batch.index] / 127.5 - 1)
+    for batch in batches_of(images, recipe="none").epoch(0):
+        assert_close(batch.images, images.parts[0].images[batch.labels] / 127.5 - 1)
 
 
 def test_replay_is_marked_wherever_the_shuffle_puts_it():
@@ -92,7 +95,7 @@ def test_images_of_two_sizes_stay_with_their_labels_in_every_batch():
     for batch in batches.epoch(0):
         levels = ((batch.images + 1) * 127.5).mean((1, 2, 3)).round()
         assert batch.images.shape[1:] == (3, 32, 32)
-        assert levels.tolist() == batch.labels.tolist() == batch.index.tolist()
+        assert levels.tolist() == batch.labels.tolist()
 
 
 def test_a_set_of_two_sizes_is_evaluated_in_stored_order():
@@ -121,7 +124,7 @@ def test_every_batch_of_an_epoch_is_augmented_anew():
 def test_another_key_or_epoch_gives_another_order(change):
     epoch = change.pop("epoch", 0)
     orders = [
-        torch.cat([batch.index for batch in batches.epoch(number)]).tolist()
+        torch.cat([batch.labels for batch in batches.epoch(number)]).tolist()
         for batches, number in [(batches_of(images_of(12)), 0), (batches_of(images_of(12), **change), epoch)]
     ]
     assert orders[0] != orders[1]
@@ -145,10 +148,10 @@ def test_shards_partition_every_batch_unless_it_is_smaller_than_their_number(cou
     whole = list(batches_of(images_of(count)).epoch(0))
     shards = [list(batches_of(images_of(count), shard=(rank, world)).epoch(0)) for rank in range(world)]
     for step, batch in enumerate(whole):
-        pieces = [shard[step].index.tolist() for shard in shards]
+        pieces = [shard[step].labels.tolist() for shard in shards]
         assert all(pieces)  # an empty batch has no mean loss
         together = pieces[0] if len(batch) < world else [index for piece in pieces for index in piece]
-        assert sorted(together) == sorted(batch.index.tolist())
+        assert sorted(together) == sorted(batch.labels.tolist())
 
 
 @pytest.mark.parametrize("recipe", ["none", "imagenet", "imagenet_jitter", "auto_augment"])
@@ -187,16 +190,6 @@ def test_no_images_give_no_test_batches():
     assert list(test_batches(ImageSet(), transform, 4, CPU)) == []
 
 
-@pytest.mark.parametrize("soft", [None, torch.eye(4)])
-def test_take_keeps_the_rows_of_a_mask(soft):
-    is_replay = torch.tensor([False, True, False, True])
-    batch = Batch(torch.rand(4, 3, 2, 2), torch.arange(4), is_replay, torch.arange(4), soft)
-    replay = batch.take(batch.is_replay)
-    assert replay.labels.tolist() == replay.index.tolist() == [1, 3]
-    assert_close(replay.images, batch.images[[1, 3]])
-    assert_close(replay.soft_targets, None if soft is None else soft[[1, 3]])
-
-
 # ---------------------------------------------------------------------- replay beside the present
 
 
@@ -232,64 +225,58 @@ def test_paired_batches_go_on_at_any_step_with_the_same_bits(position):
     assert_same([batch.replay for batch in rest], [batch.replay for batch in whole[position : 3 * epoch + 3]])
 
 
-# ---------------------------------------------------------------------- renewed replay
+# ---------------------------------------------------------------------- soft targets, features
 
 
-def renewed(draws, interval=2, real=10, **changes) -> RenewedBatches:
-    """Four real images and three replayed ones per batch; the grey level of replay is the step of its draw."""
-
-    def draw(step):
-        draws.append(step)
-        return ImageSet.of(torch.full((3, 3, 8, 8), step, dtype=torch.uint8), torch.full((3,), 9))
-
-    transform = ClassifierTransform(AUGMENTATIONS["none"], 8, (0.5,) * 3, (0.5,) * 3, in_memory=True)
-    options = {"transform": transform, "batch_size": 4, "key": (0,), "device": CPU}
-    return RenewedBatches(images_of(real), draw, interval, **{**options, **changes})
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_every_sample_has_its_own_soft_target_or_that_of_its_label(in_memory):
+    soft = torch.rand(3, 10)
+    replay = ImageSet.of(images_of(3, start=7).parts[0].images, torch.tensor([7, 8, 9]), soft_targets=soft)
+    rows = torch.cat([torch.eye(10)[:7], soft])  # labels are positions
+    for batch in batches_of(images_of(7), replay, in_memory=in_memory).epoch(0):
+        assert_close(batch.soft_targets, rows[batch.labels])
+    assert next(batches_of(images_of(7)).epoch(0)).soft_targets is None
 
 
-def test_replay_is_drawn_every_so_many_steps_and_stands_whole_in_every_batch():
-    draws = []
-    batches = renewed(draws)
-    found = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
-    assert len(batches) == 2 and draws == [0, 2, 4]
-    assert [(len(batch), int(batch.is_replay.sum())) for batch in found] == [(7, 3)] * 6
-    assert all((batch.labels[batch.is_replay] == 9).all() for batch in found)
+def mixed(num_images=6, num_features=5, recipe="none") -> MixedBatches:
+    """Images and features that are filled with their label; features come behind the images."""
+    labels = torch.arange(num_images + num_features)
+    images, features = labels[:num_images], labels[num_images:]
+    pixels = images.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).to(torch.uint8)
+    features = FeatureSet.of(features.view(-1, 1).expand(-1, 2).float(), features)
+    return MixedBatches(ImageSet.of(pixels, images), features, loading(recipe))
 
 
-def test_between_two_draws_the_same_replay_meets_other_real_images_in_another_order():
-    first, second = list(renewed([]).epoch(0))
-    assert_close(first.images[first.is_replay], second.images[second.is_replay], rtol=0, atol=0)
-    assert not set(first.index[~first.is_replay].tolist()) & set(second.index[~second.is_replay].tolist())
-    assert first.is_replay.tolist() != second.is_replay.tolist()
+def test_labels_of_mixed_batches_are_those_of_images_and_features_behind_each_other():
+    epoch = list(mixed().epoch(0))
+    assert sorted(torch.cat([batch.labels for batch in epoch]).tolist()) == list(range(11))
+    assert any(len(batch.images.images) and len(batch.images.features) for batch in epoch)
+    for batch in epoch:
+        shown = [(batch.images.images[:, 0, 0, 0] + 1) * 127.5, batch.images.features[:, 0]]
+        assert_close(torch.cat(shown).round(), batch.labels.float())
+        assert batch.is_replay.tolist() == [label >= 6 for label in batch.labels.tolist()]
 
 
-@pytest.mark.parametrize("start", [1, 2, 3])
-def test_renewed_batches_go_on_between_two_draws_with_the_same_bits(start):
-    whole = renewed([], real=16)
-    expected, state = [], {}
-    for step, batch in enumerate(whole.epoch(0), 1):
-        expected.append(batch)
-        state = dict(whole.state_dict()) if step == start else state
-    draws = []
-    resumed = renewed(draws, real=16)
-    resumed.load_state_dict(state)
-    assert_same(list(resumed.epoch(0, start)), expected[start:])
-    assert draws == [step for step in (2,) if step >= start]
+@pytest.mark.parametrize(("num_images", "num_features"), [(0, 5), (1, 8)])
+def test_a_batch_may_hold_features_alone(num_images, num_features):
+    epoch = list(mixed(num_images, num_features).epoch(0))
+    assert [len(batch) for batch in epoch] == [len(b.images.images) + len(b.images.features) for b in epoch]
+    alone = [batch for batch in epoch if len(batch.images.features) == len(batch)]
+    assert alone and all(batch.images.images.shape == (0, 3, 1, 1) and batch.is_replay.all() for batch in alone)
 
 
-def test_without_a_draw_there_are_real_images_alone():
-    batches = renewed([])
-    batches.draw = None
-    assert [len(batch) for batch in batches.epoch(0)] == [4, 4] and batches.state_dict() == {}
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_mixed_batches_go_on_at_any_step_with_the_same_bits(start):
+    for epoch in range(5):  # batches of features alone are among them
+        whole = list(mixed(2, 12, recipe="cifar").epoch(epoch))
+        rest = list(mixed(2, 12, recipe="cifar").epoch(epoch, start))
+        for kind in ("images", "features"):
+            same = [[replace(b, images=getattr(b.images, kind)) for b in batches] for batches in (rest, whole[start:])]
+            assert_same(*same)
 
 
-def test_a_mixed_batch_smaller_than_the_processes_goes_to_all_of_them():
-    alone = renewed([], real=1, batch_size=1, shard=(3, 9))
-    assert [len(batch) for batch in alone.epoch(0)] == [4]
-
-
-def test_processes_share_a_mixed_batch():
-    parts = [list(renewed([], shard=(rank, 2)).epoch(0)) for rank in range(2)]
-    for shares in zip(*parts):
-        assert sorted(torch.cat([share.index for share in shares]).tolist())[-3:] == [10, 11, 12]
-        assert sum(map(len, shares)) == 7
+def test_features_beside_images_with_soft_targets_have_that_of_their_label():
+    images, features = images_of(2), FeatureSet.of(torch.zeros(2, 3), torch.tensor([2, 3]))
+    soft = ImageSet.of(images.parts[0].images, images.labels, soft_targets=torch.full((2, 4), 0.25))
+    (batch,) = MixedBatches(soft, features, loading()).epoch(0)
+    assert_close(batch.soft_targets, torch.cat([torch.full((2, 4), 0.25), torch.eye(4)[2:]])[batch.labels])

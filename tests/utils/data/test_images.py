@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from utils.data.images import ImageSet, decode_image
+from utils.data.images import FeatureSet, ImageSet, decode_image
 from utils.run.errors import DataError
 
 
@@ -135,3 +135,62 @@ def test_neighbours_of_one_kind_are_merged_and_nothing_changes_its_place():
     merged = images.merged()
     assert [len(part.labels) for part in merged.parts] == [3, 1, 2] and merged.labels.tolist() == [0, 1, 2, 3, 4, 5]
     assert torch.equal(merged.parts[0].images, small) and merged.parts[2].images == ("a.png", "b.png")
+
+
+# ---------------------------------------------------------------------- columns, features
+
+
+def marked(count, start=0) -> ImageSet:
+    """Images that are known by their number, in a column too."""
+    images = numbered(count, start=start)
+    return ImageSet.of(images.parts[0].images, images.labels, items=torch.arange(start, start + count))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda images: images.take([4, 3, 0]),
+        lambda images: images.select([1]),
+        lambda images: images + marked(2, start=20),
+        lambda images: images.merged(),
+        lambda images: images.first_of_each(1),
+        lambda images: images.relabelled(torch.arange(5)),
+        lambda images: images.decoded(),
+    ],
+)
+def test_columns_travel_with_their_images(work):
+    done = work(marked(3) + marked(2, start=10).relabelled(torch.tensor([1, 1])))
+    assert len(done) and done.items().tolist() == numbers(done)
+
+
+def test_images_without_the_column_of_their_neighbours_stay_a_part_of_their_own():
+    images = marked(2) + numbered(1, start=5) + marked(1, start=7) + marked(1, start=8)
+    assert images.items().tolist() == [0, 1, -1, 7, 8]
+    assert [len(part.labels) for part in images.merged().parts] == [2, 1, 2]
+    assert images.merged().items().tolist() == [0, 1, -1, 7, 8] and ImageSet().items().tolist() == []
+
+
+def test_a_column_of_another_length_is_an_error():
+    with pytest.raises(AssertionError):
+        ImageSet.of(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), items=torch.zeros(3))
+
+
+def test_soft_targets_are_a_samples_own_or_those_of_its_label():
+    soft = torch.tensor([[0.5, 0.5, 0.0]])
+    images = numbered(1, label=2) + ImageSet.of(numbered(1).parts[0].images, torch.tensor([0]), soft_targets=soft)
+    assert images.soft_targets().tolist() == [[0, 0, 1], [0.5, 0.5, 0]]
+    assert images.take([0]).soft_targets() is None and ImageSet().soft_targets() is None
+
+
+def test_soft_targets_of_two_widths_do_not_go_together():
+    image, label = numbered(1).parts[0].images, torch.tensor([0])
+    both = [ImageSet.of(image, label, soft_targets=torch.ones(1, width)) for width in (2, 3)]
+    with pytest.raises(AssertionError, match="soft targets of several widths"):
+        sum(both, ImageSet()).soft_targets()
+
+
+def test_features_are_samples_like_images():
+    features = FeatureSet.of(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0])) + FeatureSet()
+    assert features.select([0]).tensor().tolist() == [[0, 1], [4, 5]]
+    assert (features + features.take([1])).counts(2).tolist() == [2, 2]
+    assert features.nbytes == 24 and FeatureSet().tensor().shape == (0, 0)

@@ -6,6 +6,7 @@ import pytest
 from pydantic import Field
 
 from learners.run.configure import build_config
+from synth import SOURCES
 from utils.run.config import BaseConfig, RunConfig
 from utils.run.errors import ConfigError
 from utils.run.words import apply_overrides, read_experiment, translate
@@ -22,6 +23,9 @@ class Example(BaseConfig):
 
 BASE = {"dataset": "digits", "init_cls": 2, "increment": 2, "model_name": "finetune"}
 DDPM = {"name": "ddpm"}
+
+
+SOURCES.names()  # the rooms register the words of their originals
 
 
 def run_config(**changes) -> RunConfig:
@@ -244,7 +248,7 @@ def test_a_flat_key_that_contradicts_the_source_is_named_with_what_it_contradict
     ],
 )
 def test_an_override_of_a_flat_key_wins_over_the_file_in_either_spelling(raw, overrides, synth):
-    assert apply_overrides(raw, overrides).get("synth") == synth
+    assert translate(apply_overrides(raw, overrides)).get("synth") == synth
 
 
 ESCORT_OFF = {"memory_per_class": 20, "real_per_class": 18, "syn_per_class": 0, "augmentation_prob": 0,
@@ -261,7 +265,7 @@ ESCORT_OFF = {"memory_per_class": 20, "real_per_class": 18, "syn_per_class": 0, 
     ],
 )  # fmt: skip
 def test_escorts_method_can_be_switched_on_over_its_own_file(overrides, expected):
-    assert apply_overrides(gather_keys(ESCORT_OFF), overrides) == expected
+    assert translate(apply_overrides(ESCORT_OFF, overrides)) == expected
 
 
 def test_need_syn_imgs_written_as_text_is_a_boolean_of_the_source():

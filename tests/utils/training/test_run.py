@@ -1,11 +1,11 @@
-"""What surrounds one seed: its log file, metrics, clock and checkpoints."""
+"""What surrounds one seed: its metrics, tracker, clock and checkpoints."""
 
 import json
-import logging
 
 import pytest
 
-from utils.training.run import Metrics, Run, log, log_to_console, log_to_file
+from utils.run.errors import ConfigError
+from utils.training.run import Metrics, Run
 from utils.training.runtime import Runtime
 
 
@@ -22,14 +22,6 @@ def metrics(tmp_path) -> Metrics:
         for step in (10, 20, 30):
             made.write(task=task, purpose=purpose, step=step)
     return made
-
-
-@pytest.fixture
-def talkative():
-    level = log.level
-    log.setLevel(logging.INFO)
-    yield
-    log.setLevel(level)
 
 
 def steps(metrics: Metrics) -> dict[tuple, list[int]]:
@@ -66,6 +58,19 @@ def test_a_last_line_that_a_crash_cut_off_does_not_spoil_the_next(metrics, cut, 
     assert steps(metrics)[1, "train"] == kept
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"", b'{"task": 1, "purp', b"\xff\xfe{", b"[1, 2]", b"7", b"null", b'{"loss": 1}',
+     b'{"task": 1, "purpose": "train", "step": "x"}', b'{"task": 1, "purpose": "train", "step": NaN}'],
+)  # fmt: skip
+@pytest.mark.parametrize("place", [0, 4])
+def test_lines_that_are_none_of_ours_are_forgotten_and_cost_no_other(metrics, line, place):
+    lines = metrics.path.read_bytes().splitlines()
+    metrics.path.write_bytes(b"\n".join([*lines[:place], line, *lines[place:]]) + b"\n")
+    metrics.rewind(1, "train", 30)
+    assert metrics.path.read_bytes().splitlines() == lines
+
+
 def test_rewinding_nothing_leaves_the_file_alone(metrics):
     before = metrics.path.stat().st_ino
     metrics.rewind(1, "train", 30)
@@ -78,38 +83,6 @@ def test_rewinding_needs_no_file_and_only_one_process_writes(tmp_path):
     silent.write(task=0, purpose="train", step=1)
     silent.rewind(0, "train", 0)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("talkative")
-def test_each_seed_has_its_own_log_file_in_pycils_format(tmp_path):
-    for seed in (1, 2):
-        with log_to_file(tmp_path / f"seed_{seed}" / "log.txt"):
-            log.info("CNN top1 curve: [%d]", seed)
-    log.info("to nobody")
-    for seed in (1, 2):
-        text = (tmp_path / f"seed_{seed}" / "log.txt").read_text()
-        assert text.partition(" [test_run.py] => ")[2] == f"CNN top1 curve: [{seed}]\n"
-
-
-@pytest.mark.usefixtures("talkative")
-def test_a_log_file_is_continued_by_a_resumed_run_and_closed_after_an_error(tmp_path):
-    handlers = list(log.handlers)
-    for word in ("one", "two"):
-        with pytest.raises(KeyboardInterrupt), log_to_file(tmp_path / "log.txt"):
-            log.info(word)
-            raise KeyboardInterrupt
-    assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
-    assert log.handlers == handlers
-
-
-@pytest.mark.usefixtures("talkative")
-def test_the_console_gets_every_message_once(monkeypatch, capsys):
-    monkeypatch.setattr(log, "handlers", [])
-    monkeypatch.setattr(log, "propagate", True)
-    log_to_console()
-    log_to_console()
-    log.info("hello")
-    assert capsys.readouterr().out.count("hello") == 1
 
 
 def test_times_of_one_name_add_up_even_when_something_fails(run, monkeypatch):
@@ -136,3 +109,33 @@ def test_time_inside_a_timed_block_counts_there_alone(run, monkeypatch):
     with run.timed("train"), run.timed("generate"):
         pass
     assert run.seconds == {"generate": 2, "train": 8}
+
+
+# ---------------------------------------------------------------------- trackers
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_whose_package_is_missing_is_a_config_error(run, monkeypatch, name):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    with pytest.raises(ConfigError, match=f"log_with={name} needs the package {name}"):
+        run.track(name, "run", {})
+
+
+def test_without_a_tracker_metrics_go_to_the_file_alone(run):
+    run.track(None, "run", {})
+    run.metrics.write(task=0, purpose="train", step=10, loss=1.0)
+    assert [path.name for path in run.folder.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_gets_every_metric_beside_the_file(run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run.track("tensorboard", "name", {"seed": 1, "order": [2, 1], "synth": None, "rate": 0.1})
+    run.metrics.write(task=0, purpose="train", step=10, loss=1.5)
+    run.metrics.tracker.finish()
+    (folder,) = {path.parent for path in run.folder.rglob("events.out.tfevents.*") if path.parent.name == "name"}
+    events = EventAccumulator(str(folder)).Reload()
+    (scalar,) = events.Scalars("task_0/train/loss")
+    assert (scalar.step, scalar.value) == (10, 1.5)
+    assert json.loads(run.metrics.path.read_text())["loss"] == 1.5

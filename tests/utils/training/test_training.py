@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from utils.data.batches import Batch
 from utils.run.errors import TrainingError
 from utils.training import seeding
-from utils.training.fit import Progress, TrainConfig, fit
+from utils.training.fit import Hooks, Progress, TrainConfig, Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
@@ -79,7 +79,8 @@ def cross_entropy(module):
 def train(module, run, config=None, batches=None, loss_fn=None, **hooks):
     config = config or TrainConfig(lr=0.1, steps=STEPS)
     batches = batches or RandomBatches()
-    return fit(module, batches, loss_fn or cross_entropy(module), config, run=run, task=2, purpose="train", **hooks)
+    training = Training(run, 2, "train")
+    return fit(module, batches, loss_fn or cross_entropy(module), config, training, Hooks(**hooks))
 
 
 def metrics(run) -> list[dict]:
@@ -129,16 +130,16 @@ def test_linear_decay_ends_one_step_above_its_floor():
     assert [config.learning_rate(step, 1) for step in (0, 1000, 1999)] == pytest.approx([0.01, 0.005, 5e-6])
 
 
-def test_warmup_rises_in_equal_parts_and_then_leaves_the_schedule_alone():
+def test_warmup_rises_from_0_in_equal_parts_and_then_leaves_the_schedule_alone():
     config = TrainConfig(lr=0.8, steps=8, warmup_steps=4, schedule="step", milestones=(6,))
     rates = [config.learning_rate(step, 1) for step in range(8)]
-    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.08, 0.08])
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.08, 0.08])
 
 
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 12}])
 def test_the_length_is_given_in_epochs_or_in_steps(run, length):
     steps = []
-    train(linear(), run, TrainConfig(lr=0.1, **length), after_step=steps.append)
+    train(linear(), run, TrainConfig(lr=0.1, **length), after_step=lambda step: steps.append(step.number))
     assert steps == list(range(1, 13))
 
 
@@ -225,7 +226,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(run):
     train(
         module, run, TrainConfig(lr=1.0, steps=1, momentum=0.0, clip_norm=0.5),
         loss_fn=lambda batch: {"large": 100 * cross_entropy(module)(batch)["cross_entropy"]},
-        after_backward=lambda batch: gradients.append([value.grad.clone() for value in module.parameters()]),
+        after_backward=lambda step: gradients.append([value.grad.clone() for value in module.parameters()]),
     )  # fmt: skip
     moved = torch.cat([(before[name] - value).flatten() for name, value in module.state_dict().items()])
     unclipped = torch.cat([gradient.flatten() for gradient in gradients[0]])
@@ -235,7 +236,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(run):
 
 def test_hooks_may_change_the_gradient(run):
     module = linear()
-    train(module, run, TrainConfig(lr=1.0, steps=3), after_backward=lambda batch: module.weight.grad.zero_())
+    train(module, run, TrainConfig(lr=1.0, steps=3), after_backward=lambda step: module.weight.grad.zero_())
     assert_close(module.weight, linear().weight, rtol=0, atol=0)
     assert not torch.equal(module.bias, linear().bias)
 
@@ -251,7 +252,7 @@ def test_frozen_parameters_stay(run):
 def test_the_module_trains_in_train_mode_and_is_left_in_eval_mode(run):
     module, modes = linear(), []
 
-    def before_epoch(epoch):
+    def before_epoch(step):
         module.eval()  # as an evaluation between two epochs would
 
     def loss_fn(batch):
@@ -347,7 +348,7 @@ def interrupted(make_module, folder, config, kill_at, precision="fp32", shape=(8
     """A training that dies after ``kill_at`` steps, and the same command again: module and average."""
 
     def kill(step):
-        if step == kill_at:
+        if step.number == kill_at:
             raise Killed
 
     for after_step in (kill, None):
@@ -431,7 +432,7 @@ def test_a_damaged_checkpoint_costs_steps_but_no_bits(tmp_path):
     whole, _ = interrupted(linear, tmp_path / "whole", config, None)
     module, run = linear(), make_run(tmp_path / "again")
     with pytest.raises(Killed):
-        train(module, run, config, after_step=lambda step: (_ for _ in ()).throw(Killed) if step == 11 else None)
+        train(module, run, config, after_step=lambda step: (_ for _ in ()).throw(Killed) if step.number == 11 else None)
     (run.fit_checkpoints(2, "train").path(10) / "module.safetensors").write_bytes(b"")
     again = linear()
     train(again, make_run(tmp_path / "again"), config)
@@ -441,13 +442,16 @@ def test_a_damaged_checkpoint_costs_steps_but_no_bits(tmp_path):
 def test_epochs_that_have_begun_are_not_announced_again(tmp_path):
     epochs = []
 
+    def announce(step):
+        epochs.append(step.epoch)
+
     def kill(step):
-        if step == 7:  # in the middle of epoch 1; the newest checkpoint is of step 5
+        if step.number == 7:  # in the middle of epoch 1; the newest checkpoint is of step 5
             raise Killed
 
     with pytest.raises(Killed):
-        train(linear(), make_run(tmp_path), before_epoch=epochs.append, after_step=kill)
-    train(linear(), make_run(tmp_path), before_epoch=epochs.append)
+        train(linear(), make_run(tmp_path), before_epoch=announce, after_step=kill)
+    train(linear(), make_run(tmp_path), before_epoch=announce)
     assert epochs == [0, 1, 2]
 
 
@@ -488,6 +492,61 @@ def test_trainings_of_another_purpose_do_not_meet(tmp_path):
         module, steps = linear(), []
         fit(
             module, RandomBatches(), cross_entropy(module), TrainConfig(lr=0.1, steps=3),
-            run=run, task=0, purpose=purpose, after_step=steps.append,
+            Training(run, 0, purpose), Hooks(after_step=lambda step, steps=steps: steps.append(step.number)),
         )  # fmt: skip
         assert steps == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------- hooks
+
+
+def test_a_step_says_where_the_training_stands(run):
+    seen = []
+    batches = RandomBatches()
+
+    def note(step):
+        seen.append((step.task, step.purpose, step.epoch, step.number, step.batch is not None))
+
+    module = linear()
+    train(module, run, TrainConfig(lr=0.1, steps=5), batches, before_epoch=note, after_backward=note, after_step=note)
+    inside = [(2, "train", step // 4, step + done, True) for step in range(5) for done in (0, 1)]
+    assert seen == [(2, "train", 0, 0, False), *inside[:8], (2, "train", 1, 4, False), *inside[8:]]
+
+
+def test_the_gradient_of_another_loss_is_autograds_and_0_where_it_does_not_reach(run):
+    module, found, wanted = linear(), [], []
+
+    def loss():
+        return module.weight.pow(3).sum()
+
+    def note(step):
+        kept = [parameter.grad.clone() for parameter in step.parameters]
+        found.append(step.gradient(loss))
+        wanted.append([*torch.autograd.grad(loss(), [module.weight]), torch.zeros(2)])
+        assert_close([parameter.grad for parameter in step.parameters], kept)  # those of the step stay
+
+    train(module, run, TrainConfig(lr=0.1, steps=2), after_backward=note)
+    assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_gradient_of_another_loss_is_taken_in_the_precision_of_the_training(tmp_path, precision, dtype):
+    module, seen = linear(), []
+
+    def loss():
+        seen.append(module(torch.ones(1, 3)))
+        return seen[-1].float().sum()
+
+    run = make_run(tmp_path, precision)
+    train(module, run, TrainConfig(lr=0.1, steps=1), after_backward=lambda step: step.gradient(loss))
+    assert seen[0].dtype == dtype
+
+
+def test_a_second_training_fires_its_own_hooks_alone(run):
+    module, fired = linear(), []
+    for purpose in ("first", "second"):
+        fit(
+            module, RandomBatches(), cross_entropy(module), TrainConfig(lr=0.1, steps=2), Training(run, 2, purpose),
+            Hooks(after_step=lambda step, purpose=purpose: fired.append((purpose, step.purpose))),
+        )  # fmt: skip
+    assert fired == [("first", "first")] * 2 + [("second", "second")] * 2

@@ -1,0 +1,153 @@
+"""Files and folders are there whole or not at all, and a damaged one is named."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from utils.run.errors import CheckpointError, ConfigError, RepriseError
+from utils.run.files import (
+    atomic_write,
+    file_hash,
+    load_tensors,
+    read_json,
+    save_tensors,
+    whole_folder,
+    write_json,
+)
+
+
+def everything_in(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("content", ["grün\n", b"\x00\xff", ""])
+def test_a_file_is_written_whole_and_leaves_no_temporary_one(tmp_path, content):
+    atomic_write(tmp_path / "new" / "file", content)
+    assert (tmp_path / "new" / "file").read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert everything_in(tmp_path) == {"new", "new/file"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_keeps_the_old_file_and_says_what_to_do(tmp_path, monkeypatch, code):
+    def full(_):
+        raise OSError(code, "full")
+
+    atomic_write(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RepriseError, match=r"the disk is full: cannot write .*file; make room"):
+        atomic_write(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "old"
+    assert everything_in(tmp_path) == {"file"}
+
+
+def test_a_disk_that_is_full_when_a_file_is_opened_says_so_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.open", no_space)
+    with pytest.raises(RepriseError, match="the disk is full"):
+        atomic_write(tmp_path / "file", "new")
+
+
+def test_another_failure_of_the_disk_stays_what_it_is(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="broken"):
+        atomic_write(tmp_path / "file", "new")
+    assert everything_in(tmp_path) == set()
+
+
+def test_only_what_cannot_be_made_again_waits_for_the_disk(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(os, "fsync", waited.append)
+    atomic_write(tmp_path / "image", "x", sync=False)
+    assert waited == []
+    atomic_write(tmp_path / "state", "x")
+    assert len(waited) == 1
+
+
+def test_json_and_hash_of_files(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None]}
+    (tmp_path / "abc").write_text("abc")
+    assert file_hash(tmp_path / "abc").startswith("ba7816bf8f01cfea")  # FIPS 180's example
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_tensors_of_every_kind_come_back_equal(tmp_path, dtype):
+    tensor = torch.arange(24).view(2, 3, 2, 2).to(dtype)
+    scattered = tensor.to(memory_format=torch.channels_last).requires_grad_(dtype == torch.float32)
+    save_tensors(tmp_path / "t.safetensors", {"a": scattered, "scalar": torch.tensor(3), "none": torch.empty(0, 2)})
+    loaded = load_tensors(tmp_path / "t.safetensors")
+    assert_close(loaded["a"], tensor, rtol=0, atol=0)
+    assert (loaded["scalar"].item(), loaded["none"].shape) == (3, (0, 2))
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut off", "text"])
+def test_a_tensor_file_that_cannot_be_read_is_named(tmp_path, damage):
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"a": torch.zeros(100)})
+    if damage == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:200] if damage == "cut off" else b"hello")
+    with pytest.raises(CheckpointError, match=r"cannot read .*t\.safetensors"):
+        load_tensors(path)
+
+
+def test_a_module_keeps_its_memory_format_when_its_weights_are_loaded(tmp_path):
+    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    save_tensors(tmp_path / "m.safetensors", module.state_dict())
+    storage, values = module.weight.data_ptr(), module.weight.detach().clone()
+    module.load_state_dict(load_tensors(tmp_path / "m.safetensors"))
+    assert module.weight.data_ptr() == storage
+    assert module.weight.is_contiguous(memory_format=torch.channels_last)
+    assert_close(module.weight.detach(), values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is missing: mend it"),
+        (b"", "is damaged"),
+        (b'{"a": ', "is damaged"),
+        (b'{"a": "\xff"}', "is damaged"),
+        (b"[" * 100_000, "is damaged"),  # deeper than Python can read
+        (b"[1]", "holds a list, not an object"),
+        (b"null", "holds a NoneType, not an object"),
+    ],
+)
+def test_a_json_file_that_holds_no_object_is_one_error_with_its_remedy(tmp_path, content, said):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"a\.json {said if content is None else 'is damaged'}") as caught:
+        read_json(path, "mend it", ConfigError)
+    assert said in str(caught.value) and str(caught.value).endswith(": mend it")
+
+
+def test_a_folder_takes_its_place_once_all_is_in_it(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "old").write_text("x")
+    with whole_folder(tmp_path / "made") as temporary:
+        (temporary / "new").write_text("x")
+        assert everything_in(tmp_path / "made") == {"old"}
+    assert everything_in(tmp_path) == {"made", "made/new"}
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), OSError(errno.ENOSPC, "full")])
+def test_a_folder_that_failed_leaves_the_old_one_and_nothing_half_written(tmp_path, error):
+    (tmp_path / "made").mkdir()
+    wrong = pytest.raises((ValueError, RepriseError), match=r"mine|the disk is full")
+    with wrong, whole_folder(tmp_path / "made") as temporary:
+        (temporary / "new").write_text("x")
+        raise error
+    assert everything_in(tmp_path) == {"made"}

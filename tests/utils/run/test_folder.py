@@ -1,0 +1,245 @@
+"""Who owns the folder of a run, and the small files that describe it."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support.toy import toy_dataset
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager, Split
+from utils.run.config import RunConfig
+from utils.run.errors import CheckpointError, ConfigError
+from utils.run.folder import (
+    claim_data,
+    claim_folder,
+    claim_machine,
+    finished_results,
+    locked,
+    read_data,
+    read_results,
+    replay_folder,
+    replay_manifest,
+    run_manifest,
+)
+from utils.training.runtime import Runtime
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
+    return caplog
+
+
+def config(folder, **changes) -> RunConfig:
+    keys = {"dataset": "digits", "init_cls": 2, "increment": 2, "model_name": "finetune", "output_dir": str(folder)}
+    return RunConfig.parse({**keys, "synth": {"name": "any"}, **changes})
+
+
+def data(dataset=None, **changes) -> DataManager:
+    return DataManager(dataset or toy_dataset(), Split(**{"init_cls": 2, "increment": 2, "shuffle": False, **changes}))
+
+
+# ---------------------------------------------------------------------- owning it
+
+OWN = """
+import sys, time
+from pathlib import Path
+from utils.run.folder import locked
+with locked(Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
+    folder = tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "-c", OWN, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "mine\n"
+        with pytest.raises(ConfigError, match="run belongs to a process that is running now"), locked(folder):
+            pass
+        with locked(folder, is_main=False):  # a sibling of the process that owns it
+            pass
+    finally:
+        first.kill()  # as kill -9
+        first.wait()
+        first.stdout.close()
+    for _ in range(2):
+        with locked(folder):
+            pass
+
+
+def test_the_same_settings_own_their_folder_again_and_others_are_told_the_first_difference(tmp_path):
+    folder = claim_folder(config(tmp_path), "run", overwrite=False)
+    (folder / "kept").write_text("x")
+    claim_folder(config(tmp_path, seed=[5], device="cpu"), "run", overwrite=False)
+    with pytest.raises(ConfigError, match=r"identity\.increment is 2 there, 3 here\. Give another --name, or --over"):
+        claim_folder(config(tmp_path, increment=3), "run", overwrite=False)
+    assert (folder / "kept").exists()
+    claim_folder(config(tmp_path, increment=3), "run", overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert run_manifest(folder, None).read()["identity"]["increment"] == 3
+
+
+@pytest.mark.parametrize("content", [None, b"{}", b"", b'{"written_by": "reprise", "kind": "bank", "files": {}}'])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_without_our_manifest_is_never_deleted(tmp_path, overwrite, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("x")
+    if content is not None:
+        (tmp_path / "run" / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="run"):
+        claim_folder(config(tmp_path), "run", overwrite)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.symlink_to("nowhere")])
+def test_a_file_or_a_dead_link_in_the_place_of_the_folder_is_a_config_error(tmp_path, make):
+    make(tmp_path / "run")
+    with pytest.raises(ConfigError, match="run holds files, but is no run of Reprise"):
+        claim_folder(config(tmp_path), "run", overwrite=True)
+
+
+def test_overwriting_loses_nothing_where_the_images_are_not_ours(tmp_path):
+    settings = config(tmp_path, seed=[1])
+    folder = claim_folder(settings, "run", overwrite=False)
+    drawn = replay_folder(settings, "run", 1)
+    drawn.mkdir()
+    (drawn / "manifest.json").write_text('{"name": "an application of somebody else"}')
+    with pytest.raises(CheckpointError, match=r"manifest\.json is no bank manifest of this project"):
+        claim_folder(settings, "run", overwrite=True)
+    assert (folder / "config.json").exists() and (drawn / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours", "stays"),
+    [
+        ({}, True, False),
+        ({}, False, True),  # images that somebody else put there
+        ({"synth": {"name": "any", "syn_image_path": "{}/mine"}}, True, True),  # a folder that the user named
+    ],
+)
+def test_overwriting_takes_the_replay_images_that_the_run_drew(tmp_path, changes, ours, stays):
+    changes = json.loads(json.dumps(changes).replace("{}", str(tmp_path))) if "synth" in changes else changes
+    settings = config(tmp_path, seed=[1], **changes)
+    claim_folder(settings, "run", overwrite=False)
+    drawn = replay_folder(settings, "run", 1)
+    drawn.mkdir()
+    (drawn / "0.png").write_text("x")
+    if ours:
+        replay_manifest(drawn).claim()
+    claim_folder(settings, "run", overwrite=True)
+    assert drawn.exists() is stays
+
+
+# ---------------------------------------------------------------------- the files that describe it
+
+
+def test_a_later_start_takes_threads_and_precision_of_the_first(tmp_path):
+    threads = torch.get_num_threads()
+    claim_machine(tmp_path, Runtime(["cpu"], "bf16"))
+    torch.set_num_threads(threads + 1)
+    runtime = Runtime(["cpu"], "fp32")
+    claim_machine(tmp_path, runtime)
+    assert (torch.get_num_threads(), runtime.bf16) == (threads, True)
+
+
+def test_a_machine_that_changed_is_told_by_a_warning(tmp_path, warnings):
+    runtime, path = Runtime(["cpu"], "fp32"), tmp_path / "environment.json"
+    for _ in range(2):
+        claim_machine(tmp_path, runtime)
+    assert warnings.text == ""
+    path.write_text(json.dumps({**json.loads(path.read_text()), "torch": "0.1", "cpu": "abacus"}))
+    claim_machine(tmp_path, runtime)
+    assert "torch was 0.1, is " in warnings.text and "cpu was abacus, is " in warnings.text
+
+
+def test_data_are_described_for_whoever_reads_the_folder(tmp_path):
+    claim_data(tmp_path, data())
+    dataset, names, order = read_data(tmp_path)
+    assert (dataset.name, dataset.image_size, dataset.mean, len(dataset.train)) == ("toy", 8, [0.2] * 3, 0)
+    assert (names, order) == ([f"row {label}" for label in range(6)], list(range(6)))
+
+
+def other_images():
+    pixels = toy_dataset().train.parts[0].images.clone()
+    pixels[0, 0, 0, 0] ^= 1
+    return dataclasses.replace(toy_dataset(), train=ImageSet.of(pixels, toy_dataset().train.labels))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda: data(shuffle=True), "class_order is"),
+        (lambda: data(dataclasses.replace(toy_dataset(), name="other")), "dataset is"),
+        (lambda: data(dataclasses.replace(toy_dataset(), class_names=list("abcdef"))), "class_names is"),
+        (lambda: data(toy_dataset(per_class=9)), "counts is"),
+        (lambda: data(other_images()), "images is"),  # one bit of one pixel
+    ],
+)
+def test_a_seed_begun_with_other_data_is_refused(tmp_path, changed, said):
+    claim_data(tmp_path, data())
+    claim_data(tmp_path, data())
+    with pytest.raises(CheckpointError, match=f"{said}.*there.*Put the data back as it was"):
+        claim_data(tmp_path, changed())
+
+
+def test_results_count_once_the_seed_is_finished(tmp_path):
+    for seed, finished in ((3, True), (1, True), (2, False)):
+        (tmp_path / f"seed_{seed}").mkdir()
+        content = json.dumps({"seed": seed, "finished": finished})
+        (tmp_path / f"seed_{seed}" / "results.json").write_text(content)
+    (tmp_path / "seed_4").mkdir()
+    assert read_results(tmp_path / "seed_4") is read_results(tmp_path / "seed_2") is None
+    assert [results["seed"] for results in finished_results(tmp_path)] == [1, 3]
+
+
+READERS = {
+    "environment.json": lambda folder: claim_machine(folder, Runtime(["cpu"])),
+    "config.json": lambda folder: run_manifest(folder, None).read(),
+    "data.json": read_data,
+    "results.json": read_results,
+}
+MANIFEST = b'{"written_by": "reprise", "kind": "%s", "files": {}%s}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, content) for name in READERS for content in (b"", b'{"thr', b"[]", b'"x"', b'{"a": "\xff"}')),
+        ("environment.json", b"{}"),
+        ("environment.json", b'{"threads": "2", "precision": "fp32"}'),
+        ("environment.json", b'{"threads": true, "precision": "fp32"}'),
+        ("environment.json", b'{"threads": 0, "precision": "fp32"}'),
+        ("environment.json", b'{"threads": 2}'),
+        ("config.json", b"{}"),
+        ("config.json", MANIFEST % (b"seed", b"")),
+        ("data.json", b"{}"),
+        ("data.json", MANIFEST % (b"seed", b"")),  # nothing of its images
+        ("data.json", MANIFEST % (b"seed", b', "view": []')),
+        ("data.json", MANIFEST % (b"seed", b', "view": {"name": "x"}, "class_names": [], "class_order": []')),
+    ],
+)
+def test_a_damaged_file_is_one_error_that_names_it(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((CheckpointError, ConfigError), match=name.replace(".", r"\.")):
+        READERS[name](tmp_path)
+
+
+@pytest.mark.parametrize("name", ["results.json", "data.json"])
+def test_a_folder_in_the_place_of_a_file_is_one_error_that_names_it(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        READERS[name](tmp_path)
