@@ -219,9 +219,7 @@ class DDPM(ReplaySource):
         return self.draw(requests, self.sampling)
 
     @torch.no_grad()
-    def draw(
-        self, requests: Requests, sampling: Sampling, bend: Callable[[Requests], Bend] | None = None
-    ) -> ImageSet:
+    def draw(self, requests: Requests, sampling: Sampling, bend: Callable[[Requests], Bend] | None = None) -> ImageSet:
         """Draw one image per request, as ``generate`` does, with other time steps or bent toward another goal.
 
         Args:

@@ -57,9 +57,7 @@ class Copied(Banked):
                 )
             return 0, compressed
         if real is not None and real > per_class:
-            raise ConfigError(
-                f"synth.real_per_class={real} is more than all of memory_per_class={per_class}: lower it"
-            )
+            raise ConfigError(f"synth.real_per_class={real} is more than all of memory_per_class={per_class}: lower it")
         if not compressed:
             return per_class if real is None else real, 0
         ratio = self.source.maps_per_image(self.data)
