@@ -23,7 +23,7 @@ def draw(folder: Path, rank: int):
     for buffer in learner.network.buffers():
         buffer += rank
     learner.replay.source.fitted_classes = {0, 1}
-    return torch.cat([part.images for part in learner.draw_replay(task, step=0).parts])
+    return torch.cat([part.images for part in learner.replay.draw_step(task, step=0).parts])
 
 
 if __name__ == "__main__":

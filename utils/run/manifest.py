@@ -108,8 +108,9 @@ class Manifest:
         """Write the list of files with hashes that are known already; see ``seal``."""
         for name in files:
             assert self._is_ours(name), name
-        notes = {**(self.read() if self.exists else {}), **notes}
-        write_json(self.path, self._content(files, **notes))
+        stored = self.read() if self.exists else {}
+        stored.pop("files", None)  # those listed before
+        write_json(self.path, self._content(files, **{**stored, **notes}))
 
     def damaged(self) -> list[str]:
         """Return the listed files that are missing or changed since they were sealed."""
