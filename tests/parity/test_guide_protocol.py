@@ -49,7 +49,8 @@ def test_p9_an_epoch_is_counted_in_full_batches(name, images, hold):
     config = published(name)
     classes = config.increment
     learner = SimpleNamespace(
-        config=config, upper_bound=False,
+        config=config,
+        upper_bound=False,
         data=SimpleNamespace(class_counts=[images // classes] * 2 * classes),
     )
     task = SimpleNamespace(index=1, classes=range(classes, 2 * classes))

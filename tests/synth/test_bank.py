@@ -240,7 +240,8 @@ def test_a_drawing_goes_on_behind_its_finished_chunks_with_the_same_bits(tmp_pat
 def test_a_torn_line_of_the_journal_counts_nothing(tmp_path, monkeypatch):
     (journal,) = kill_after(tmp_path, 2, monkeypatch).glob(".drawn*")
     journal.write_bytes(journal.read_bytes()[:-20])
-    assert drawn(tmp_path, tasks=1, sample_batch=2).source.drawn == 4
+    bank = drawn(tmp_path, tasks=1, sample_batch=2)
+    assert bank.source.drawn == 4 and greys(bank.stored([0, 1])) == [0, 1, 2, 20, 21, 22]
 
 
 def test_a_journal_that_names_what_is_not_there_or_not_ours_counts_nothing(tmp_path, monkeypatch):
@@ -252,6 +253,13 @@ def test_a_journal_that_names_what_is_not_there_or_not_ours_counts_nothing(tmp_p
 
 
 # ---------------------------------------------------------------------- images as files
+
+
+def test_fewer_images_than_are_to_be_there_are_never_a_smaller_replay(tmp_path):
+    drawn(tmp_path, tasks=1)
+    spoil(tmp_path, lambda content: content["files"].pop("1/1-2.png"))
+    with pytest.raises(BankError, match=r"task_0 has 2 of 3 replay images of class 1: delete .*task_0 to redraw"):
+        bank_of(tmp_path).stored([0, 1])
 
 
 def test_a_stored_png_decodes_to_the_image_that_was_drawn(tmp_path):
@@ -287,6 +295,7 @@ def test_pruning_that_was_interrupted_leaves_what_is_kept_and_hands_out_nothing_
         patch.setattr("pathlib.Path.unlink", lambda path, **_: path.with_name("nowhere").stat())
         bank.prune()
     for again in (bank, bank_of(tmp_path)):
+        again.kept = {1: 2}  # as a checkpoint says
         again.prune()
         assert len(again.stored([0, 1])) == 5
 

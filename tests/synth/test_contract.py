@@ -155,7 +155,8 @@ def test_images_that_it_rehearses_on_are_those_that_its_manifest_lists(tmp_path)
     assert len(listed) == 20 and all(file_hash(folder / name) == digest for name, digest in listed.items())
     for name in ("0-99.png", "0-1 - Copy.png"):
         (folder / "0" / name).write_bytes((folder / next(iter(listed))).read_bytes())
-    assert torch.equal(source._rehearse(TASK_1, num_images=20).decoded().parts[0].images, first.decoded().parts[0].images)
+    again = source._rehearse(TASK_1, num_images=20)
+    assert [list(part.images) for part in again.parts] == [list(part.images) for part in first.parts]
 
 
 def test_an_image_of_the_rehearsal_that_was_damaged_is_drawn_again(tmp_path):

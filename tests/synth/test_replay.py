@@ -17,7 +17,7 @@ class Centres(ReplaySource):
 
     def generate(self, requests):
         self.keys = {*getattr(self, "keys", ()), requests.key}
-        return FeatureSet(torch.stack([requests.labels.float(), requests.copy.float()], 1), requests.labels)
+        return FeatureSet.of(torch.stack([requests.labels.float(), requests.copy.float()], 1), requests.labels)
 
     def save(self, directory): ...
 
@@ -69,7 +69,7 @@ def test_features_are_made_anew_before_every_task_and_nothing_is_carried(tmp_pat
     replay.source = Centres(*vars_of(replay.source))
     made = replay.past(replay.data.task(2))
     assert made.labels.tolist() == [label for label in range(4) for _ in range(3)] and replay.carried() == []
-    assert made.features[:3].tolist() == [[0, 0], [0, 1], [0, 2]] and replay.source.keys == {(7, "painter", 2)}
+    assert made.tensor()[:3].tolist() == [[0, 0], [0, 1], [0, 2]] and replay.source.keys == {(7, "painter", 2)}
 
 
 def vars_of(source):

@@ -86,6 +86,7 @@ def test_a_run_on_stored_sources_has_the_bits_of_the_run_that_trained_them(sourc
 
 def test_another_learner_with_other_sampling_takes_the_same_sources(kept, tmp_path):
     drawn_otherwise = {"replay": "redraw", "timestep_respacing": "3", "sampler": "ddpm", "syn_per_class": 2}
+    drawn_otherwise |= {"clip_x0": False}
     run = taking(tmp_path, kept, learner="finetune", **drawn_otherwise, sample_batch=8, image_format="jpg")
     assert run.learn_all()["finished"] and run.learner.replay.source.fitted_classes == {0, 1, 2, 3}
     stored = json.loads((kept / "sources" / "task_1" / "manifest.json").read_text())
