@@ -162,9 +162,13 @@ class Bank:
         paths: list[str] = []
         labels: list[int] = []
         for label in classes:
-            found = place.of_class(label)[: self.kept.get(label, self.per_class(label))]
-            if not found:
-                raise BankError(f"no replay images of class {label} in {place.folder}: delete {place.folder} to redraw")
+            wanted = self.kept.get(label, self.per_class(label))
+            found = place.of_class(label)[:wanted]
+            if len(found) < wanted:
+                raise BankError(
+                    f"{place.folder} has {len(found)} of {wanted} replay images of class {label}: a later checkpoint gave "
+                    "the others up, or they were drawn for another run; begin anew with --overwrite"
+                )
             paths += map(str, found)
             labels += [label] * len(found)
         return ImageSet.of(paths, torch.tensor(labels, dtype=torch.int64))

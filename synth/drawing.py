@@ -147,7 +147,7 @@ class ImageFolder:
 
     def _note(self, files: dict[str, str]) -> None:
         with open(self.folder / f".drawn_{self.run.runtime.shard[0]}.jsonl", "a") as file:
-            file.write(json.dumps(files) + "\n")
+            file.write("\n" + json.dumps(files))  # a new line first: the last one may have been cut off by a kill
 
     def _noted(self) -> dict[str, str]:
         """Return the images of all journals that are whole; a line that a kill cut off counts nothing."""

@@ -61,9 +61,9 @@ class DDPM(ReplaySource):
     """
 
     class Config(ClassUNetConfig, SourceConfig):
-        # Its rehearsal is drawn with the first three too, but a later run only draws with what is learned.
+        # Its rehearsal is drawn with the first four too, but a later run only draws with what is learned.
         drawing: ClassVar[frozenset[str]] = frozenset(
-            {"sampler", "timestep_respacing", "guidance", "gradient_checkpointing"}
+            {"sampler", "timestep_respacing", "guidance", "clip_x0", "gradient_checkpointing"}
         )
 
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")

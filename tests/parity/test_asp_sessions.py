@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from learners import LEARNERS
+from learners.run.state import learner_state, restore_learner
 from tests.support.tiny_asp import base_loss_as_tokens, prompted_as_tokens, tiny_vit_file
 from tests.support.toy import TINY_LEARNERS, toy_experiment
 from utils.data.batches import Batch, test_batches
 from utils.data.images import ImageSet
-from utils.training.run import Run
+from utils.training.fit import Step, Training
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -22,9 +22,7 @@ def make_learner(folder, **keys):
     file = tiny_vit_file(folder, TINY_LEARNERS["asp"]["convnet_type"], **TINY_LEARNERS["asp"]["backbone_args"])
     keys = {"backbone_weights": file, "pretrain_epochs": 0, "fs_epoch": 0, "precision": "fp32", **keys}
     keys = {"init_cls": 4, "kshot": 3, **keys}
-    experiment = toy_experiment("asp", folder, **keys)
-    run = Run(experiment.folder, 7, experiment.runtime, progress=False)
-    return LEARNERS["asp"](experiment.config, experiment.data, run)
+    return toy_experiment("asp", folder, **keys).check()
 
 
 def begin(learner, index=0):
@@ -34,7 +32,12 @@ def begin(learner, index=0):
             learner.learn_task(task)
             continue
         learner.grow_network(task)
+        learner.present = learner.data.train_images(task)
         return task
+
+
+def begin_epoch(learner, task, epoch=0):
+    learner.before_epoch(Step(Training(learner.run, task, "train"), epoch, 0, []))
 
 
 def views(learner, images: ImageSet) -> torch.Tensor:
@@ -90,7 +93,7 @@ def test_check_21_anchors_are_the_images_nearest_to_their_class_means(tmp_path):
     task = begin(learner)
     learner.before_training(task)
     learner.backbone.tip.data.normal_()
-    learner.before_epoch(task, 0)
+    begin_epoch(learner, task)
     images = learner.data.train_images(task)
     expected = central_images(oracle(learner, images, torch.zeros(2, 3, 48))[0], images.labels)
     assert learner.anchors.tolist() == expected
@@ -114,7 +117,7 @@ def test_check_21_nearness_is_an_angle_and_lengths_count_in_the_mean(tmp_path, m
     learner.before_training(task)
     features = torch.randn(40, 48) * torch.logspace(-1, 1, 10).repeat(4)[:, None]
     monkeypatch.setattr(learner, "extract_features", lambda images: features)
-    learner.before_epoch(task, 0)
+    begin_epoch(learner, task)
     assert learner.anchors.tolist() == central_images(features, learner.base_images.labels)
 
 
@@ -125,7 +128,7 @@ def test_anchors_are_chosen_under_the_last_average_prompt_which_is_renewed_after
     last = torch.randn_like(average)
     average.copy_(last)
     monkeypatch.setattr(learner, "extract_features", lambda images: seen.append(average.clone()) or extract(images))
-    learner.before_epoch(task, 1)
+    begin_epoch(learner, task, 1)
     assert_close(seen, [last], **EXACT)
     assert_close(average, oracle(learner, learner.data.train_images(task))[1].mean(0), rtol=0, atol=1e-5)
 
@@ -138,9 +141,9 @@ def base_batch(learner, task):
     torch.manual_seed(3)
     learner.before_training(task)
     learner.backbone.tip.data.normal_()
-    learner.before_epoch(task, 0)
+    begin_epoch(learner, task)
     labels = torch.tensor([0, 2, 1, 2, 2, 0])
-    batch = Batch(torch.rand(6, 3, 8, 8), labels, labels < 0, torch.arange(6))
+    batch = Batch(torch.rand(6, 3, 8, 8), labels, labels < 0)
     return batch, torch.randn(10, 2 * 144)
 
 
@@ -238,9 +241,9 @@ def test_check_18_a_checkpoint_without_the_vit_predicts_the_same_bits(tmp_path):
     learner = make_learner(tmp_path / "a")
     for task in learner.data.tasks():
         learner.learn_task(task)
-    tensors, state = learner.state()
+    tensors, state = learner_state(learner)
     copied = make_learner(tmp_path / "b")
-    copied.restore(tensors, state)
+    restore_learner(copied, tensors, state)
     images = learner.data.test_images(range(6))
     assert not any("vit" in name for name in tensors["network"])
     assert_close(copied.predict(images)["cnn"], learner.predict(images)["cnn"], **EXACT)
@@ -294,9 +297,7 @@ def test_old_prototypes_are_made_anew_from_replay_where_that_is_wanted(refresh, 
     learner, task = learned_session(tmp_path)
     learner.config = learner.config.model_copy(update={"refresh_old_prototypes": refresh})
     before = snapshot(learner)["head.weight"]
-    learner.replay = learner.data.test_images(range(4))
+    learner.past = learner.data.test_images(range(4))
     learner.after_training(task)
-    expected = (
-        class_means(oracle(learner, learner.replay)[0], learner.replay.labels, range(4)) if refresh else before[:4]
-    )
+    expected = class_means(oracle(learner, learner.past)[0], learner.past.labels, range(4)) if refresh else before[:4]
     assert_close(learner.network.head.weight[:4].data, expected, rtol=0, atol=1e-5)

@@ -17,7 +17,7 @@ from synth.prompts import TRAIN_TEMPLATES
 from synth.requests import Requests
 from tests.support.tiny_inversion import make_inversion, tiny_model, toy_task
 from tests.support.toy import toy_dataset
-from utils.data.batches import Batch
+from utils.data.batches import Batch, Loading
 from utils.data.images import ImageSet, decode_image
 from utils.data.manager import DataManager, Split
 from utils.run.errors import BankError
@@ -32,7 +32,7 @@ LDM_NOISE = {
 def batch_of(labels, seed=0):
     z0 = torch.randn(len(labels), 4, 4, 4, generator=torch.Generator().manual_seed(seed))
     labels = torch.tensor(labels)
-    return Batch(z0, labels, labels < 0, labels)
+    return Batch(z0, labels, labels < 0)
 
 
 def loss_of(source, module, batch, classes=(0, 1, 2), seed=0):
@@ -191,7 +191,7 @@ def test_rounds_of_one_client_are_the_plain_loop_with_a_new_optimizer_every_roun
     for round_ in range(2):
         key = (7, 0, f"invert_r{round_}_c0")
         optimizer = torch.optim.AdamW([vectors], 0.02, weight_decay=0.01, fused=True)
-        for step, batch in zip(range(3), LatentBatches(latents, batch_size=6, key=key, device="cpu").epoch(0)):
+        for step, batch in zip(range(3), LatentBatches(latents, Loading(None, 6, key, torch.device("cpu"))).epoch(0)):
             seeding.seed_everything(*key, step)
             optimizer.zero_grad()
             source.loss(batch, SimpleNamespace(vectors=vectors), classes, scheduler)["mse"].backward()
@@ -249,19 +249,18 @@ class Large:
 def bank_of(folder, order_seed):
     source = make_inversion(folder, syn_per_class=3)
     data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, order_seed=order_seed))
-    return Bank(folder / "bank", source.config, data, source.run), Large(source.run, source.config)
+    return Bank(folder / "bank", Large(source.run, source.config), data)
 
 
 def test_images_lie_in_a_folder_per_task_and_class_and_belong_to_one_class_order(tmp_path):
-    bank, source = bank_of(tmp_path, order_seed=1)
-    bank.draw(source, bank.data.task(1), [2, 3])
+    bank = bank_of(tmp_path, order_seed=1)
+    bank.draw(1, [2, 3])
     folder = tmp_path / "bank" / "task_1"
     assert sorted(path.name for path in folder.glob("*/*-*")) == [f"{c}-{i}.jpg" for c in (2, 3) for i in range(3)]
     assert decode_image(folder / "3" / "3-2.jpg").shape == (3, 256, 256)
     assert json.loads((folder / "manifest.json").read_text())["class_order"] == bank.data.class_order
-    other, source = bank_of(tmp_path, order_seed=2)
     with pytest.raises(BankError, match="class_order"):
-        other.draw(source, other.data.task(1), [2, 3])
+        bank_of(tmp_path, order_seed=2).draw(1, [2, 3])
 
 
 def test_the_noise_of_the_small_model_is_that_of_latent_diffusion():

@@ -57,7 +57,7 @@ def test_twenty_images_worth_hold_eighteen_and_forty_eight_maps(real, compressed
 @pytest.mark.parametrize("size", [(375, 500), (333, 500)])  # pixels that fill no whole number of bytes
 def test_a_photographs_map_counts_a_twenty_fourth_whatever_its_size(size, tmp_path):
     run = experiment(tmp_path, coloured(2, 70), 18, 48, 20, 1, 1)
-    source = run.check().source
+    source = run.check().replay.source
     assert source.maps_per_image(SimpleNamespace(image_sizes={size: 3, (300, 301): 2})) == 24
 
 
@@ -73,11 +73,11 @@ def test_memory_has_30_then_45_then_60_entries(tmp_path):
     save = run._save
 
     def count(task):
-        entries.append((len(run.learner.memory.images), run.learner.replay.source.num_compressed))
+        entries.append((len(run.learner.memory.images), sum(map(len, run.learner.replay.source.maps.values()))))
         save(task)
 
     run._save = count
-    run.run()
+    run.learn_all()
     assert entries == [(12, 18), (18, 27), (24, 36)]
 
 

@@ -7,8 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from learners.guide.learner import GUIDE
+from learners.guide.replay import Guided
 from learners.run.configure import build_config
 from synth.ddpm.source import DDPM
+from synth.drawing import ImageFolder
 from synth.requests import draw_labels
 from tests.parity.published import PUBLISHED, published
 from tests.support.toy import toy_experiment
@@ -46,8 +48,11 @@ def test_p9_the_rate_falls_at_the_ends_of_epochs_alone(lr, steps, hold, expected
 def test_p9_an_epoch_is_counted_in_full_batches(name, images, hold):
     config = published(name)
     classes = config.increment
-    learner = SimpleNamespace(config=config, data=SimpleNamespace(class_counts=[images // classes] * 2 * classes))
-    learner.num_real = lambda task: GUIDE.num_real(learner, task)
+    learner = SimpleNamespace(
+        config=config,
+        upper_bound=False,
+        data=SimpleNamespace(class_counts=[images // classes] * 2 * classes),
+    )
     task = SimpleNamespace(index=1, classes=range(classes, 2 * classes))
     training = GUIDE.train_config(learner, task)
     assert (training.hold, training.steps, training.lr) == (hold, 2000, config.classifier_lr)
@@ -64,9 +69,9 @@ def test_p9_an_epoch_is_counted_in_full_batches(name, images, hold):
 )
 def test_p8_self_rehearsal_keeps_its_surplus(name, counts, tmp_path, monkeypatch):
     config, asked = published(name), []
-    draw = "synth.ddpm.source.draw_missing"
-    monkeypatch.setattr(draw, lambda source, folder, requests: asked.append(requests[0].labels))
-    source = SimpleNamespace(config=config.synth, run=Run(tmp_path, 0, Runtime(["cpu"])), network=torch.nn.Identity())
+    monkeypatch.setattr(ImageFolder, "draw", lambda folder, source, requests: asked.append(requests[0].labels))
+    run = Run(tmp_path, 0, Runtime(["cpu"]))
+    source = SimpleNamespace(config=config.synth, run=run, network=torch.nn.Identity(), fingerprint=lambda: "")
     for task in range(1, len(counts) + 1):
         source.fitted_classes = set(range(config.increment * task))
         DDPM._rehearse(source, SimpleNamespace(index=task), num_images=1)
@@ -77,9 +82,8 @@ def test_p8_self_rehearsal_keeps_its_surplus(name, counts, tmp_path, monkeypatch
 @pytest.mark.parametrize(("name", "draws"), [*zip(PUBLISHED, (2000, 400, 200, 200, 1334))])
 def test_p8_replay_is_drawn_so_often_in_a_task(name, draws):
     config = published(name)
-    learner = SimpleNamespace(config=config, data=SimpleNamespace(num_tasks=2))
-    learner.num_replayed = lambda index: GUIDE.num_replayed(learner, index)
-    assert GUIDE.count_draws(learner) == draws * (config.batch_size // 2)
+    replay = Guided(config, None, SimpleNamespace(num_tasks=2), None, "")
+    assert replay.expected() == draws * (config.batch_size // 2)
 
 
 def test_labels_are_drawn_one_by_one_or_in_equal_counts():
@@ -97,10 +101,12 @@ def test_the_real_share_of_a_batch_shrinks_with_the_task(batch_size, tmp_path):
     learner = experiment.check()
     for task in experiment.data.tasks():
         asked = []
-        learner.draw = lambda task, requests, asked=asked: asked.append(len(requests))
+        learner.replay.draw = lambda task, requests, asked=asked: asked.append(len(requests))
+        learner.present, learner.past = learner.data.train_images(task), learner.replay.past(task)
+        batches = learner.batches(task)
         if task.index:
-            learner.draw_replay(task, step=0)
-        assert (learner.batches(task).batch_size, sum(asked)) == shares[task.index]
+            batches.draw(0)
+        assert (batches.loading.batch_size, sum(asked)) == shares[task.index]
 
 
 def test_p12_the_classifier_is_as_it_was_after_it_has_guided(tmp_path):
@@ -109,7 +115,7 @@ def test_p12_the_classifier_is_as_it_was_after_it_has_guided(tmp_path):
     learner, task = experiment.learner, experiment.data.task(1)
     learner.network.train().zero_grad()
     before = {name: value.clone() for name, value in learner.network.state_dict().items()}
-    replay = learner.draw_replay(task, step=0)
+    replay = learner.replay.draw_step(task, step=0)
     assert learner.network.training and all(value.requires_grad for value in learner.network.parameters())
     assert all(value.grad is None for value in learner.network.parameters())
     assert_close(learner.network.state_dict(), before, rtol=0, atol=0)
@@ -122,7 +128,7 @@ def test_p12_a_graph_is_built_where_something_bends_and_nowhere_else(bends, tmp_
     experiment.learn_all()
     graphs = []
     experiment.learner.replay.source.generator.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
-    assert len(experiment.learner.draw_replay(experiment.data.task(1), step=0)) == 8
+    assert len(experiment.learner.replay.draw_step(experiment.data.task(1), step=0)) == 8
     assert graphs and set(graphs) == {bends}
 
 

@@ -8,6 +8,7 @@ import torch
 from synth.bank import Bank
 from synth.base import ReplaySource
 from synth.drawing import preview
+from synth.replay import Given, Redrawn, Stored
 from tests.support.toy import toy_dataset
 from utils.data.images import ImageSet, decode_image, encode_image
 from utils.data.manager import DataManager, Split
@@ -15,6 +16,8 @@ from utils.run.config import SourceConfig
 from utils.run.errors import BankError
 from utils.training.run import Run
 from utils.training.runtime import Runtime
+
+TASKS = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
 
 
 class Painter(ReplaySource):
@@ -37,15 +40,29 @@ def bank_of(root, seed=7, **keys):
     data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, order_seed=seed))
     run = Run(root / "run", seed, Runtime(["cpu"], "fp32"), progress=False)
     dataset = toy_dataset()
-    return Bank(root / "bank", config, data, run), Painter(config, run, 6, dataset.class_names, dataset)
+    return Bank(root / "bank", Painter(config, run, 6, dataset.class_names, dataset), data)
 
 
 def drawn(root, tasks=2, **keys):
     """A bank that holds the images of the first tasks."""
-    bank, source = bank_of(root, **keys)
+    bank = bank_of(root, **keys)
     for index in range(tasks):
-        bank.draw(source, bank.data.task(index), bank.data.task(index).classes)
-    return bank, source
+        bank.draw(index, bank.classes_of(index))
+    return bank
+
+
+def replay_of(kind, root, **keys):
+    """A replay of this kind, whose images lie where `bank_of` has them."""
+    bank = bank_of(root, **keys)
+    return kind(None, bank.source, bank.data, bank.run, bank.root)
+
+
+def given(root, **keys):
+    return replay_of(Given, root, need_syn_imgs=False, **keys)
+
+
+def greys(images):
+    return [images.image(i)[0, 0, 0].item() for i in range(len(images))]
 
 
 def put_images(root, per_class, classes=(0, 1), task=0):
@@ -62,77 +79,187 @@ def put_images(root, per_class, classes=(0, 1), task=0):
     [(8, "auto", "png"), (64, "auto", "png"), (80, "auto", "jpg"), (80, "png", "png")],
 )
 def test_an_image_is_stored_lossless_up_to_64_pixels_whatever_the_data_sets_size(tmp_path, side, image_format, suffix):
-    bank, source = bank_of(tmp_path, image_format=image_format)
-    source.side = side
-    bank.draw(source, bank.data.task(0), [0, 1])
+    bank = bank_of(tmp_path, image_format=image_format)
+    bank.source.side = side
+    bank.draw(0, [0, 1])
     assert sorted(path.name for path in (tmp_path / "bank" / "task_0" / "1").iterdir()) == [
         f"1-{i}.{suffix}" for i in range(3)
     ]
 
 
 def test_stored_images_are_those_that_were_drawn_in_their_order(tmp_path):
-    bank, _ = drawn(tmp_path)
-    images = bank.stored([0, 2])
+    images = drawn(tmp_path).stored([0, 2])
     assert images.labels.tolist() == [0, 0, 0, 2, 2, 2]
-    assert [images.image(i)[0, 0, 0].item() for i in range(6)] == [0, 1, 2, 40, 41, 42]
+    assert greys(images) == [0, 1, 2, 40, 41, 42]
 
 
 def test_a_second_draw_draws_what_is_missing_and_nothing_else(tmp_path):
     drawn(tmp_path, sample_batch=2)
     (tmp_path / "bank" / "task_0" / "1" / "1-2.png").unlink()
-    _, source = drawn(tmp_path, sample_batch=2)
-    assert source.drawn == 2  # the chunk of the image that was gone
+    assert drawn(tmp_path, sample_batch=2).source.drawn == 2  # the chunk of the image that was gone
 
 
 def test_images_of_another_run_are_refused_with_the_difference(tmp_path):
     drawn(tmp_path, tasks=1)
-    with pytest.raises(BankError, match=r"task_0 are of another run: class_order is \[3, 5, .* there, \[.* here"):
+    with pytest.raises(BankError, match=r"task_0 is of another run: class_order is \[3, 5, .* there, \[.* here"):
         drawn(tmp_path, tasks=1, seed=8)
 
 
-def test_without_need_syn_imgs_nothing_is_drawn_and_what_is_there_is_used(tmp_path):
+def test_given_images_are_used_and_nothing_is_drawn(tmp_path):
     drawn(tmp_path)
-    bank, source = drawn(tmp_path, need_syn_imgs=False)
-    assert len(bank.stored(range(4))) == 12
-    assert source.drawn == 0
+    replay = given(tmp_path)
+    replay.require(), replay.learned(replay.data.task(0))
+    assert len(replay.past(replay.data.task(2))) == 12 and len(replay.drawn_of_new(replay.data.task(1))) == 6
+    assert replay.source.drawn == 0 and not replay.learns
 
 
-@pytest.mark.parametrize("act", ["draw", "stored", "redraw"])
-def test_without_need_syn_imgs_too_few_images_are_refused_with_folder_and_counts(tmp_path, act):
+@pytest.mark.parametrize("act", ["require", "past", "drawn_of_new"])
+def test_too_few_given_images_are_refused_with_folder_and_counts(tmp_path, act):
     put_images(tmp_path, per_class=2)
-    bank, source = bank_of(tmp_path, need_syn_imgs=False, adopt_syn_images=True)
-    acts = {
-        "draw": lambda: bank.draw(source, bank.data.task(0), [0, 1]),
-        "stored": lambda: bank.stored([0]),
-        "redraw": lambda: bank.redraw(source, bank.data.task(1)),
-    }
-    counts = {"redraw": '"0": 0, "1": 0'}.get(act, '"0": 2, "1": 2')
-    with pytest.raises(BankError, match=f"need_syn_imgs=false, but .*task_0.* has {{{counts}}} .* 3 are wanted"):
-        acts[act]()
+    replay = given(tmp_path, adopt_syn_images=True)
+    arguments = {"require": [], "past": [replay.data.task(1)], "drawn_of_new": [replay.data.task(0)]}[act]
+    with pytest.raises(BankError, match=r'need_syn_imgs=false, but .*task_0 has {"0": 2, "1": 2} .* 3 are wanted'):
+        getattr(replay, act)(*arguments)
 
 
 def test_of_more_images_than_are_wanted_the_first_are_used(tmp_path):
     put_images(tmp_path, per_class=12)
-    bank, _ = bank_of(tmp_path, need_syn_imgs=False, adopt_syn_images=True)
-    images = bank.stored([1])
-    assert [images.image(i)[0, 0, 0].item() for i in range(len(images))] == [20, 21, 22]
+    replay = given(tmp_path, adopt_syn_images=True)
+    assert greys(replay.past(replay.data.task(1)).select([1])) == [20, 21, 22]
 
 
-def test_images_that_another_setting_drew_may_be_used_but_not_those_of_another_order(tmp_path):
+def test_images_that_another_setting_drew_may_be_given_but_not_those_of_another_order(tmp_path):
     drawn(tmp_path, tasks=1)
-    bank, _ = bank_of(tmp_path, need_syn_imgs=False, sample_batch=5, syn_per_class=2)
-    assert len(bank.stored([0, 1])) == 4
-    other, _ = bank_of(tmp_path, seed=8, need_syn_imgs=False)
+    replay = given(tmp_path, sample_batch=5, syn_per_class=2)
+    assert len(replay.past(replay.data.task(1))) == 4
     with pytest.raises(BankError, match="class_order is"):
-        other.stored([0, 1])
+        given(tmp_path, seed=8).past(replay.data.task(1))
 
 
 def test_images_without_a_manifest_are_taken_over_only_on_request(tmp_path):
     put_images(tmp_path, per_class=3)
     with pytest.raises(BankError, match=r"no manifest\.json.*adopt_syn_images=true"):
-        bank_of(tmp_path, need_syn_imgs=False)[0].stored([0])
-    bank_of(tmp_path, need_syn_imgs=False, adopt_syn_images=True)[0].stored([0])
+        given(tmp_path).past(TASKS.task(1))
+    given(tmp_path, adopt_syn_images=True).past(TASKS.task(1))
     assert json.loads((tmp_path / "bank" / "task_0" / "manifest.json").read_text())["adopted"] is True
+
+
+# ---------------------------------------------------------------------- the manifest's list, and no other file
+
+
+@pytest.mark.parametrize("name", ["1-3.png", "1-0 - Copy.png", "1-x.png", "0-1.png", "1-00.jpg"])
+def test_an_image_that_the_manifest_does_not_list_is_never_used(tmp_path, name):
+    before = greys(drawn(tmp_path).stored(range(4)))
+    (tmp_path / "bank" / "task_0" / "1" / name).write_bytes(encode_image(torch.zeros(1, 8, 8).byte(), ".png"))
+    bank, replay = drawn(tmp_path, syn_per_class=3), given(tmp_path)
+    assert greys(bank.stored(range(4))) == greys(replay.past(TASKS.task(2))) == before and bank.source.drawn == 0
+    assert bank.newest(1) == [str(tmp_path / "bank" / "task_0" / "1" / f"1-{i}.png") for i in range(3)]
+
+
+def test_images_of_strange_names_are_not_adopted(tmp_path):
+    put_images(tmp_path, per_class=3)
+    image = tmp_path / "bank" / "task_0" / "1" / "1-0.png"
+    image.with_name("1-1 - Copy.png").write_bytes(image.read_bytes())
+    assert greys(given(tmp_path, adopt_syn_images=True).past(TASKS.task(1))) == [0, 1, 2, 20, 21, 22]
+
+
+@pytest.mark.parametrize("act", ["draw", "stored", "prune", "given"])
+@pytest.mark.parametrize("name", ["../../x.png", "0/../../0-1.png", "{root}/x.png", "0/1-1.png"])
+def test_a_manifest_that_lists_a_file_elsewhere_is_refused_and_nothing_is_deleted(tmp_path, name, act):
+    drawn(tmp_path, tasks=1)
+    (tmp_path / "x.png").write_bytes(b"precious")
+    spoil(tmp_path, lambda content: content["files"].update({name.format(root=tmp_path): "0"}))
+    before, bank = sorted(tmp_path.rglob("*")), bank_of(tmp_path)
+    bank.kept = {0: 0}
+    acts = {
+        "draw": lambda: bank.draw(0, [0, 1]), "stored": lambda: bank.stored([1]), "prune": bank.prune,
+        "given": given(tmp_path).require,
+    }  # fmt: skip
+    with pytest.raises(BankError, match=r"manifest\.json lists '.*', which is none of this folder's files: Give"):
+        acts[act]()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.clear(),
+        lambda content: content.update(files=["0/0-0.png"]),
+        lambda content: content.update(files={"0/0-0.png": None}),
+        lambda content: content.update(kind="run"),
+        lambda content: content.pop("written_by"),
+        None,  # cut off in its middle
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, change):
+    drawn(tmp_path, tasks=1)
+    spoil(tmp_path, change)
+    bank = bank_of(tmp_path)
+    for act in (lambda: bank.draw(0, [0, 1]), lambda: bank.stored([0]), given(tmp_path).require):
+        with pytest.raises(BankError, match=r"task_0/manifest\.json.*delete the folder"):
+            act()
+
+
+def spoil(root, change):
+    path = root / "bank" / "task_0" / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(path.read_text()[:50] if change is None else (change(content), json.dumps(content))[1])
+
+
+# ---------------------------------------------------------------------- killed while it draws
+
+
+class Killed(Exception):
+    """The process ends."""
+
+
+def kill_after(root, num_chunks, monkeypatch, **keys):
+    """A drawing of six images in chunks of two that ends before its chunk of this number."""
+    generate, calls = Painter.generate, iter(range(num_chunks))
+
+    def stop(self, requests):
+        if next(calls, None) is None:
+            raise Killed
+        return generate(self, requests)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Painter, "generate", stop)
+        drawn(root, tasks=1, sample_batch=2, **keys)
+    return root / "bank" / "task_0"
+
+
+def test_a_drawing_goes_on_behind_its_finished_chunks_with_the_same_bits(tmp_path, monkeypatch):
+    folder = kill_after(tmp_path / "killed", 2, monkeypatch)
+    assert not json.loads((folder / "manifest.json").read_text())["files"]
+    again, whole = (drawn(tmp_path / name, tasks=1, sample_batch=2) for name in ("killed", "whole"))
+    assert (again.source.drawn, whole.source.drawn) == (2, 6)
+    assert greys(again.stored([0, 1])) == greys(whole.stored([0, 1])) and not [*folder.glob(".drawn*")]
+    assert (folder / "manifest.json").read_bytes() == (whole.root / "task_0" / "manifest.json").read_bytes()
+
+
+def test_a_torn_line_of_the_journal_counts_nothing(tmp_path, monkeypatch):
+    (journal,) = kill_after(tmp_path, 2, monkeypatch).glob(".drawn*")
+    journal.write_bytes(journal.read_bytes()[:-20])
+    bank = drawn(tmp_path, tasks=1, sample_batch=2)
+    assert bank.source.drawn == 4 and greys(bank.stored([0, 1])) == [0, 1, 2, 20, 21, 22]
+
+
+def test_a_journal_that_names_what_is_not_there_or_not_ours_counts_nothing(tmp_path, monkeypatch):
+    folder = kill_after(tmp_path, 1, monkeypatch)
+    (journal,) = folder.glob(".drawn*")
+    journal.write_text('{"0/0-0.png": "0", "../x.png": "0"}\n7\n[1]\nnull\n')
+    bank = drawn(tmp_path, tasks=1, sample_batch=2)
+    assert bank.source.drawn == 6 and len(bank.stored([0, 1])) == 6
+
+
+# ---------------------------------------------------------------------- images as files
+
+
+def test_fewer_images_than_are_to_be_there_are_never_a_smaller_replay(tmp_path):
+    drawn(tmp_path, tasks=1)
+    spoil(tmp_path, lambda content: content["files"].pop("1/1-2.png"))
+    with pytest.raises(BankError, match=r"task_0 has 2 of 3 replay images of class 1: delete .*task_0 to redraw"):
+        bank_of(tmp_path).stored([0, 1])
 
 
 def test_a_stored_png_decodes_to_the_image_that_was_drawn(tmp_path):
@@ -142,39 +269,45 @@ def test_a_stored_png_decodes_to_the_image_that_was_drawn(tmp_path):
 
 
 def test_what_is_dropped_leaves_ledger_and_hands_at_once_and_the_disk_when_it_is_pruned(tmp_path):
-    bank, _ = drawn(tmp_path)
-    before, path = bank.memory_bytes(), tmp_path / "bank" / "task_0" / "1" / "1-2.png"
+    bank = drawn(tmp_path)
+    before, path = bank.nbytes(), tmp_path / "bank" / "task_0" / "1" / "1-2.png"
     freed = bank.drop_last(1)
-    assert freed == path.stat().st_size and bank.memory_bytes() == before - freed
+    assert freed == path.stat().st_size and bank.nbytes() == before - freed
     assert bank.counts() == {0: 3, 1: 2, 2: 3, 3: 3} and len(bank.stored([1])) == 2
     bank.prune()
-    assert not path.exists() and bank.memory_bytes() == before - freed
+    assert not path.exists() and bank.nbytes() == before - freed
 
 
 def test_pruned_images_are_not_drawn_again_nor_missed(tmp_path):
-    bank, _ = drawn(tmp_path)
+    bank = drawn(tmp_path)
     for _ in range(3):
         bank.drop_last(1)
     bank.prune()
-    bank, source = drawn(tmp_path)  # of a new process, with what a checkpoint says
+    bank = bank_of(tmp_path)  # of a new process, with what a checkpoint says
     bank.kept = {1: 0}
-    assert source.drawn == 0 and bank.stored(range(3)).labels.tolist() == [0, 0, 0, 2, 2, 2]
+    assert bank.source.drawn == 0 and bank.stored(range(3)).labels.tolist() == [0, 0, 0, 2, 2, 2]
 
 
-def test_pruning_that_was_interrupted_is_finished(tmp_path, monkeypatch):
-    bank, _ = drawn(tmp_path)
+def test_pruning_that_was_interrupted_leaves_what_is_kept_and_hands_out_nothing_else(tmp_path, monkeypatch):
+    bank = drawn(tmp_path)
     bank.drop_last(1)
     with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
-        patch.setattr("pathlib.Path.unlink", lambda path: path.with_name("nowhere").stat())
+        patch.setattr("pathlib.Path.unlink", lambda path, **_: path.with_name("nowhere").stat())
         bank.prune()
-    bank.prune()
-    assert len(list((tmp_path / "bank" / "task_0" / "1").iterdir())) == 2 and len(bank.stored([0, 1])) == 5
+    for again in (bank, bank_of(tmp_path)):
+        again.kept = {1: 2}  # as a checkpoint says
+        again.prune()
+        assert len(again.stored([0, 1])) == 5
 
 
-@pytest.mark.parametrize("keys", [{"replay": "redraw"}, {"need_syn_imgs": False}, {"syn_image_path": "named"}])
-def test_nothing_is_dropped_where_nothing_is_kept_or_others_may_use_it(tmp_path, keys):
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [(Redrawn, {"replay": "redraw"}), (Given, {"need_syn_imgs": False}), (Stored, {"syn_image_path": "named"})],
+)
+def test_nothing_is_dropped_where_nothing_is_kept_or_others_may_use_it(tmp_path, kind, keys):
     drawn(tmp_path)
-    assert bank_of(tmp_path, **keys)[0].counts() == {}
+    lines = replay_of(kind, tmp_path, **keys).carried()
+    assert not lines or lines[0].items.counts() == {}
 
 
 def test_a_preview_of_large_images_stays_small():

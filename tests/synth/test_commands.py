@@ -18,6 +18,7 @@ from tests.support.toy import TINY_SOURCES, tiny_source, toy_images
 from utils.data.images import encode_image
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
+from utils.run.folder import locked
 
 NAMES = ["apple", "beaver", "cloud", "dolphin"]
 
@@ -127,13 +128,32 @@ def test_a_fitted_folder_is_left_alone_and_other_settings_are_refused(place, cap
     before = files("fitted", "*")
     assert fit() == 0 and files("fitted", "*") == before
     assert fit("--set", "synth.lr=0.5") == 2
-    assert "synth.lr was 0.0002 and is 0.5. Give another --ckpt_save_dir" in message(capsys)
+    assert "synth.lr is 0.0002 there, 0.5 here. Give another --ckpt_save_dir" in message(capsys)
 
 
 def test_a_run_is_never_overwritten(place, capsys):
     Path("outputs/run/seed_3").mkdir(parents=True)
     assert fit("--overwrite", folder="outputs/run") == 2
     assert "run of main.py" in message(capsys) and Path("outputs/run/seed_3").exists()
+
+
+@pytest.mark.parametrize("config", ['{"_class_name": "UNet2DModel"}', '{"written_by": "reprise"}', "{", None])
+def test_a_folder_that_is_no_training_of_ours_is_never_overwritten(config, place, capsys):
+    Path("model").mkdir()
+    Path("model/weights.safetensors").write_bytes(b"precious")
+    if config is not None:
+        Path("model/config.json").write_text(config)
+    before = files("model", "*")
+    for flags in ([], ["--overwrite"]):
+        assert fit(*flags, folder="model") == 2
+        assert "model" in message(capsys) and files("model", "*") == before
+
+
+def test_a_folder_that_another_process_fills_is_refused(place, capsys):
+    with locked(Path("fitted")):
+        assert fit() == 2 and fit("--overwrite") == 2
+    assert "fitted belongs to a process that is running now" in capsys.readouterr().err
+    assert not Path("fitted").exists() and fit() == 0
 
 
 def test_one_task_alone_finds_the_vectors_of_the_whole_schedule(place):
@@ -287,6 +307,25 @@ def test_a_source_without_any_class_is_named(place, capsys):
     capsys.readouterr()
     assert draw() == 2 and "this source keeps no class" in message(capsys)
     assert not Path("drawn").exists()
+
+
+@pytest.mark.parametrize("ckpt", ["task_1", "task_1/source"])
+def test_a_checkpoint_of_which_a_byte_has_changed_draws_nothing(ckpt, place, capsys):
+    assert main.main(["--config", "exp.json", "--name", "run", "--set", "seed=3"]) == 0
+    spoilt = Path("outputs/run/seed_3/checkpoints/task_1/source/generator.safetensors")
+    spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"\x07")
+    capsys.readouterr()
+    assert draw(ckpt=f"outputs/run/seed_3/checkpoints/{ckpt}") == 2
+    assert "source/generator.safetensors is missing or damaged" in message(capsys) and not Path("drawn").exists()
+
+
+def test_images_that_lie_beside_the_drawn_ones_are_not_taken_for_them(place):
+    assert fit() == 0 and draw("--cond_class", "0") == 0
+    before = Path("drawn/manifest.json").read_text(), Path("drawn/preview.png").read_bytes()
+    for name in ("0-3.png", "0-1 - Copy.png"):
+        Path("drawn/0", name).write_bytes(encode_image(toy_images(1, 1, "foreign").image(0), ".png"))
+    assert draw("--cond_class", "0") == 0
+    assert (Path("drawn/manifest.json").read_text(), Path("drawn/preview.png").read_bytes()) == before
 
 
 # ---------------------------------------------------------------------- published models

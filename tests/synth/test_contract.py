@@ -2,37 +2,24 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.testing import assert_close
 
 from synth import SOURCES
+from synth.ddpm.source import DDPM
 from synth.requests import Requests, draw_labels
-from tests.support.toy import tiny_source, toy_dataset
+from tests.support.sources import fitted, make_source, weigh
+from tests.support.toy import toy_dataset
 from utils.data.images import ImageSet
 from utils.data.manager import DataManager, Split
-from utils.run.errors import ConfigError, NotFittedError
+from utils.data.transforms import to_uint8
+from utils.run.errors import ConfigError, NotFittedError, WeightsError
+from utils.run.files import file_hash
+from utils.run.manifest import Manifest
 from utils.training import seeding
-from utils.training.run import Run
-from utils.training.runtime import Runtime
 
 ALL = SOURCES.names()
 KEY = (7, "ddpm-rehearsal", 1)  # of a rehearsal in task 1
-
-
-def make_source(name, folder, seed=7, **keys):
-    config = SOURCES[name].Config.parse({**tiny_source(name), **keys})
-    run = Run(folder, seed, Runtime(["cpu"], "fp32"), progress=False)
-    dataset = toy_dataset()
-    return SOURCES[name](config, run, dataset.num_classes, dataset.class_names, dataset)
-
-
-def fitted(name, folder, tasks=1, seed=7, **keys):
-    source = make_source(name, folder, seed, **keys)
-    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
-    for task in list(data.tasks())[:tasks]:
-        data.advance(task)
-        source.fit_before(task, data.train_images(task))
-        replay = ImageSet() if task.index == 0 else source.generate(Requests.of_classes([0, 1], 2, (seed, name, 0)))
-        source.fit_after(task, data.train_images(task), replay, ImageSet(), None)
-    return source
 
 
 def images(source, requests):
@@ -85,7 +72,9 @@ def test_memory_bytes_are_the_bytes_on_disk(name, tmp_path):
     source = fitted(name, tmp_path / "a")
     (tmp_path / "saved").mkdir()
     source.save(tmp_path / "saved")
-    assert source.memory_bytes() == sum(path.stat().st_size for path in (tmp_path / "saved").rglob("*"))
+    memory, frozen = weigh(source, tmp_path / "saved")
+    assert memory == sum(path.stat().st_size for path in (tmp_path / "saved").rglob("*"))
+    assert (frozen > 0) is (name in ("controlnet", "ldm"))  # whose weights came as they are
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "controlnet"])  # whose weights came as they are
@@ -131,7 +120,7 @@ def test_it_rehearses_on_its_own_images_where_it_is_told_to(rehearsal, own, tmp_
     replay = source.generate(Requests.of_classes([0, 1], 2, (7, "ddpm", 0)))
     source.fit_after(TASK_1, data.train_images(TASK_1), replay, ImageSet(), None)
     assert (tmp_path / "rehearsal" / "task_1").exists() is own
-    assert type(source).wants_replay(source.config) is not own
+    assert source.wants_past is not own
 
 
 def test_the_ddpm_shows_mirror_images_only_where_asked(tmp_path):
@@ -158,3 +147,75 @@ def test_ancestral_sampling_draws_its_noise_per_image(tmp_path):
     requests = Requests.of_classes([0, 1], 2, (7, "ddpm", 0))
     alone = images(source, requests.take(torch.tensor([2])))
     assert (images(source, requests)[2].int() - alone[0].int()).abs().max() <= 1
+
+
+def test_images_that_it_rehearses_on_are_those_that_its_manifest_lists(tmp_path):
+    source, folder = fitted("ddpm", tmp_path), tmp_path / "rehearsal" / "task_1"
+    first = source._rehearse(TASK_1, num_images=20)
+    listed = Manifest(folder, "images", remedy="").files()
+    assert len(listed) == 20 and all(file_hash(folder / name) == digest for name, digest in listed.items())
+    for name in ("0-99.png", "0-1 - Copy.png"):
+        (folder / "0" / name).write_bytes((folder / next(iter(listed))).read_bytes())
+    again = source._rehearse(TASK_1, num_images=20)
+    assert [list(part.images) for part in again.parts] == [list(part.images) for part in first.parts]
+
+
+def test_an_image_of_the_rehearsal_that_was_damaged_is_drawn_again(tmp_path):
+    source = fitted("ddpm", tmp_path)
+    first = source._rehearse(TASK_1, num_images=20).decoded().parts[0].images
+    (tmp_path / "rehearsal" / "task_1" / "0" / "0-0.png").write_bytes(b"")
+    assert torch.equal(source._rehearse(TASK_1, num_images=20).decoded().parts[0].images, first)
+
+
+def test_a_first_task_may_start_from_the_average_of_another_run(tmp_path):
+    first = fitted("ddpm", tmp_path / "a")
+    (tmp_path / "saved").mkdir()
+    first.save(tmp_path / "saved")
+    second = make_source("ddpm", tmp_path / "b", init_weights=str(tmp_path / "saved"))
+    assert_close(second.network.state_dict(), first.generator.state_dict(), rtol=0, atol=0)
+    assert second.generator is second.network and second.fitted_classes == set()
+    raw = first.network.state_dict()
+    assert not all(torch.equal(value, raw[name]) for name, value in second.network.state_dict().items())
+
+
+def test_weights_to_start_from_that_are_not_there_or_do_not_fit_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"synth.init_weights='.*' holds no DDPM: name a `source` folder"):
+        make_source("ddpm", tmp_path, init_weights=str(tmp_path))
+    fitted("ddpm", tmp_path / "run").save(tmp_path)
+    with pytest.raises(WeightsError, match=r"generator.safetensors.*this UNet.*Set synth's keys as they were there"):
+        make_source("ddpm", tmp_path, init_weights=str(tmp_path), block_out_channels=[8, 16])
+
+
+def test_without_clamping_samples_leave_the_range(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("synth.ddpm.source.to_uint8", lambda x0: drawn.append(x0.abs().max()) or to_uint8(x0))
+    for clip in (True, False):
+        images(fitted("ddpm", tmp_path / str(clip), clip_x0=clip), Requests.of_classes([0, 1], 2, (7, "ddpm", 0)))
+    assert drawn[0] <= 1 + 1e-6 < drawn[1]
+
+
+class Whitened(DDPM):
+    """Another network and another way to hide labels are all that a subclass says."""
+
+    def build_network(self):
+        return OneLayer()
+
+    def hide_labels(self, labels):
+        self.seen = labels
+        return torch.full_like(labels, -1)
+
+
+class OneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.asked = nn.Conv2d(1, 1, 3, padding=1), []
+
+    def forward(self, xt, t, labels):
+        self.asked += labels.tolist()
+        return self.layer(xt)
+
+
+def test_a_subclass_with_its_own_network_and_hidden_labels_trains(tmp_path):
+    source = fitted("ddpm", tmp_path, kind=Whitened)
+    assert set(source.seen.tolist()) == {0, 1} and set(source.network.asked) == {-1}
+    assert images(source, Requests.of_classes([1], 2, (7, "ddpm", 0))).shape == (2, 1, 8, 8)

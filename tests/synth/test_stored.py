@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import main
-from learners import LEARNERS
 from learners.run.configure import build_config
 from synth import sample, train
+from synth.replay import Stored
 from synth.stored import keep_source
 from tests.support.toy import tiny_source, toy_experiment, toy_images, toy_raw
 from utils.data.images import encode_image
@@ -29,7 +29,7 @@ def experiment(folder, source="ddpm", learner="generative_replay", keys=None, **
 def keeping(tmp_path_factory):
     """A run that has kept its sources."""
     run = experiment(tmp_path_factory.mktemp("kept"), keep_sources=True)
-    run.run()
+    run.learn_all()
     return run
 
 
@@ -86,8 +86,9 @@ def test_a_run_on_stored_sources_has_the_bits_of_the_run_that_trained_them(sourc
 
 def test_another_learner_with_other_sampling_takes_the_same_sources(kept, tmp_path):
     drawn_otherwise = {"replay": "redraw", "timestep_respacing": "3", "sampler": "ddpm", "syn_per_class": 2}
+    drawn_otherwise |= {"clip_x0": False}
     run = taking(tmp_path, kept, learner="finetune", **drawn_otherwise, sample_batch=8, image_format="jpg")
-    assert run.run()["finished"] and run.learner.replay.source.fitted_classes == {0, 1, 2, 3}
+    assert run.learn_all()["finished"] and run.learner.replay.source.fitted_classes == {0, 1, 2, 3}
     stored = json.loads((kept / "sources" / "task_1" / "manifest.json").read_text())
     assert run.learner.replay.source.fingerprint() == stored["weights"]
 
@@ -95,7 +96,7 @@ def test_another_learner_with_other_sampling_takes_the_same_sources(kept, tmp_pa
 @pytest.mark.parametrize("place", [".", "..", "sources"])
 def test_a_source_dir_is_a_run_its_seed_or_their_sources(place, kept, tmp_path):
     learner = taking(tmp_path, kept / place).check()
-    assert learner.source_fitter.folder.resolve() == (kept / "sources").resolve()
+    assert learner.replay.pupil.folder.resolve() == (kept / "sources").resolve()
 
 
 def test_every_task_that_was_learned_is_kept_and_draws(kept, tmp_path):
@@ -109,7 +110,7 @@ def test_every_task_that_was_learned_is_kept_and_draws(kept, tmp_path):
 def test_the_last_task_is_needed_only_where_the_source_learns_it(fit_after_last_task, kept, tmp_path):
     run = taking(tmp_path, kept, fit_after_last_task=fit_after_last_task)
     if not fit_after_last_task:
-        assert run.run()["finished"]
+        assert run.learn_all()["finished"]
     else:
         with pytest.raises(CheckpointError, match=r"no source of task 2 .*sources/task_2/manifest.json is not there"):
             run.check()
@@ -126,11 +127,11 @@ def break_off(run, monkeypatch, owner, name, task):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, name, leave)
-        run.run()
+        run.learn_all()
 
 
 # Before the classifier trains; and between the writing of a task's source and of its checkpoint.
-STOPS = [(LEARNERS["generative_replay"], "make_replay"), (Checkpoints, "save")]
+STOPS = [(Stored, "past"), (Checkpoints, "save")]
 
 
 @pytest.mark.parametrize(("owner", "name"), STOPS)
@@ -151,10 +152,10 @@ def test_a_run_on_stored_sources_that_was_cut_off_ends_with_the_same_bits(keepin
 def test_a_kept_source_that_is_whole_is_left_alone_and_a_damaged_one_is_written_again(keeping, copied):
     folder, task = copied / "task_1", keeping.data.task(1)
     before, inode = files(folder), folder.stat().st_ino
-    keep_source(keeping.learner.source, keeping.data, task, copied.parent)
+    keep_source(keeping.learner.replay.source, keeping.data, task, copied.parent)
     assert folder.stat().st_ino == inode
     (folder / "source" / "network.safetensors").write_bytes(b"")
-    keep_source(keeping.learner.source, keeping.data, task, copied.parent)
+    keep_source(keeping.learner.replay.source, keeping.data, task, copied.parent)
     assert files(folder) == before
 
 
@@ -185,16 +186,16 @@ def test_a_missing_file_is_missed_at_once_and_a_damaged_one_when_it_is_loaded(co
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     run = taking(tmp_path, copied)
     run.check()
-    with pytest.raises(CheckpointError, match=r"task_1/source/generator.safetensors is missing or damaged: delete"):
-        run.run()
+    with pytest.raises(CheckpointError, match=r"task_1/source/generator.safetensors is missing or damaged: Name"):
+        run.learn_all()
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"task_1/source/generator.safetensors is missing or damaged: delete"):
+    with pytest.raises(CheckpointError, match=r"task_1/source/generator.safetensors is missing or damaged: Name"):
         run.check()
 
 
 def test_a_damaged_manifest_is_named(copied, tmp_path):
     (copied / "task_0" / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"task_0/manifest.json is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"task_0/manifest.json is damaged"):
         taking(tmp_path, copied).check()
 
 
@@ -210,7 +211,7 @@ def test_a_damaged_manifest_is_named(copied, tmp_path):
     ],
 )
 def test_a_source_of_something_else_is_refused_with_the_first_difference(keys, synth, said, kept, tmp_path):
-    with pytest.raises(CheckpointError, match=f"sources/task_0 does not fit this run: {said}. Name another"):
+    with pytest.raises(CheckpointError, match=f"sources/task_0 is of another run: {said}. Name another"):
         taking(tmp_path, kept, keys=keys, **synth).check()
 
 

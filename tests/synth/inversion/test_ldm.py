@@ -9,6 +9,7 @@ import yaml
 
 from synth.inversion.ldm import LDM, unread
 from synth.requests import Requests
+from tests.support.sources import weigh
 from tests.support.tiny_compvis import compvis_weights, compvis_yaml, write_compvis
 from tests.support.tiny_ldm import tiny_ldm, tiny_ldm_folder, tiny_stable_diffusion
 from tests.support.toy import toy_dataset
@@ -74,7 +75,7 @@ def test_a_model_that_is_not_there_is_missed_when_the_source_is_made(tmp_path):
 
 def test_images_that_are_there_need_no_model(tmp_path):
     source = make_ldm(tmp_path, ldm_ckpt="nowhere/model.ckpt", need_syn_imgs=False)
-    assert source.frozen_bytes() == 0 and source.fitted_classes == set()
+    assert weigh(source, tmp_path) == (0, 0) and source.fitted_classes == set()
 
 
 def test_offline_is_what_the_hubs_variable_says(tmp_path, monkeypatch):

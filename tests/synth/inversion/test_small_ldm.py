@@ -10,6 +10,7 @@ from models.latent.small import SmallLDM
 from synth.inversion.latents import encode
 from synth.inversion.small_ldm import SmallLDMSource, spread
 from synth.requests import Requests
+from tests.support.sources import weigh
 from tests.support.tiny_inversion import make_inversion, tiny_config, toy_task
 from tests.support.toy import tiny_source
 from utils.run.errors import ConfigError, WeightsError
@@ -101,7 +102,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(stop, precision, tmp_pat
         return source.fingerprint()
 
     def add(self, step, rate, terms, original=LossLog.add):
-        if self.purpose == stop and step == 2:
+        if self.training.purpose == stop and step == 2:
             raise Killed
         original(self, step, rate, terms)
 
@@ -114,9 +115,12 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(stop, precision, tmp_pat
 def test_the_model_is_memory_where_it_was_learned_and_frozen_where_it_came_from_elsewhere(tmp_path):
     source, weights = pretrained(tmp_path)
     other = fitted(tmp_path / "other", weights=weights)
-    size = source.model.frozen_bytes()
-    assert source.frozen_bytes() == 0 and source.memory_bytes() > size
-    assert other.frozen_bytes() == size and other.memory_bytes() < 2000
+    (tmp_path / "saved").mkdir()
+    other.save(tmp_path / "saved")
+    size, (memory, frozen) = source.model.frozen_bytes(), weigh(source, weights)
+    assert frozen == 0 and memory > size
+    memory, frozen = weigh(other, tmp_path / "saved")
+    assert frozen == size and memory < 2000
 
 
 def test_weights_from_elsewhere_are_not_trained_and_unknown_classes_are_searched(tmp_path):

@@ -1,0 +1,40 @@
+"""Sources in their smallest settings on the toy data, and what they leave on disk."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from synth import SOURCES
+from synth.requests import Requests
+from tests.support.toy import tiny_source, toy_dataset
+from utils.data.images import ImageSet
+from utils.data.manager import DataManager, Split
+from utils.training.run import Run
+from utils.training.runtime import Runtime
+
+
+def make_source(name, folder, seed=7, kind=None, **keys):
+    kind = kind or SOURCES[name]
+    config = kind.Config.parse({**tiny_source(name), **keys})
+    run = Run(folder, seed, Runtime(["cpu"], "fp32"), progress=False)
+    dataset = toy_dataset()
+    return kind(config, run, dataset.num_classes, dataset.class_names, dataset)
+
+
+def fitted(name, folder, tasks=1, seed=7, **keys):
+    source = make_source(name, folder, seed, **keys)
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
+    for task in list(data.tasks())[:tasks]:
+        data.advance(task)
+        source.fit_before(task, data.train_images(task))
+        replay = ImageSet() if task.index == 0 else source.generate(Requests.of_classes([0, 1], 2, (seed, name, 0)))
+        source.fit_after(task, data.train_images(task), replay, ImageSet(), None)
+    return source
+
+
+def weigh(source, saved) -> tuple[int, int]:
+    """Bytes of memory and of frozen weights that a source names, where ``saved`` is what it has saved."""
+    sizes = {f"source/{path.name}": path.stat().st_size for path in Path(saved).glob("*") if path.is_file()}
+    lines = source.carried()
+    named = [name for name in sizes if any(fnmatch(name, file) for line in lines for file in line.files)]
+    memory = sum(map(sizes.get, named)) + sum(line.nbytes for line in lines if not line.frozen)
+    return memory, sum(line.nbytes for line in lines if line.frozen)
