@@ -166,8 +166,8 @@ class Bank:
             found = place.of_class(label)[:wanted]
             if len(found) < wanted:
                 raise BankError(
-                    f"{place.folder} has {len(found)} of {wanted} replay images of class {label}: a later checkpoint gave "
-                    "the others up, or they were drawn for another run; begin anew with --overwrite"
+                    f"{place.folder} has {len(found)} of {wanted} replay images of class {label}: a later "
+                    "checkpoint gave the others up, or they were drawn for another run; begin anew with --overwrite"
                 )
             paths += map(str, found)
             labels += [label] * len(found)

@@ -13,7 +13,7 @@ from synth.escort.small_controlnet import SmallControlNetSource
 from tests.support.sources import fitted, make_source, weigh
 from tests.support.toy import tiny_source, toy_dataset
 from utils.data.images import ImageSet, decode_image
-from utils.data.manager import DataManager, Task
+from utils.data.manager import DataManager, Split, Task
 from utils.run.errors import ConfigError, NotFittedError, WeightsError
 from utils.training import seeding
 from utils.training.run import Run
