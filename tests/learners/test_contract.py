@@ -1,11 +1,20 @@
 """What every registered learner must hold; a new one is under contract as soon as it is registered."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.nn import functional as F
 
 from learners import LEARNERS
 from synth import SOURCES
+from tests.support import toy
 from tests.support.toy import TINY_SOURCES, goes_with, toy_experiment
+from tests.support.toy_agem import AGEM
+from tests.support.toy_distilled import MeanImages
+from tests.support.toy_features import Gaussians
+from utils.data.images import FeatureSet
+from utils.training.fit import Step
 
 ALL = LEARNERS.names()
 PAIRS = [(name, source) for name in ALL for source in SOURCES.names() if goes_with(LEARNERS[name], SOURCES[source])]
@@ -161,3 +170,75 @@ def test_finished_run_is_known_as_finished(name, tmp_path):
     assert toy_experiment(name, tmp_path).finished() is None
     results = toy_experiment(name, tmp_path).learn_all()
     assert toy_experiment(name, tmp_path).finished()["final_accuracy"] == results["final_accuracy"]
+
+
+# What the contract allows and no method here needs yet; each toy is one file in tests/support.
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Register the toy learner and sources for one test."""
+    learners, sources = LEARNERS._load(), SOURCES._load()
+    monkeypatch.setitem(learners, "agem", AGEM)
+    for name, source in {"gaussians": Gaussians, "means": MeanImages}.items():
+        monkeypatch.setitem(sources, name, source)
+        monkeypatch.setitem(TINY_SOURCES, name, {"syn_per_class": 3})
+
+
+def with_a_stop(name, source, folder, monkeypatch, **keys):
+    """Results of a run, seen to be the same with a stop inside its second training and another one after it."""
+    keys = {"epochs": 2, "checkpoint_every": 2, **keys}
+    whole = toy_experiment(name, folder / "whole", source, **keys)
+    expected = whole.learn_all()
+    for stop in ("after_step", "after_training"):
+        interrupt(toy_experiment(name, folder / "cut", source, **keys), stop, monkeypatch)
+    results = toy_experiment(name, folder / "cut", source, **keys).learn_all()
+    assert without_seconds(results) == without_seconds(expected)
+    return whole, expected
+
+
+@pytest.mark.parametrize("source", [None, "ddpm", "means"])
+def test_agem_is_one_short_file(source, toys, tmp_path, monkeypatch):
+    seen = []
+    gradient = Step.gradient
+    monkeypatch.setattr(Step, "gradient", lambda self, loss: seen.append(self.purpose) or gradient(self, loss))
+    with_a_stop("agem", source, tmp_path, monkeypatch, batch_size=2)
+    assert set(seen) == {"train"}
+    assert len(Path(toy.__file__).with_name("toy_agem.py").read_text().splitlines()) <= 45
+
+
+def test_agem_removes_what_raises_the_loss_on_the_past(toys, tmp_path, monkeypatch):
+    project, seen = AGEM.after_backward, []
+
+    def watched(self, step):
+        def along():
+            return float(sum((own.grad * other).sum() for own, other in zip(step.parameters, reference)))
+
+        if (old := step.batch.replay) is not None:
+            reference = step.gradient(lambda: F.cross_entropy(self.network(old.images), old.labels))
+            before, gradients = along(), [parameter.grad.clone() for parameter in step.parameters]
+            project(self, step)
+            changed = any(not torch.equal(own.grad, old) for own, old in zip(step.parameters, gradients))
+            seen.append((before < 0, changed))
+            assert along() >= -1e-5 * float(sum(other.square().sum() for other in reference))
+
+    monkeypatch.setattr(AGEM, "after_backward", watched)
+    toy_experiment("agem", tmp_path, epochs=6).learn_all()
+    assert set(seen) == {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize("name", ["finetune", "icarl", "lwf"])
+def test_features_stand_for_the_past(name, toys, tmp_path, monkeypatch):
+    whole, results = with_a_stop(name, "gaussians", tmp_path, monkeypatch)
+    assert results["memory_bytes"]["source"] > 0 and results["memory_bytes"]["bank"] == 0
+    past = whole.learner.past
+    assert isinstance(past, FeatureSet) and past.counts(6).tolist() == [3, 3, 3, 3, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["finetune", "replay", "wa"])
+def test_a_source_takes_the_place_of_the_present(name, toys, tmp_path, monkeypatch):
+    whole, _ = with_a_stop(name, "means", tmp_path, monkeypatch, batch_size=2)
+    learner = whole.learner
+    assert learner.present.counts(6).tolist() == [0, 0, 0, 0, 2, 2]  # of ten real images each
+    assert learner.past.counts(6).tolist() == [2, 2, 2, 2, 0, 0]
+    assert learner.present.soft_targets().shape == (4, 6)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from utils.run.errors import DataError
 
@@ -192,13 +193,20 @@ class Samples:
         return torch.cat(columns) if columns else torch.empty(0, dtype=torch.int64)
 
     def soft_targets(self) -> Tensor | None:
-        """Return a distribution over classes per sample, (N, K): its own, else its label's; None if none has one."""
-        widths = {part.columns["soft_targets"].shape[1] for part in self.parts if "soft_targets" in part.columns}
+        """Return a distribution over classes per sample, (N, K): its own, else its label's; None if none has one.
+
+        Samples kept from an earlier task know fewer classes than K: later ones have probability 0 there.
+        """
+        own = [part.columns.get("soft_targets") for part in self.parts]
+        widths = [targets.shape[1] for targets in own if targets is not None]
         if not widths:
             return None
-        assert len(widths) == 1, f"soft targets of several widths: {widths}"
-        hard = torch.nn.functional.one_hot(self.labels, widths.pop()).float().split([len(p.labels) for p in self.parts])
-        return torch.cat([part.columns.get("soft_targets", rows) for part, rows in zip(self.parts, hard)])
+        width = max([*widths, int(self.labels.max()) + 1])
+        hard = F.one_hot(self.labels, width).float().split([len(part.labels) for part in self.parts])
+        return torch.cat([
+            rows if targets is None else F.pad(targets, (0, width - targets.shape[1]))
+            for rows, targets in zip(hard, own)
+        ])  # fmt: skip
 
 
 class FeatureSet(Samples):
@@ -214,10 +222,12 @@ class ImageSet(Samples):
 
     def merged(self) -> ImageSet:
         """Return the same images in as few parts as their order allows: neighbours of one shape, and files, are one."""
-        stretches = groupby(
-            self.parts,
-            key=lambda part: (part.images.shape[1:] if isinstance(part.images, Tensor) else None, [*part.columns]),
-        )
+
+        def kind(part: Part) -> tuple:
+            size = part.images.shape[1:] if isinstance(part.images, Tensor) else None
+            return size, {name: column.shape[1:] for name, column in part.columns.items()}
+
+        stretches = groupby(self.parts, key=kind)
         return ImageSet(_joined(list(parts)) for _, parts in stretches)
 
     def decoded(self) -> ImageSet:

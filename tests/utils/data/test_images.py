@@ -182,11 +182,12 @@ def test_soft_targets_are_a_samples_own_or_those_of_its_label():
     assert images.take([0]).soft_targets() is None and ImageSet().soft_targets() is None
 
 
-def test_soft_targets_of_two_widths_do_not_go_together():
-    image, label = numbered(1).parts[0].images, torch.tensor([0])
-    both = [ImageSet.of(image, label, soft_targets=torch.ones(1, width)) for width in (2, 3)]
-    with pytest.raises(AssertionError, match="soft targets of several widths"):
-        sum(both, ImageSet()).soft_targets()
+def test_soft_targets_of_an_earlier_task_give_later_classes_nothing():
+    image, soft = numbered(1).parts[0].images, torch.tensor([[0.25, 0.75]])
+    kept = ImageSet.of(image, torch.tensor([1]), soft_targets=soft)
+    later = ImageSet.of(image, torch.tensor([2]), soft_targets=torch.tensor([[0.0, 0.5, 0.5]]))
+    assert (kept + later).soft_targets().tolist() == [[0.25, 0.75, 0], [0, 0.5, 0.5]]
+    assert (kept + numbered(1, label=3)).soft_targets().tolist() == [[0.25, 0.75, 0, 0], [0, 0, 0, 1]]
 
 
 def test_features_are_samples_like_images():
