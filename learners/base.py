@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learners.backbones import backbone_options
-from learners.memory import ExemplarKeeper, make_memory
+from learners.memory import handed_exemplars, herding, keep_exemplars, make_memory
 from models.heads import HEADS
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone
@@ -29,7 +29,7 @@ from utils.training.run import Run
 EVAL_BATCH = 256
 
 
-class Learner(ExemplarKeeper, ABC):
+class Learner(ABC):
     """A class-incremental classifier and what it carries from task to task.
 
     Subclasses register themselves with `LEARNERS.register(name)`, extend ``Config`` with the keys of their method,
@@ -82,7 +82,7 @@ class Learner(ExemplarKeeper, ABC):
         with self.run.timed("train"):
             self.train(task)
             self.after_training(task)
-        self.replay.fit_after(task, real, self.past, self.handed_exemplars(task), self.network)
+        self.replay.fit_after(task, real, self.past, handed_exemplars(self, task), self.network)
         if self.replay.source is not None:
             self.after_source_fit(task)
         self.old_network = self.network.frozen_copy()
@@ -143,7 +143,7 @@ class Learner(ExemplarKeeper, ABC):
     def after_training(self, task: Task) -> None:
         """Align, keep exemplars, compute prototypes. The default keeps exemplars if the learner uses them."""
         if self.uses_exemplars:
-            self.keep_exemplars(task)
+            keep_exemplars(self, task)
 
     def after_source_fit(self, task: Task) -> None:
         """Go on once the source has learned the task; for learners that retrain their head then."""
@@ -175,6 +175,17 @@ class Learner(ExemplarKeeper, ABC):
         return {"cnn": logits, "nme": -torch.cdist(unit, means).square()}
 
     # ------------------------------------------------------------------ parts for hooks to use
+
+    def choose(self, task: Task, label: int, own: ImageSet) -> list[int]:
+        """Return positions of a new class's exemplars among its images, ``own``, best first.
+
+        A class is herded once per task, by the network as it is at the first call: the first picks stay images, the
+        next ones are handed to the source.
+        """
+        if label not in self.choices:
+            count = (self.memory.budget(task.num_seen) if self.uses_exemplars else 0) + self.memory.handed
+            self.choices[label] = herding(self.extract_features(own), count)
+        return self.choices[label]
 
     @torch.no_grad()
     def extract_features(self, images: ImageSet) -> Tensor:

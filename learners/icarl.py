@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learners import LEARNERS
 from learners.losses import distillation_loss
+from learners.memory import keep_exemplars, update_class_means
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
@@ -38,5 +39,5 @@ class ICaRL(PyCILLearner):
         return {"cross_entropy": cross_entropy, "distill": distill}
 
     def after_training(self, task: Task) -> None:
-        self.keep_exemplars(task)
-        self.update_class_means()
+        keep_exemplars(self, task)
+        update_class_means(self)

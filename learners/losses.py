@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) -> Tensor:
-    """Soft cross-entropy with the old network (Hinton et al. 2015, arXiv:1503.02531), as PyCIL and ESCORT use it.
+    """Soft cross-entropy with the old network (Hinton et al. 2015, arXiv:1503.02531), as PyCIL uses it.
 
     Mean over the batch of -sum_k softmax(old / T)_k log softmax(new / T)_k, without the factor T^2.
 
@@ -32,7 +32,7 @@ def old_as_one_class(labels: Tensor, num_old: int) -> Tensor:
 
 
 def supervised_contrastive(z: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """Supervised contrastive loss on one view (Khosla et al. 2020, arXiv:2004.11362, Eq. 2), as DDDR uses it.
+    """Supervised contrastive loss on one view (Khosla et al. 2020, arXiv:2004.11362, Eq. 2).
 
     An image without another of its class adds 0 and still counts in the mean, so a batch of one image gives 0.
 
@@ -51,7 +51,7 @@ def supervised_contrastive(z: Tensor, labels: Tensor, temperature: float = 0.07)
 
 
 def anchor_loss(features: Tensor, labels: Tensor, anchors: Tensor, anchor_labels: Tensor) -> Tensor:
-    """How far images are from the anchors of their classes (ASP, arXiv:2403.09857): a mean of 1 - cos.
+    """How far images are from the anchors of their classes (arXiv:2403.09857): a mean of 1 - cos.
 
     Each anchor of class k is compared with all images of class k in the batch; anchors count by the number of images
     that their class has, divided among the anchors of the class. Anchors get no gradient.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from utils.data.images import ImageSet, Part
 from utils.data.manager import DataManager, Task
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
+
+if TYPE_CHECKING:
+    from learners.base import Learner
 
 log = logging.getLogger("reprise")
 
@@ -162,49 +166,35 @@ def make_memory(config: RunConfig, data: DataManager, replay: Replay, uses_exemp
     return ExemplarMemory(config.memory_size, real, config.fixed_memory, handed)
 
 
-class ExemplarKeeper:
-    """The part of a learner that chooses exemplars among what stands for the present.
+def keep_exemplars(learner: Learner, task: Task) -> None:
+    """Trim old classes to their share and add the best of the new ones (PyCIL 4.1)."""
+    memory = learner.memory
+    budget = memory.budget(task.num_seen)
+    if not memory.fixed:
+        memory.trim(budget)
+    for label in task.classes:
+        own = learner.present.select([label])
+        if len(own) < budget and label == task.classes[0]:
+            log.info(
+                "Class %d has %d images, fewer than its share of %d: such classes keep all", label, len(own), budget
+            )
+        memory.add(own.take(learner.choose(task, label, own)[:budget]))
 
-    Each class is herded once per task: the first picks stay images, the next ones are handed to the source.
+
+def handed_exemplars(learner: Learner, task: Task) -> ImageSet:
+    """Return the images of the new classes that the source is to keep in its own form, best first."""
+    handed, chosen = learner.memory.handed, ImageSet()
+    for label in task.classes if handed else ():
+        own = learner.present.select([label])
+        chosen = chosen + own.take(learner.choose(task, label, own)[-handed:])
+    return chosen
+
+
+def update_class_means(learner: Learner) -> None:
+    """Compute nearest-mean prototypes of all classes from their exemplars, by the present network.
+
+    A class whose exemplars a budget took has none: its old mean is of another network.
     """
-
-    memory: ExemplarMemory
-    present: ImageSet
-
-    def choose(self, task: Task, label: int, own: ImageSet) -> list[int]:
-        """Return positions of a new class's exemplars among its images, ``own``, best first.
-
-        The network herds as it is at the first call of a task.
-        """
-        if label not in self.choices:
-            count = (self.memory.budget(task.num_seen) if self.uses_exemplars else 0) + self.memory.handed
-            self.choices[label] = herding(self.extract_features(own), count)
-        return self.choices[label]
-
-    def keep_exemplars(self, task: Task) -> None:
-        """Trim old classes to their share and add the best of the new ones (PyCIL 4.1)."""
-        budget = self.memory.budget(task.num_seen)
-        if not self.memory.fixed:
-            self.memory.trim(budget)
-        for label in task.classes:
-            own = self.present.select([label])
-            if len(own) < budget and label == task.classes[0]:
-                log.info("Class %d has %d images, fewer than its share of %d: such classes keep all",
-                         label, len(own), budget)  # fmt: skip
-            self.memory.add(own.take(self.choose(task, label, own)[:budget]))
-
-    def handed_exemplars(self, task: Task) -> ImageSet:
-        """Return the images of the new classes that the source is to keep in its own form, best first."""
-        chosen = ImageSet()
-        for label in task.classes if self.memory.handed else ():
-            own = self.present.select([label])
-            chosen = chosen + own.take(self.choose(task, label, own)[-self.memory.handed :])
-        return chosen
-
-    def update_class_means(self) -> None:
-        """Compute nearest-mean prototypes of all classes from their exemplars, by the present network.
-
-        A class whose exemplars a budget took has none: its old mean is of another network.
-        """
-        own = {label: self.memory.images.select([label]) for label in self.memory.images.classes}
-        self.class_means = {label: class_mean(self.extract_features(images)) for label, images in own.items()}
+    images = learner.memory.images
+    own = {label: images.select([label]) for label in images.classes}
+    learner.class_means = {label: class_mean(learner.extract_features(part)) for label, part in own.items()}

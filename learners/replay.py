@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from learners import LEARNERS
-from learners.memory import reservoir_slots
+from learners.memory import keep_exemplars, reservoir_slots, update_class_means
 from learners.pycil import PyCILLearner
 from utils.data.images import ImageSet
 from utils.data.manager import Task
@@ -38,9 +38,9 @@ class ExperienceReplay(PyCILLearner):
         if self.config.selection == "reservoir" and not self.config.fixed_memory:
             self._offer_to_reservoir(task)
             return
-        self.keep_exemplars(task)
+        keep_exemplars(self, task)
         if self.config.selection == "herding":
-            self.update_class_means()
+            update_class_means(self)
 
     def choose(self, task: Task, label: int, own: ImageSet) -> list[int]:
         """Herd, or with a reservoir give every image of a class the same chance."""

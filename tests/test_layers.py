@@ -2,35 +2,16 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
 from learners.run.configure import build_config
+from tests.structure import FILES, ROOT, broken_rules, code_lines, long_signatures, methods_named, upward_imports
 from utils.run.words import read_experiment
 
-ROOT = Path(__file__).parents[1]
-LAYERS = ("utils", "models", "synth", "learners", "main")  # from the ground up
-FILES = [ROOT / "main.py", *sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))]
 EXPERIMENTS = sorted((ROOT / "exps").rglob("*.json"))
 # Words for things that a registry looks up.
 LOOKED_UP = {"name", "model_name", "dataset", "dataset_name", "source", "learner", "backbone", "convnet_type"}
-
-
-def layer_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-def upward_imports(layer: str, code: str) -> list[str]:
-    """Imports of an upper layer, wherever they stand."""
-    above = LAYERS[LAYERS.index(layer) + 1 :]
-    found = []
-    for node in ast.walk(ast.parse(code)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module]
-        found += [name for name in names if name.split(".")[0] in above]
-    return found
 
 
 def named_factories(code: str) -> list[int]:
@@ -54,9 +35,8 @@ def _word(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
-def test_imports_run_one_way():
-    found = {str(path.relative_to(ROOT)): upward_imports(layer_of(path), path.read_text()) for path in FILES}
-    assert {name: imports for name, imports in found.items() if imports} == {}
+def test_no_rule_of_the_house_is_broken():
+    assert list(broken_rules()) == []
 
 
 @pytest.mark.parametrize(
@@ -96,9 +76,27 @@ def test_a_chain_of_ifs_over_names_is_found(code, lines):
     assert named_factories(code) == lines
 
 
-def test_no_module_is_longer_than_300_lines():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
-    assert {name: length for name, length in lengths.items() if length > 300} == {}
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("# as ESCORT does\nclass GuideSource: ...", ["ESCORT", "Guide"]),
+        ("guidance, guided, guides, raspberry = grasp(imagenet100_escort)", []),
+        ('raise ConfigError("set dddr_keys")', ["dddr"]),
+    ],
+)
+def test_a_method_that_is_named_is_found(code, words):
+    assert methods_named(code) == words
+
+
+def test_only_lines_that_do_something_are_counted():
+    code = '"""Doc."""\n\nimport os\n\n# why\ndef f(\n    x,\n):\n    """Doc\n    more."""\n    return x\n'
+    assert code_lines(code) == 4
+
+
+def test_long_public_signatures_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.structure.ROOT", tmp_path)
+    (tmp_path / "a.py").write_text("def f(self, a, b, c, d, e, f, g): ...\ndef g(a, b, c, d, e, f, g, *, h): ...\n")
+    assert long_signatures(tmp_path / "a.py") == ["a.py:2 g"]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from learners import LEARNERS
 from learners.expandable.network import ExpandableNet
 from learners.losses import old_as_one_class
+from learners.memory import keep_exemplars, update_class_means
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
@@ -48,8 +49,8 @@ class DynamicallyExpandableRepresentation(PyCILLearner):
         if task.num_old > 0:
             self.network.align_new_weights(task.num_old)
         self.network.auxiliary = None  # the next task has its own
-        self.keep_exemplars(task)
-        self.update_class_means()
+        keep_exemplars(self, task)
+        update_class_means(self)
 
     def carried(self) -> list[Carried]:
         """Name the old branches apart from the rest of the network's file."""
