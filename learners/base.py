@@ -23,8 +23,9 @@ from utils.data.transforms import ClassifierTransform, classifier_transform
 from utils.run.carried import Carried, Items
 from utils.run.config import RunConfig
 from utils.training import seeding
-from utils.training.fit import Hooks, Step, TrainConfig, Training, fit
+from utils.training.fit import Hooks, Step, Training, fit
 from utils.training.run import Run
+from utils.training.schedule import TrainConfig
 
 EVAL_BATCH = 256
 

@@ -24,7 +24,8 @@ from utils.data.transforms import ClassifierTransform, classifier_transform
 from utils.run.carried import Carried
 from utils.run.config import RunConfig
 from utils.training import seeding
-from utils.training.fit import TrainConfig, Training, fit
+from utils.training.fit import Training, fit
+from utils.training.schedule import TrainConfig
 
 log = logging.getLogger("reprise")
 NORMALIZE = {"none": ((0.0,) * 3, (1.0,) * 3), "0.5": ((0.5,) * 3, (0.5,) * 3)}

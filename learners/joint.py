@@ -8,7 +8,7 @@ from learners import LEARNERS
 from learners.pycil import PyCILLearner
 from utils.data.manager import Task
 from utils.training import seeding
-from utils.training.fit import TrainConfig
+from utils.training.schedule import TrainConfig
 
 
 @LEARNERS.register("joint")

@@ -10,7 +10,7 @@ from pydantic import Field
 from learners.base import Learner
 from utils.data.manager import Task
 from utils.run.config import RunConfig
-from utils.training.fit import TrainConfig
+from utils.training.schedule import TrainConfig
 
 
 class PyCILLearner(Learner):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from learners import LEARNERS
 from learners.frozen_backbone import FrozenBackboneLearner
 from utils.data.manager import Task
-from utils.training.fit import TrainConfig
+from utils.training.schedule import TrainConfig
 
 
 @LEARNERS.register("simplecil")

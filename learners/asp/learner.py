@@ -21,7 +21,8 @@ from models.frozen import Frozen
 from utils.data.batches import Batch, test_batches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.training.fit import Step, TrainConfig
+from utils.training.fit import Step
+from utils.training.schedule import TrainConfig
 
 log = logging.getLogger("reprise")
 FEATURE_BATCH = 128

@@ -13,7 +13,7 @@ from models.incremental import IncrementalNet
 from utils.data.batches import Batch
 from utils.data.manager import Task
 from utils.training import seeding
-from utils.training.fit import TrainConfig
+from utils.training.schedule import TrainConfig
 
 
 @LEARNERS.register("dddr")

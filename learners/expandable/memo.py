@@ -10,7 +10,7 @@ from pydantic import Field
 from learners import LEARNERS
 from learners.expandable.der import DynamicallyExpandableRepresentation
 from learners.expandable.network import ExpandableNet, split_last_stage
-from utils.training.fit import TrainConfig
+from utils.training.schedule import TrainConfig
 
 
 @LEARNERS.register("memo")

@@ -28,7 +28,7 @@ from utils.data.transforms import ClassifierTransform, classifier_transform, mat
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
 from utils.training import seeding
-from utils.training.fit import TrainConfig
+from utils.training.schedule import TrainConfig
 
 
 @LEARNERS.register("guide")

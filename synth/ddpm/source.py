@@ -39,7 +39,8 @@ from utils.run.config import SourceConfig
 from utils.run.errors import ConfigError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.training import seeding
-from utils.training.fit import Hooks, Step, TrainConfig, Training, fit
+from utils.training.fit import Hooks, Step, Training, fit
+from utils.training.schedule import TrainConfig
 
 log = logging.getLogger("reprise")
 

@@ -23,7 +23,8 @@ from utils.data.transforms import DiffusionTransform, to_uint8
 from utils.run.carried import Carried
 from utils.run.errors import ConfigError, NotFittedError
 from utils.training import seeding
-from utils.training.fit import TrainConfig, Training, fit
+from utils.training.fit import Training, fit
+from utils.training.schedule import TrainConfig
 
 
 @SOURCES.register("small_controlnet")

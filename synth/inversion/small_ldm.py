@@ -23,7 +23,8 @@ from utils.data.transforms import DiffusionTransform
 from utils.run.carried import Carried
 from utils.run.errors import ConfigError
 from utils.training import seeding
-from utils.training.fit import Hooks, TrainConfig, Training, fit
+from utils.training.fit import Hooks, Training, fit
+from utils.training.schedule import TrainConfig
 
 
 @SOURCES.register("small_ldm")

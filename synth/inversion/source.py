@@ -38,7 +38,8 @@ from utils.run.config import SourceConfig
 from utils.run.errors import WeightsError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.training import seeding
-from utils.training.fit import Hooks, TrainConfig, Training, fit
+from utils.training.fit import Hooks, Training, fit
+from utils.training.schedule import TrainConfig
 
 EMBEDDINGS = "class_embeddings.safetensors"  # of one float32 vector per class
 

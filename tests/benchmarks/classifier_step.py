@@ -24,9 +24,10 @@ from tests.benchmarks.timing import alternate, verdict
 from utils.data.batches import ImageBatches
 from utils.data.images import ImageSet
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
-from utils.training.fit import TrainConfig, Training, fit
+from utils.training.fit import Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime, fast_bf16
+from utils.training.schedule import TrainConfig
 
 NUM_IMAGES, BATCH, WORKERS = 2560, 128, 8  # twenty steps a segment
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -19,9 +19,10 @@ from tests.benchmarks.timing import compare
 from utils.data.batches import ImageBatches
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
-from utils.training.fit import TrainConfig, Training, fit
+from utils.training.fit import Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime, fast_bf16
+from utils.training.schedule import TrainConfig
 
 UNET = {
     "block_out_channels": [64, 120, 128], "layers_per_block": 1, "attention_levels": [], "dropout": 0.0,

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from learners.run.experiment import Experiment
+from synth import SOURCES
+from tests.support.toy import TINY_SOURCES, tiny_source, toy_experiment
+from tests.support.toy_distilled import MeanImages
+from tests.support.toy_features import Gaussians
 from utils.run.files import load_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +104,82 @@ def test_five_kills_of_the_digits_run_change_no_bit(tmp_path):
     moments = [rng.uniform(0.1, 0.19) * seconds for _ in range(5)]
     assert run_killed(tmp_path / "broken", [], moments) == 5
     assert_equal(outcome(tmp_path / "broken"), outcome(tmp_path / "whole"))
+
+
+# Each kind of `Replay`: learner, source, settings of the source.
+KINDS = {
+    "none": ("icarl", None, {}),
+    "stored": ("icarl", "ddpm", {}),
+    "redrawn": ("lwf", "ddpm", {"replay": "redraw"}),
+    "given": ("finetune", "ddpm", {"need_syn_imgs": False}),
+    "copied": ("icarl", "small_controlnet", {}),
+    "guided": ("guide", "ddpm", {}),
+    "features": ("finetune", "gaussians", {}),
+    "distilled": ("finetune", "means", {}),
+}
+
+
+def toy_run(kind: str, folder: Path, drawn: Path) -> Experiment:
+    """A run of a few seconds with one kind of replay; `drawn` holds images for the one that only takes them."""
+    learner, source, settings = KINDS[kind]
+    keys = {"checkpoint_every": 2, "epochs": 6}
+    if settings:
+        keys["synth"] = {**tiny_source(source), **settings}
+    if kind == "given":
+        keys["synth"]["syn_image_path"] = str(drawn / "outputs" / "syn_image_toy_seed7")
+    return toy_experiment(learner, folder, source, **keys)
+
+
+def run_in_child(make, seconds: float | None = None) -> bool:
+    """Run an experiment in a process of its own, which is killed after so many seconds; whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            make().learn_all()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    killer = threading.Timer(seconds or 600, os.kill, (child, signal.SIGKILL))
+    killer.start()
+    status = os.waitpid(child, 0)[1]
+    killer.cancel()
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFEXITED(status)
+
+
+def toy_outcome(folder: Path) -> dict[str, object]:
+    """Results without times, and every file of weights, exemplars and images that the run has left, by its bytes."""
+    run = next(folder.glob("outputs/toy/seed_*"))
+    results = json.loads((run / "results.json").read_text())
+    left = {key: value for key, value in results.items() if key not in ("seconds", "command")}
+    for path in [
+        *folder.rglob("*.safetensors"),
+        *folder.rglob("*.png"),
+        *folder.glob("outputs/*/task_*/manifest.json"),
+    ]:
+        left[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_thirty_kills_with_each_kind_of_replay_change_no_bit(kind, tmp_path, monkeypatch):
+    for name, source in {"gaussians": Gaussians, "means": MeanImages}.items():
+        monkeypatch.setitem(SOURCES._load(), name, source)
+        monkeypatch.setitem(TINY_SOURCES, name, {"syn_per_class": 3})
+    drawn = tmp_path / "drawn"
+    if kind == "given":
+        run_in_child(partial(toy_run, "stored", drawn, drawn))
+    begin = time.monotonic()
+    assert run_in_child(partial(toy_run, kind, tmp_path / "whole", drawn))
+    seconds, expected = time.monotonic() - begin, toy_outcome(tmp_path / "whole")
+    kills, attempt, rng = 0, 0, random.Random(kind)
+    while kills < 30:
+        attempt += 1
+        folder = tmp_path / str(attempt)
+        while not run_in_child(partial(toy_run, kind, folder, drawn), rng.uniform(0.02, 0.6) * seconds):
+            kills += 1
+        assert toy_outcome(folder) == expected
+    print(f"{kind}: {kills} kills in {attempt} runs of {seconds:.1f} s")

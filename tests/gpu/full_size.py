@@ -31,9 +31,10 @@ from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
-from utils.training.fit import TrainConfig, Training, fit
+from utils.training.fit import Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime
+from utils.training.schedule import TrainConfig
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from models.heads import CosineHead
 from models.incremental import IncrementalNet
 from models.timm_backbone import TimmBackbone
 from tests.support.tiny_asp import IMAGES, attend_as_tokens, tiny_prompt_vit
-from utils.training.fit import TrainConfig
+from utils.training.schedule import TrainConfig
 
 LABELS = torch.tensor([0, 1, 1, 2, 3])
 

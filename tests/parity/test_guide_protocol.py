@@ -14,9 +14,9 @@ from synth.drawing import ImageFolder
 from synth.requests import draw_labels
 from tests.parity.published import PUBLISHED, published
 from tests.support.toy import toy_experiment
-from utils.training.fit import TrainConfig
 from utils.training.run import Run
 from utils.training.runtime import Runtime
+from utils.training.schedule import TrainConfig
 
 
 def rates(lr, steps, hold):

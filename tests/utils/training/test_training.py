@@ -13,9 +13,10 @@ from torch.testing import assert_close
 from utils.data.batches import Batch
 from utils.run.errors import TrainingError
 from utils.training import seeding
-from utils.training.fit import Hooks, Progress, TrainConfig, Training, fit
+from utils.training.fit import Hooks, Progress, Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime
+from utils.training.schedule import TrainConfig
 
 STEPS = 12  # three epochs of four batches
 
