@@ -144,6 +144,7 @@ class Experiment:
                     keep_to_budget(self.learner, task.index)
                 self._save(task)
             self.results.log_end()
+            self.run.metrics.close()
             return self._write()
 
     def _learn(self, task: Task) -> None:

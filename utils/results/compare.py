@@ -1,4 +1,4 @@
-"""One table over runs, and their curves: ``python -m utils.compare outputs/* [--format csv] [--plot curves.pdf]``."""
+"""One table over runs, and their curves: `python -m utils.results.compare outputs/*`."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ FORMATS = {"text": as_text, "csv": as_csv, "latex": as_latex}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 2 if there is nothing to compare or a file is damaged."""
-    parser = argparse.ArgumentParser(prog="python -m utils.compare", description="One table over runs.")
+    parser = argparse.ArgumentParser(prog="python -m utils.results.compare", description="One table over runs.")
     parser.add_argument("folders", nargs="*", default=["outputs"], help="run folders, or folders of runs (outputs)")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument("--output", type=Path, help="write to this file instead of the terminal")

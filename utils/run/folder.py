@@ -47,7 +47,7 @@ def replay_manifest(folder: Path) -> Manifest:
 
 def run_manifest(folder: Path, identity: dict[str, Any] | None, flag: str = "--name") -> Manifest:
     """Return the manifest of a run's folder; ``flag`` is what the user names it with."""
-    remedy = f"Give another {flag}, or --overwrite"
+    remedy = f"Give another {flag}, or --overwrite; what is no whole run has to be deleted by hand"
     return Manifest(folder, "run", identity, remedy=remedy, name=CONFIG, error=ConfigError)
 
 

@@ -38,8 +38,15 @@ class Metrics:
             file.write(json.dumps(values) + "\n")
         if self.tracker is not None:
             place = f"task_{values.pop('task')}/{values.pop('purpose')}"
-            step = values.pop("step")
+            # Every training counts its own steps. wandb's may only rise, so there they are values like the others.
+            step = None if self.tracker.name == "wandb" else values.pop("step")
             self.tracker.log({f"{place}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """End what a tracker shows as one run."""
+        if self.tracker is not None:
+            self.tracker.finish()
+            self.tracker = None
 
     def rewind(self, task: int, purpose: str, step: int) -> None:
         """Forget the lines of this training after this step, and lines that a crash cut off."""

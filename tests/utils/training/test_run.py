@@ -1,6 +1,7 @@
 """What surrounds one seed: its metrics, tracker, clock and checkpoints."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,9 +134,18 @@ def test_tensorboard_gets_every_metric_beside_the_file(run):
 
     run.track("tensorboard", "name", {"seed": 1, "order": [2, 1], "synth": None, "rate": 0.1})
     run.metrics.write(task=0, purpose="train", step=10, loss=1.5)
-    run.metrics.tracker.finish()
+    run.metrics.close()
     (folder,) = {path.parent for path in run.folder.rglob("events.out.tfevents.*") if path.parent.name == "name"}
     events = EventAccumulator(str(folder)).Reload()
     (scalar,) = events.Scalars("task_0/train/loss")
     assert (scalar.step, scalar.value) == (10, 1.5)
     assert json.loads(run.metrics.path.read_text())["loss"] == 1.5
+
+
+def test_a_tracker_whose_steps_may_only_rise_gets_them_as_values(run):
+    logged = []
+    log = lambda values, step: logged.append((values, step))  # noqa: E731
+    run.metrics.tracker = SimpleNamespace(name="wandb", log=log, finish=lambda: logged.append("finished"))
+    run.metrics.write(task=0, purpose="train", step=50, loss=1.0)
+    run.metrics.close()
+    assert logged == [({"task_0/train/step": 50, "task_0/train/loss": 1.0}, None), "finished"]
