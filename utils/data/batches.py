@@ -142,7 +142,7 @@ class ImageBatches(ShuffledBatches):
     def __init__(self, images: ImageSet, replay: ImageSet | None, loading: Loading):
         everything = images if replay is None else images + replay
         super().__init__(everything.labels, loading)
-        self.label(everything, len(images))
+        self._take_labels(everything, len(images))
         self.transform = loading.transform
         if self.transform.whole_batch:
             # Mostly one tensor; replay of another size than the real images makes a second one.
@@ -151,7 +151,7 @@ class ImageBatches(ShuffledBatches):
         else:
             self.images = everything
 
-    def label(self, samples: Samples, num_present: int) -> None:
+    def _take_labels(self, samples: Samples, num_present: int) -> None:
         """Take labels and soft targets of all samples, of which those after ``num_present`` stand for old classes."""
         self.labels = samples.labels.to(self.device)
         self.is_replay = torch.arange(len(samples), device=self.device) >= num_present
@@ -222,7 +222,7 @@ class MixedBatches(ImageBatches):
     def __init__(self, images: ImageSet, features: FeatureSet, loading: Loading):
         super().__init__(images, None, loading)
         self.num_images, self.features = len(images), features.tensor().to(self.device)
-        self.label(Samples([*images.parts, *features.parts]), self.num_images)
+        self._take_labels(Samples([*images.parts, *features.parts]), self.num_images)
 
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
         # Images first, so that the rows of images and features behind each other are those of the labels.
