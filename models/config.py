@@ -24,6 +24,17 @@ class NetworkConfig(BaseConfig):
             if value % factor:
                 raise ConfigError(f"{key}={given}: {value} is not a multiple of {of}={factor}")
 
+    def require_side(self, side: int, *keys: str) -> None:
+        """Raise ConfigError unless an image can be halved between the levels whose widths these keys list."""
+        counts = {key: len(getattr(self, key)) for key in keys}
+        halvings = sum(counts.values()) - len(counts)
+        if side % 2**halvings:
+            levels = " and ".join(f"{count} {key}" for key, count in counts.items())
+            raise ConfigError(
+                f"{levels} halve an image {halvings} times, so its side must be a multiple of {2**halvings}, not {side}"
+                ": give fewer of them"
+            )
+
     def require_levels(self, key: str, num_levels: int) -> None:
         """Raise ConfigError if a key names levels of a UNet that it does not have."""
         if absent := [level for level in getattr(self, key) if not 0 <= level < num_levels]:

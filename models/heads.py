@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Head(nn.Module, ABC):
-    """Class vectors as rows of ``weight``, float (num_classes, D); subclasses say how a row starts and is compared."""
+class Head(nn.Module):
+    """Class vectors as rows of ``weight``, float (num_classes, D); subclasses say how they are compared."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -53,9 +52,9 @@ class Head(nn.Module, ABC):
         rows[:, : self.num_features] = self.weight.data
         self.weight = nn.Parameter(rows)
 
-    @abstractmethod
     def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Fill new rows, float (R, D), in place."""
+        """Fill new rows, float (R, D), in place: as ``torch.nn.Linear`` does, unless a subclass says otherwise."""
+        return _uniform(rows, 1 / math.sqrt(rows.shape[1]), generator)
 
 
 class LinearHead(Head):
@@ -81,9 +80,6 @@ class LinearHead(Head):
 class PlainHead(Head):
     """logits = W f without bias; rows start as those of ``torch.nn.Linear`` (Cywinski et al., arXiv:2403.03938)."""
 
-    def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _uniform(rows, 1 / math.sqrt(rows.shape[1]), generator)
-
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, num_classes)."""
         return F.linear(features, self.weight)
@@ -95,9 +91,6 @@ class CosineHead(Head):
     def __init__(self, num_features: int):
         super().__init__(num_features)
         self.scale = nn.Parameter(torch.ones(()))
-
-    def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _uniform(rows, 1 / math.sqrt(rows.shape[1]), generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) of any length to logits (B, num_classes) in [-s, s]."""

@@ -31,6 +31,11 @@ class BackboneOptions:
     offline: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def wants_published(self) -> bool:
+        """Whether a timm model starts from published weights, and not from a local file or at random."""
+        return self.pretrained and self.weights is None
+
     def __post_init__(self):
         if self.stem not in STEMS:
             raise ConfigError(f"stem={self.stem!r}: use one of {', '.join(STEMS)}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models import BACKBONES
 from models.options import BackboneOptions
-from models.resnet import init_conv
+from models.resnet import build_stages, init_conv
 
 EPS = 1e-6  # of every normalisation
 
@@ -48,13 +48,7 @@ class PreactResNet(nn.Module):
         super().__init__()
         # The stem is a unit as well: it starts blind to what is darker than the average pixel.
         self.stem = _unit(3, 64, 3, 1)
-        groups, in_channels = [], 64
-        for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            group = [_Block(in_channels, channels, stride)]
-            group += [_Block(channels, channels, 1) for _ in range(blocks - 1)]
-            groups.append(nn.Sequential(*group))
-            in_channels = channels
-        self.groups = nn.Sequential(*groups)
+        self.groups = build_stages(_Block, 64, (64, 128, 256, 512), blocks)
         self.norm = nn.BatchNorm1d(self.num_features, eps=EPS)
         self.apply(init_conv)
 

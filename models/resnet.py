@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -43,19 +44,30 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(16)
-        stages, in_channels = [], 16
-        for channels, stride in ((16, 1), (32, 2), (64, 2)):
-            stage = [_Block(in_channels, channels, stride)]
-            stage += [_Block(channels, channels, 1) for _ in range(blocks - 1)]
-            stages.append(nn.Sequential(*stage))
-            in_channels = channels
-        self.stages = nn.Sequential(*stages)
+        self.stages = build_stages(_Block, 16, (16, 32, 64), blocks)
         self.apply(init_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W), mean 0 and deviation 1 per channel, to non-negative features (B, 64)."""
         x = F.relu(self.bn(self.conv(x)))
         return self.stages(x).mean(dim=(2, 3))
+
+
+def build_stages(block: type[nn.Module], in_channels: int, widths: Sequence[int], blocks: int) -> nn.Sequential:
+    """Build stages of residual blocks, of which all but the first halve the side.
+
+    Args:
+        block: made of input channels, output channels and stride.
+        in_channels: channels of the first block's input.
+        widths: channels of every stage.
+        blocks: per stage.
+    """
+    stages = []
+    for channels in widths:
+        first = block(in_channels, channels, 2 if stages else 1)
+        stages.append(nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1))))
+        in_channels = channels
+    return nn.Sequential(*stages)
 
 
 def init_conv(module: nn.Module) -> None:

@@ -43,11 +43,6 @@ class TimmBackbone(nn.Module):
         return self.network(x)
 
 
-def backbone_names() -> list[str]:
-    """Names of our own backbones; any timm model works beside them."""
-    return BACKBONES.names()
-
-
 def check_backbone_name(name: str, options: BackboneOptions, fetch: bool = False) -> None:
     """Find mistakes in the name and in where weights come from, without building anything.
 
@@ -63,9 +58,11 @@ def check_backbone_name(name: str, options: BackboneOptions, fetch: bool = False
     _check_args(name, options)
     if name.lower() in BACKBONES:
         return
+    import timm
+
     name = _timm_name(name, options)
-    if _wants_published(options) and (fetch or options.offline):
-        published_weights(_timm_cfg(name), options.offline)
+    if options.wants_published and (fetch or options.offline):
+        published_weights(timm.get_pretrained_cfg(name), options.offline)
 
 
 def has_weights(name: str, options: BackboneOptions) -> bool:
@@ -77,7 +74,7 @@ def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
     """Build a backbone by name, with ``num_features`` and (B, 3, H, W) -> (B, num_features).
 
     Args:
-        name: one of `backbone_names`, or a timm name with weight tag such as "vit_small_patch16_224.augreg_in1k", or
+        name: one of `models.BACKBONES`, or a timm name with weight tag such as "vit_small_patch16_224.augreg_in1k", or
             one of PILOT's names for ViT-B/16. A name that we share with timm means ours.
         options: see `BackboneOptions`.
 
@@ -102,17 +99,13 @@ def _check_args(name: str, options: BackboneOptions) -> None:
         return
     if name.lower() in BACKBONES:
         raise ConfigError(f"{given} is for timm's models: {name} takes no arguments")
-    if _wants_published(options):
+    if options.wants_published:
         raise ConfigError(
             f"{given} builds another network than the published weights of {name} are for: say pretrained=false to "
             "train it from scratch, or name a file that fits with backbone_weights"
         )
     if taken := sorted(set(options.args) & set(OURS_TO_SAY)):
         raise ConfigError(f"backbone_args.{taken[0]} follows from the data and other keys: leave it out")
-
-
-def _wants_published(options: BackboneOptions) -> bool:
-    return options.pretrained and options.weights is None
 
 
 def _timm_name(name: str, options: BackboneOptions) -> str:
@@ -129,27 +122,21 @@ def _timm_name(name: str, options: BackboneOptions) -> str:
     tagged = timm.list_pretrained(f"{base}.*")
     if tag and name not in tagged:
         raise ConfigError(f"timm has no weights {name!r}{nearest(name, tagged)} Known: {', '.join(tagged) or 'none'}")
-    if not tag and _wants_published(options):
+    if not tag and options.wants_published:
         choice = f"say which weights: {', '.join(tagged)}" if tagged else "timm has no weights for it"
         raise ConfigError(f"backbone {name!r} has no weight tag: {choice}; pretrained=false trains it from scratch")
     return name
 
 
-def _timm_cfg(name: str):
-    import timm
-
-    return timm.get_pretrained_cfg(name)
-
-
 def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
     import timm
 
-    cfg = _timm_cfg(name)
+    cfg = timm.get_pretrained_cfg(name)
     arguments: dict = {"num_classes": 0, **options.args}
     if cfg is not None and cfg.fixed_input_size:
         # Also with published weights: timm then interpolates the positions.
         arguments["img_size"] = options.image_size
-    if _wants_published(options):
+    if options.wants_published:
         file = published_weights(cfg, options.offline)
         # Only original files, .npz, need a model's own reader; the hub holds them converted.
         overlay = {"file": str(file), "custom_load": file.suffix == ".npz"}

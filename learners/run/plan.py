@@ -21,7 +21,7 @@ def _summary(entry: type) -> str:
 
 def describe_all() -> str:
     """List learners, sources, data sets and backbones, a line each."""
-    from models.timm_backbone import backbone_names
+    from models import BACKBONES
 
     lines = ["Learners (model_name):"]
     lines += [f"  {name:<20} {_summary(LEARNERS[name])}" for name in LEARNERS.names()]
@@ -29,7 +29,7 @@ def describe_all() -> str:
     lines += [f"  {name:<20} {_summary(SOURCES[name])}" for name in SOURCES.names()]
     lines += ["", "Data sets (dataset):", f"  {', '.join(DATASETS.names())}"]
     lines += ["  or any folder <data_dir>/<name>/<train|test>/<class>/<image>, by its name"]
-    lines += ["", "Backbones (convnet_type):", f"  {', '.join(backbone_names())}"]
+    lines += ["", "Backbones (convnet_type):", f"  {', '.join(BACKBONES.names())}"]
     lines += ["  or any timm model with its weight tag, such as vit_small_patch16_224.augreg_in21k_ft_in1k"]
     return "\n".join(lines)
 

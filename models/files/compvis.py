@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ NEEDED = (
     "cond_stage_config.params.n_embed", "cond_stage_config.params.n_layer", "linear_start", "linear_end", "timesteps",
     "scale_factor",
 )  # fmt: skip
+SCHEDULE_KEYS = {"num_train_timesteps": "timesteps", "beta_start": "linear_start", "beta_end": "linear_end"}
 # One weight of each part, by which such a checkpoint is known.
 SHOWN = (UNET + "out.2.weight", VAE + "post_quant_conv.weight", TEXT + "token_emb.weight")
 # A key that gives another kind of model away.
@@ -43,16 +47,74 @@ FOREIGN = {
     "denoise_fn.": "a diffusion model in pixels",
     "unet.": "a model in the names of diffusers",
 }
-# CompVis' names of the text encoder to those of LDMBertEncoder. Blocks 2i are attention, 2i + 1 feed-forward.
-TEXT_NAMES = {"token_emb.": "embed_tokens.", "pos_emb.emb.": "embed_positions.", "norm.": "layer_norm."}
-ATTENTION_NAMES = {
-    "0.": "self_attn_layer_norm.",
-    "1.to_q.": "self_attn.q_proj.",
-    "1.to_k.": "self_attn.k_proj.",
-    "1.to_v.": "self_attn.v_proj.",
-    "1.to_out.": "self_attn.out_proj.",
-}
-FEED_FORWARD_NAMES = {"0.": "final_layer_norm.", "1.net.0.0.": "fc1.", "1.net.2.": "fc2."}
+# CompVis' names of the text encoder's layers to those of LDMBertEncoder. Even blocks (0.) are attention, odd ones (1.)
+# feed-forward.
+TEXT_NAMES = {
+    "token_emb": "embed_tokens", "pos_emb.emb": "embed_positions", "norm": "layer_norm",
+    "0.0": "self_attn_layer_norm", "0.1.to_q": "self_attn.q_proj", "0.1.to_k": "self_attn.k_proj",
+    "0.1.to_v": "self_attn.v_proj", "0.1.to_out": "self_attn.out_proj",
+    "1.0": "final_layer_norm", "1.1.net.0.0": "fc1", "1.1.net.2": "fc2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of several networks in one file, under CompVis' names, from which diffusers' networks are filled.
+
+    Attributes:
+        path: where they come from, for messages.
+        weights: by name.
+        wanted: which networks they must be of, for messages.
+        hint: what the user may do, for messages.
+    """
+
+    path: str
+    weights: dict[str, Tensor]
+    wanted: str = "that the YAML describes"
+    hint: str = "Use the YAML that came with the checkpoint, or fetch the checkpoint again"
+
+    def require(self, shown: Iterable[str], kind: str, advice: str) -> None:
+        """See that it holds these weights; else it is of another kind.
+
+        Raises:
+            WeightsError: if it lacks one.
+        """
+        if absent := [key for key in shown if key not in self.weights]:
+            raise WeightsError(
+                f"{self.path} is {kind}: it has {len(self.weights)} weights, but lacks {absent[0]}. {advice}"
+            )
+
+    def section(self, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
+        """Return the weights whose names begin so."""
+        return {key: value for key, value in self.weights.items() if key.startswith(prefix)}
+
+    def fill(self, network: nn.Module, convert: Callable, section: dict[str, Tensor]) -> nn.Module:
+        """Put the converted weights of a section into a network; each of them must be used.
+
+        diffusers' own ``from_single_file`` would not say which weights are missing, nor that some were left over, and
+        would fetch its config from the hub.
+
+        Args:
+            network: takes the very tensors; build it on the meta device, so that no weight is drawn at random first.
+            convert: gives diffusers' names to a section, by the network's config.
+            section: weights under CompVis' names.
+
+        Raises:
+            WeightsError: if a weight is missing, misshapen or left over.
+        """
+        try:
+            converted = {key: value for key, value in convert(section, network.config).items() if value is not None}
+        except KeyError as error:
+            raise self.lacks(error.args[0]) from error
+        used = {tensor.data_ptr() for tensor in converted.values()}
+        left_over = {key: tensor for key, tensor in section.items() if tensor.data_ptr() not in used}
+        what = f"the {type(network).__name__} {self.wanted}"
+        load_exactly(network, converted | left_over, self.path, what, self.hint, assign=True)
+        return network
+
+    def lacks(self, key: str) -> WeightsError:
+        """Return the error for a weight that was looked up in vain."""
+        return WeightsError(f"{self.path} lacks the weight {key}: fetch the checkpoint again")
 
 
 def check_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool, key: str = "path") -> None:
@@ -84,16 +146,30 @@ def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) 
         WeightsError: if a file is absent, is a pickle with code, or is of another architecture.
         ConfigError: if the YAML is wrong or contradicts the checkpoint.
     """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders import single_file_utils as names
+
     check_checkpoint(path, yaml, tokenizer, offline)
     params = read_yaml(yaml)
-    weights = read_weights(path)
-    _check_architecture(weights, path)
-    _check_buffers(params, weights, yaml)
-    unet, vae = _convert_unet(params, weights, path), _convert_vae(params, weights, path)
-    text_encoder = _convert_text_encoder(params, weights, path)
-    return TextToImageParts(
-        vae, text_encoder, read_tokenizer(tokenizer, "BertTokenizerFast", offline), unet, _schedule(params), LATENT_SIDE
-    )
+    checkpoint = Checkpoint(path, read_weights(path))
+    _check_architecture(checkpoint)
+    _check_buffers(params, checkpoint.weights, yaml)
+    original = {"model": {"params": params}}
+    unet_config = names.create_unet_diffusers_config_from_ldm(original, checkpoint.section(UNET))
+    unet_config["sample_size"] = LATENT_SIDE  # the library takes every checkpoint for one of 512 pixels
+    vae_config = names.create_vae_diffusers_config_from_ldm(original, checkpoint.section(VAE_PARTS))
+    with torch.device("meta"):
+        networks = [
+            UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config), _text_encoder(params, checkpoint)
+        ]  # fmt: skip
+    head = TEXT + "to_logits."  # a vocabulary head that nobody uses
+    text = {key: value for key, value in checkpoint.section(TEXT).items() if not key.startswith(head)}
+    unet = checkpoint.fill(networks[0], names.convert_ldm_unet_checkpoint, checkpoint.section(UNET))
+    vae = checkpoint.fill(networks[1], names.convert_ldm_vae_checkpoint, checkpoint.section(VAE_PARTS))
+    text_encoder = checkpoint.fill(networks[2], _rename_text, text)
+    schedule = LDM_SCHEDULE | {name: params[key] for name, key in SCHEDULE_KEYS.items()}
+    words = read_tokenizer(tokenizer, "BertTokenizerFast", offline)
+    return TextToImageParts(vae, text_encoder, words, unet, schedule, LATENT_SIDE)
 
 
 # ---------------------------------------------------------------------- the YAML
@@ -118,38 +194,24 @@ def read_yaml(path: str | None) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise ConfigError(f"yaml={path!r} has no section model.params: is it in CompVis' form?") from error
     for key in NEEDED:
-        _value(params, key, path)
+        try:
+            reduce(getitem, key.split("."), params)
+        except (LookupError, TypeError) as error:
+            raise ConfigError(
+                f"yaml={path!r}: model.params.{key} is missing; the one in exps/ldm shows all keys"
+            ) from error
     return params
-
-
-def _value(params: Any, key: str, path: str) -> Any:
-    for part in key.split("."):
-        if not isinstance(params, dict) or part not in params:
-            raise ConfigError(f"yaml={path!r}: model.params.{key} is missing; the one in exps/ldm shows all keys")
-        params = params[part]
-    return params
-
-
-def _schedule(params: dict[str, Any]) -> dict[str, Any]:
-    return LDM_SCHEDULE | {
-        "num_train_timesteps": params["timesteps"],
-        "beta_start": params["linear_start"],
-        "beta_end": params["linear_end"],
-    }
 
 
 # ---------------------------------------------------------------------- the checkpoint against it
 
 
-def _check_architecture(weights: dict[str, Tensor], path: str) -> None:
-    absent = [key for key in SHOWN if key not in weights]
-    if not absent:
-        return
-    kind = next((name for prefix, name in FOREIGN.items() if any(key.startswith(prefix) for key in weights)), None)
-    raise WeightsError(
-        f"{path} is {kind or 'no latent diffusion model with a BERT text encoder'}: it has {len(weights)} weights, but "
-        f"lacks {absent[0]}. Use text2img-large's model.ckpt here; a Stable Diffusion is read from its hub id or from "
-        "its diffusers folder"
+def _check_architecture(checkpoint: Checkpoint) -> None:
+    kinds = (kind for prefix, kind in FOREIGN.items() if checkpoint.section(prefix))
+    checkpoint.require(
+        SHOWN,
+        next(kinds, "no latent diffusion model with a BERT text encoder"),
+        "Use text2img-large's model.ckpt here; a Stable Diffusion is read from its hub id or from its diffusers folder",
     )
 
 
@@ -173,101 +235,35 @@ def _check_buffers(params: dict[str, Any], weights: dict[str, Tensor], path: str
             )
 
 
-# ---------------------------------------------------------------------- conversion
+# ---------------------------------------------------------------------- the text encoder
 
 
-def _convert_unet(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, create_unet_diffusers_config_from_ldm
-
-    section = {key: value for key, value in weights.items() if key.startswith(UNET)}
-    config = create_unet_diffusers_config_from_ldm({"model": {"params": params}}, section)
-    # The library takes every checkpoint for one of 512 pixels.
-    config["sample_size"] = LATENT_SIDE
-    return fill(lambda: UNet2DConditionModel.from_config(config), convert_ldm_unet_checkpoint, config, section, path)
-
-
-def _convert_vae(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> nn.Module:
-    from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, create_vae_diffusers_config_from_ldm
-
-    section = {key: value for key, value in weights.items() if key.startswith(VAE_PARTS)}
-    config = create_vae_diffusers_config_from_ldm({"model": {"params": params}}, section)
-    return fill(lambda: AutoencoderKL.from_config(config), convert_ldm_vae_checkpoint, config, section, path)
-
-
-def _convert_text_encoder(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> nn.Module:
+def _text_encoder(params: dict[str, Any], checkpoint: Checkpoint) -> nn.Module:
+    """A text encoder of the YAML's and the weights' sizes, not yet filled."""
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertEncoder
 
-    head = TEXT + "to_logits."  # a vocabulary head that nobody uses
-    section = {key: value for key, value in weights.items() if key.startswith(TEXT) and not key.startswith(head)}
     text = params["cond_stage_config"]["params"]
+    length = {key.removeprefix(TEXT): len(value) for key, value in checkpoint.section(TEXT).items() if value.ndim}
     try:
         config = LDMBertConfig(
-            vocab_size=len(section[TEXT + "token_emb.weight"]), d_model=text["n_embed"], encoder_layers=text["n_layer"],
-            dropout=0.0,
-            max_position_embeddings=len(section[TEXT + "pos_emb.emb.weight"]), encoder_attention_heads=TEXT_HEADS,
-            head_dim=len(section[TEXT + "attn_layers.layers.0.1.to_q.weight"]) // TEXT_HEADS,
-            encoder_ffn_dim=len(section[TEXT + "attn_layers.layers.1.1.net.0.0.weight"]),
+            vocab_size=length["token_emb.weight"], d_model=text["n_embed"], encoder_layers=text["n_layer"], dropout=0.0,
+            max_position_embeddings=length["pos_emb.emb.weight"], encoder_attention_heads=TEXT_HEADS,
+            head_dim=length["attn_layers.layers.0.1.to_q.weight"] // TEXT_HEADS,
+            encoder_ffn_dim=length["attn_layers.layers.1.1.net.0.0.weight"],
         )  # fmt: skip
     except KeyError as error:
-        raise _lacks(path, error) from error
-    return fill(lambda: LDMBertEncoder(config), _rename_text, config, section, path)
+        raise checkpoint.lacks(TEXT + error.args[0]) from error
+    return LDMBertEncoder(config)
 
 
-def fill(
-    build: Callable[[], nn.Module],
-    convert: Callable,
-    config: Any,
-    section: dict[str, Tensor],
-    path: str,
-    wanted: str = "that the YAML describes",
-    hint: str = "Use the YAML that came with the checkpoint, or fetch the checkpoint again",
-) -> nn.Module:
-    """A network with the converted weights of one section of a checkpoint, each of which must have been used.
-
-    diffusers' own ``from_single_file`` would not say which weights are missing, nor that some were left over.
-
-    Args:
-        build: makes the network, on the meta device unless it says otherwise.
-        convert: gives diffusers' names to a section of this config.
-        config: of the network.
-        section: weights under CompVis' names.
-        path: where they come from, for the message.
-        wanted: which network it must be, for the message.
-        hint: what the user may do.
-
-    Raises:
-        WeightsError: if a weight is missing, misshapen or left over.
-    """
-    try:
-        converted = {key: value for key, value in convert(section, config).items() if value is not None}
-    except KeyError as error:
-        raise _lacks(path, error) from error
-    used = {tensor.data_ptr() for tensor in converted.values()}
-    left_over = {key: tensor for key, tensor in section.items() if tensor.data_ptr() not in used}
-    with torch.device("meta"):  # nothing is drawn at random first, and no weight is there twice
-        network = build()
-    load_exactly(
-        network, converted | left_over, path, what=f"the {type(network).__name__} {wanted}", hint=hint, assign=True
-    )
-    return network
-
-
-def _lacks(path: str, error: KeyError) -> WeightsError:
-    return WeightsError(f"{path} lacks the weight {error.args[0]}: fetch the checkpoint again")
-
-
-def _rename_text(section: dict[str, Tensor], _config: Any) -> dict[str, Tensor]:
+def _rename_text(section: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     return {_text_name(key.removeprefix(TEXT)): value for key, value in section.items()}
 
 
 def _text_name(key: str) -> str:
-    block = re.match(r"attn_layers\.layers\.(\d+)\.", key)
-    index = int(block[1]) if block else 0
-    names = (FEED_FORWARD_NAMES if index % 2 else ATTENTION_NAMES) if block else TEXT_NAMES
-    rest = key[block.end() :] if block else key
-    for old, new in names.items():
-        if rest.startswith(old):
-            return (f"layers.{index // 2}." if block else "") + new + rest.removeprefix(old)
-    return key  # nobody's; it is counted as unexpected
+    layer, (name, _, kind) = "", key.rpartition(".")  # kind: weight or bias
+    if block := re.fullmatch(r"attn_layers\.layers\.(\d+)\.(.*)", name):
+        index = int(block[1])
+        layer, name = f"layers.{index // 2}.", f"{index % 2}.{block[2]}"
+    # A name that is nobody's stays; it is counted as unexpected.
+    return f"{layer}{TEXT_NAMES[name]}.{kind}" if name in TEXT_NAMES else key

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.files.compvis import TEXT, UNET, VAE, VAE_PARTS, fill
+from models.files.compvis import TEXT, UNET, VAE, VAE_PARTS, Checkpoint
 from models.files.diffusers_folder import LDM_SCHEDULE
 from models.files.diffusers_parts import TextToImageParts, read_tokenizer
 from models.files.weights import read_weights
-from utils.run.errors import WeightsError
 
 CONTROL, CLIP = "control_model.", TEXT + "text_model."
 # All files of this kind are of one architecture. Depths and heads are its own, which are diffusers' defaults as well;
@@ -32,7 +30,6 @@ SHOWN = {
     "positions": CLIP + "embeddings.position_embedding.weight",
     "feed_forward": CLIP + "encoder.layers.0.mlp.fc1.weight",
 }
-FIT = {"wanted": "of Stable Diffusion 1.x", "hint": "Fetch the file again"}
 
 
 def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[TextToImageParts, nn.Module]:
@@ -52,63 +49,48 @@ def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[Text
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as names
 
-    weights = read_weights(path)
-    absent = [key for key in SHOWN.values() if key not in weights]
-    if absent:
-        raise WeightsError(
-            f"{path} is no Stable Diffusion 1.x with a ControlNet: it has {len(weights)} weights, but lacks "
-            f"{absent[0]}. Use control_sd15_canny.pth here; other models are read from their hub id or folder"
-        )
-    shape = {name: weights[key].shape for name, key in SHOWN.items()}
-    unet = {"block_out_channels": _widths(shape["unet"][0]), "cross_attention_dim": shape["context"][1]}
-    vae = {
+    checkpoint = Checkpoint(path, read_weights(path), wanted="of Stable Diffusion 1.x", hint="Fetch the file again")
+    checkpoint.require(
+        SHOWN.values(),
+        "no Stable Diffusion 1.x with a ControlNet",
+        "Use control_sd15_canny.pth here; other models are read from their hub id or folder",
+    )
+    shape = {name: checkpoint.weights[key].shape for name, key in SHOWN.items()}
+    unet_config = {"block_out_channels": _widths(shape["unet"][0]), "cross_attention_dim": shape["context"][1]}
+    vae_config = {
         "block_out_channels": _widths(shape["vae"][0]), "layers_per_block": LAYERS,
         "down_block_types": ["DownEncoderBlock2D"] * len(LEVELS), "up_block_types": ["UpDecoderBlock2D"] * len(LEVELS),
     }  # fmt: skip
-    parts = TextToImageParts(
-        _convert(AutoencoderKL, vae, names.convert_ldm_vae_checkpoint, weights, VAE_PARTS, path),
-        _convert_text_encoder(weights, shape, path), read_tokenizer(tokenizer, "CLIPTokenizerFast", offline),
-        _convert(UNet2DConditionModel, unet, names.convert_ldm_unet_checkpoint, weights, UNET, path),
-        dict(LDM_SCHEDULE), LATENT_SIDE,
-    )  # fmt: skip
-    # The library's own from_single_file would fetch its config from the hub.
-    return parts, _convert(ControlNetModel, unet, names.convert_controlnet_checkpoint, weights, CONTROL, path)
+    with torch.device("meta"):
+        networks = AutoencoderKL(**vae_config), UNet2DConditionModel(**unet_config), ControlNetModel(**unet_config)
+    vae = checkpoint.fill(networks[0], names.convert_ldm_vae_checkpoint, checkpoint.section(VAE_PARTS))
+    unet = checkpoint.fill(networks[1], names.convert_ldm_unet_checkpoint, checkpoint.section(UNET))
+    control = checkpoint.fill(networks[2], names.convert_controlnet_checkpoint, checkpoint.section(CONTROL))
+    text_encoder, words = _read_text_encoder(checkpoint, shape), read_tokenizer(tokenizer, "CLIPTokenizerFast", offline)
+    return TextToImageParts(vae, text_encoder, words, unet, dict(LDM_SCHEDULE), LATENT_SIDE), control
 
 
 def _widths(first: int) -> list[int]:
     return [first * factor for factor in LEVELS]
 
 
-def _convert(
-    kind: type, config: dict[str, Any], convert: Callable, weights: dict[str, Tensor], prefix: str | tuple, path: str
-) -> nn.Module:
-    with torch.device("meta"):
-        network = kind(**config)
-    return fill(lambda: network, convert, network.config, _section(weights, prefix), path, **FIT)
-
-
-def _section(weights: dict[str, Tensor], prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
-    return {key: value for key, value in weights.items() if key.startswith(prefix)}
-
-
-def _convert_text_encoder(weights: dict[str, Tensor], shape: dict[str, torch.Size], path: str) -> nn.Module:
+def _read_text_encoder(checkpoint: Checkpoint, shape: dict[str, torch.Size]) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     vocabulary, width = shape["words"]
-    section = _section(weights, CLIP)
+    section = checkpoint.section(CLIP)
     section.pop(CLIP + "embeddings.position_ids", None)  # a constant that later versions no longer store
-    layers = sum(re.fullmatch(re.escape(CLIP) + r"encoder\.layers\.\d+\.layer_norm1\.weight", key) is not None
-                 for key in section)  # fmt: skip
+    layer = re.compile(re.escape(CLIP) + r"encoder\.layers\.\d+\.layer_norm1\.weight")
     config = CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=shape["feed_forward"][0], num_hidden_layers=layers,
-        num_attention_heads=width // HEAD_WIDTH, max_position_embeddings=shape["positions"][0],
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=shape["feed_forward"][0],
+        num_hidden_layers=len(list(filter(layer.fullmatch, section))), num_attention_heads=width // HEAD_WIDTH,
+        max_position_embeddings=shape["positions"][0],
     )  # fmt: skip
     network = CLIPTextModel(config)  # on the CPU, for the sake of that constant
     # Versions of transformers put the model's own name before its weights, or not.
-    names = {key.removeprefix("text_model."): key for key in network.state_dict()}
+    names = {CLIP + key.removeprefix("text_model."): key for key in network.state_dict()}
 
-    def rename(section: dict[str, Tensor], _config: Any) -> dict[str, Tensor]:
-        short = {key.removeprefix(CLIP): value for key, value in section.items()}
-        return {names[key]: value for key, value in short.items() if key in names}
+    def rename(section: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        return {names[key]: value for key, value in section.items() if key in names}
 
-    return fill(lambda: network, rename, config, section, path, **FIT)
+    return checkpoint.fill(network, rename, section)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,17 @@ from typing import Any
 
 from models.files.weights import first_names, hub_answers
 from utils.run.errors import WeightsError
+from utils.run.files import read_json
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 # Of each row one file is enough; an index stands for weights in several files.
-DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "merges.txt")
+DIFFUSERS_WEIGHTS = [
+    f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin", "safetensors.index.json", "bin.index.json")
+]
+TRANSFORMERS_WEIGHTS = [
+    f"{name}{index}" for index in ("", ".index.json") for name in ("model.safetensors", "pytorch_model.bin")
+]
+VOCABULARIES = ("vocab.txt", "tokenizer.json", "merges.txt")
 # What text2img-large was trained with. Its scheduler file is of 2022 and may lack fields, so it is not read.
 LDM_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -45,6 +49,15 @@ class PipelineLayout:
     @property
     def classes(self) -> dict[str, str]:
         return {self.vae: "AutoencoderKL", self.text_encoder: self.text_encoder_class, "unet": "UNet2DConditionModel"}
+
+    @property
+    def files(self) -> list[list[str]]:
+        """What a whole folder holds; of each row one file is enough."""
+        weights = {self.vae: DIFFUSERS_WEIGHTS, self.text_encoder: TRANSFORMERS_WEIGHTS, "unet": DIFFUSERS_WEIGHTS}
+        rows = [[f"{part}/config.json"] for part in weights]
+        rows += [[f"{part}/{name}" for name in names] for part, names in weights.items()]
+        rows += [[f"tokenizer/{name}" for name in VOCABULARIES]]
+        return rows if self.schedule else [*rows, ["scheduler/scheduler_config.json"]]
 
 
 LAYOUTS = {
@@ -77,33 +90,36 @@ class PublishedModel:
         return "config.json" if self.network else "model_index.json"
 
     def missing(self, folder: Path) -> list[str]:
-        """Files that are absent, weights by the better one of their names."""
+        """Files that are absent, each by the best of its names."""
         if not (folder / self.index).is_file():
             return [self.index]
-        if not self.network:
-            return _missing(folder)
-        return [] if _holds_weights(folder, DIFFUSERS_WEIGHTS) else [DIFFUSERS_WEIGHTS[0]]
+        rows = [DIFFUSERS_WEIGHTS] if self.network else layout_of(folder).files
+        return [names[0] for names in rows if not any((folder / name).is_file() for name in names)]
 
 
-def check_folder(source: str, offline: bool, model: PublishedModel) -> None:
+def check_folder(source: str, offline: bool, model: PublishedModel) -> Path | None:
     """See that a folder is whole, or that a hub id is in the cache or may be fetched; nothing is read or fetched.
+
+    Returns:
+        The folder, which lacks nothing; None: it has to be fetched.
 
     Raises:
         WeightsError: if not; it names what is missing and where it belongs.
     """
     if Path(source).is_dir():
-        _require_whole(Path(source), model)
-    elif "/" not in source or not HUB_ID.fullmatch(source):
+        return _require_whole(Path(source), model)
+    if "/" not in source or not HUB_ID.fullmatch(source):
         another = f"another {model.file}, a folder" if model.file else "another folder"
         raise WeightsError(
             f"{model.key}={source!r}: there is no such file or folder. Put the weights there, or name {another} "
             f"with {model.index}, or a hub id such as {model.example}"
         )
-    elif absent := _cached_folder(source, model)[1]:
-        if offline:
-            raise _absent(source, absent, "nothing is fetched offline", model)
-        if not hub_answers():
-            raise _absent(source, absent, "the hub does not answer", model)
+    index = _cached_file(source, model.index)
+    if index is not None and not model.missing(index.parent):
+        return index.parent
+    if offline or not hub_answers():
+        raise _absent(source, "nothing is fetched offline" if offline else "the hub does not answer", model)
+    return None
 
 
 def find_folder(source: str, offline: bool, model: PublishedModel) -> Path:
@@ -112,16 +128,7 @@ def find_folder(source: str, offline: bool, model: PublishedModel) -> Path:
     Raises:
         WeightsError: if the model is absent, incomplete or of a kind that we do not know.
     """
-    check_folder(source, offline, model)
-    return Path(source) if Path(source).is_dir() else _fetch(source, model)
-
-
-def whole_folder(source: str, model: PublishedModel) -> Path | None:
-    """A folder, or the place of a hub id in the cache, if it lacks nothing; None: it has to be fetched."""
-    if Path(source).is_dir():
-        return None if model.missing(Path(source)) else Path(source)
-    folder, absent = _cached_folder(source, model)
-    return None if absent else folder
+    return check_folder(source, offline, model) or _fetch(source, model)
 
 
 def check_tokenizer(source: str, file: str, model: str, offline: bool) -> None:
@@ -147,7 +154,7 @@ def check_tokenizer(source: str, file: str, model: str, offline: bool) -> None:
 
 def layout_of(folder: Path) -> PipelineLayout:
     """How the pipeline in this folder is laid out; a kind that we cannot drive is refused by name."""
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json", "fetch it again", WeightsError)
     layout = LAYOUTS.get(str(index.get("_class_name")))
     if layout is None:
         raise WeightsError(
@@ -167,14 +174,6 @@ def has_vocabulary(source: str) -> bool:
     return any(_cached_file(source, name) for name in VOCABULARIES)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a WeightsError that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
-
-
 def first_line(error: Exception) -> str:
     """What went wrong, without the pages that libraries add to it."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -183,32 +182,15 @@ def first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------- what is there
 
 
-def _require_whole(folder: Path, model: PublishedModel) -> None:
-    absent = model.missing(folder)
-    if absent:
+def _require_whole(folder: Path, model: PublishedModel) -> Path:
+    if absent := model.missing(folder):
         checkpoints = [path.name for path in folder.glob(f"*{Path(model.file).suffix}")] if model.file else []
         hint = f"; or name the file itself, {model.key}={folder / checkpoints[0]}" if checkpoints else ""
         raise WeightsError(
             f"{folder} is not a whole {model.kind} of diffusers, it lacks {first_names(absent)}: "
             f"copy the files from the published model{hint}"
         )
-
-
-def _missing(folder: Path) -> list[str]:
-    layout = layout_of(folder)
-    weights = {part: DIFFUSERS_WEIGHTS for part in layout.classes}
-    weights[layout.text_encoder] = TRANSFORMERS_WEIGHTS
-    absent = [f"{part}/config.json" for part in weights if not (folder / part / "config.json").is_file()]
-    absent += [f"{part}/{names[0]}" for part, names in weights.items() if not _holds_weights(folder / part, names)]
-    if not has_vocabulary(str(folder / "tokenizer")):
-        absent.append("tokenizer/vocab.txt")
-    if layout.schedule is None and not (folder / "scheduler" / "scheduler_config.json").is_file():
-        absent.append("scheduler/scheduler_config.json")
-    return absent
-
-
-def _holds_weights(folder: Path, names: tuple[str, ...]) -> bool:
-    return any((folder / name).is_file() or (folder / f"{name}.index.json").is_file() for name in names)
+    return folder
 
 
 def _cached_file(hub_id: str, filename: str) -> Path | None:
@@ -218,15 +200,11 @@ def _cached_file(hub_id: str, filename: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _cached_folder(hub_id: str, model: PublishedModel) -> tuple[Path | None, list[str]]:
-    """Where the cache holds the model, and what of it is missing there."""
-    index = _cached_file(hub_id, model.index)
-    return (None, [model.index]) if index is None else (index.parent, model.missing(index.parent))
-
-
-def _absent(hub_id: str, absent: list[str], why: str, model: PublishedModel) -> WeightsError:
+def _absent(hub_id: str, why: str, model: PublishedModel) -> WeightsError:
     from huggingface_hub import constants
 
+    index = _cached_file(hub_id, model.index)
+    absent = model.missing(index.parent) if index else [model.index]
     return WeightsError(
         f"{model.key}={hub_id!r}: the cache {constants.HF_HUB_CACHE} lacks {first_names(absent)} of this model, and "
         f"{why}. Run once with a network, or copy the folder models--{hub_id.replace('/', '--')} into the cache from a "
@@ -235,18 +213,14 @@ def _absent(hub_id: str, absent: list[str], why: str, model: PublishedModel) -> 
 
 
 def _fetch(hub_id: str, model: PublishedModel) -> Path:
-    """The folder in the cache, filled if it is not whole."""
+    """Fill the folder in the cache, which is not whole, and return it."""
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder, absent = _cached_folder(hub_id, model)
-    if not absent:
-        return folder
     try:
         # diffusers knows which of a repository's many files one needs. What these two would add, we never call.
         folder = DiffusionPipeline.download(hub_id, safety_checker=None, feature_extractor=None)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = error.__cause__ or error
-        raise _absent(hub_id, absent, f"they could not be fetched ({first_line(reason)})", model) from error
-    _require_whole(Path(folder), model)
-    return Path(folder)
+        reason = first_line(error.__cause__ or error)
+        raise _absent(hub_id, f"they could not be fetched ({reason})", model) from error
+    return _require_whole(Path(folder), model)

@@ -16,11 +16,10 @@ from models.files.diffusers_folder import (
     first_line,
     has_vocabulary,
     layout_of,
-    read_json,
-    whole_folder,
 )
 from models.files.weights import first_names, hub_answers
 from utils.run.errors import WeightsError
+from utils.run.files import read_json
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -109,8 +108,7 @@ def read_network(source: str, kind: str, offline: bool, model: PublishedModel) -
     Raises:
         WeightsError: if it is absent, incomplete, damaged or of another architecture than its config.json says.
     """
-    check_folder(source, offline, model)
-    here = whole_folder(source, model)
+    here = check_folder(source, offline, model)
     return _read_network(source if here is None else str(here), kind, local=here is not None)
 
 
@@ -141,15 +139,14 @@ def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
 def _class(kind: str) -> type:
     import diffusers
     import transformers
-    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
+    from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion
 
-    if kind == "LDMBertModel":
-        return LDMBertModel
-    return getattr(diffusers, kind, None) or getattr(transformers, kind)
+    places = (diffusers, transformers, pipeline_latent_diffusion)
+    return next(getattr(place, kind) for place in places if hasattr(place, kind))
 
 
 def _read_schedule(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config = read_json(folder / "scheduler" / "scheduler_config.json", "fetch it again", WeightsError)
     schedule = {key: config.get(key) for key in LDM_SCHEDULE}
     schedule["prediction_type"] = schedule["prediction_type"] or "epsilon"  # files of 2022 do not say it
     absent = [key for key, value in schedule.items() if value is None]

@@ -17,13 +17,18 @@ WRAPPERS = ("state_dict", "model")  # keys under which training scripts put the 
 NAMED_AT_MOST = 5  # keys in an error
 
 
+def is_weights_file(source: str | Path) -> bool:
+    """Whether a name is that of a file of weights, by its ending, and not of a folder or a model on the hub."""
+    return Path(source).suffix in SUFFIXES
+
+
 def check_weights_file(path: str | Path, key: str = "backbone_weights") -> None:
     """See that a local weight file is there and of a kind that we read; ``key`` of the config names it.
 
     Raises:
         WeightsError: if it is not.
     """
-    if Path(path).suffix not in SUFFIXES:
+    if not is_weights_file(path):
         raise WeightsError(f"{key}={str(path)!r}: use a file that ends in {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
         raise WeightsError(f"{key}={str(path)!r}: there is no such file")
@@ -49,7 +54,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         WeightsError: if the file is absent, broken, or a pickle that would run code.
     """
     check_weights_file(path)
-    weights = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_pickle(path)
+    weights = _read_file(path)
     for wrapper in WRAPPERS:
         if isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
@@ -60,27 +65,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     }
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+def _read_file(path: str | Path) -> dict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    safe = Path(path).suffix == ".safetensors"
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is no whole safetensors file ({error}); fetch it again") from error
-
-
-def _read_pickle(path: str | Path) -> dict:
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is a pickle that holds more than tensors, and reading it could run foreign code. If you trust it, "
             "convert it once: safetensors.torch.save_file(torch.load(path, weights_only=False), 'out.safetensors'); "
             "a training checkpoint has them under ['state_dict']"
         ) from error
-    except (EOFError, RuntimeError) as error:
-        raise WeightsError(f"{path} is no whole PyTorch file ({error}); fetch it again") from error
+    except (SafetensorError, EOFError, RuntimeError) as error:
+        kind = "safetensors" if safe else "PyTorch"
+        raise WeightsError(f"{path} is no whole {kind} file ({error}); fetch it again") from error
     if not isinstance(weights, dict):
         raise WeightsError(f"{path} holds a {type(weights).__name__}, not a dictionary of named tensors")
     return weights
@@ -107,17 +107,14 @@ def load_exactly(
     Raises:
         WeightsError: else; it counts missing, unexpected and misshapen keys and names the first.
     """
-    wanted = network.state_dict()
-    shared = [key for key in wanted if key in weights]
-    misshapen = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in shared
-        if weights[key].shape != wanted[key].shape
-    ]
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in weights.items()}
+    shared = [key for key in wanted if key in given]
+    misshapen = [f"{key} {given[key]} instead of {wanted[key]}" for key in shared if given[key] != wanted[key]]
     problems = {
         # Files from before PyTorch 0.4.1 lack this counter, which nothing here uses.
-        "missing": [key for key in wanted if key not in weights and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in weights if key not in wanted],
+        "missing": [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in given if key not in wanted],
         "misshapen": misshapen,
     }
     if any(problems.values()):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from models.files.control_sd15 import read_controlnet_file
 from models.files.diffusers_folder import PublishedModel, check_folder, check_tokenizer
 from models.files.diffusers_parts import TextToImageParts, read_folder, read_network
-from models.files.weights import SUFFIXES, check_weights_file, what_is_missing
+from models.files.weights import check_weights_file, is_weights_file, what_is_missing
 from models.latent.text_to_image import ON_CPU, Placement, TextToImage
 from utils.data.transforms import to_uint8
 from utils.run.errors import WeightsError
@@ -61,23 +60,17 @@ class ControlNetPipeline:
 
     image_channels = 3
 
-    def __init__(
-        self,
-        parts: TextToImageParts,
-        controlnet: nn.Module,
-        placement: Placement = ON_CPU,
-    ):
+    def __init__(self, parts: TextToImageParts, controlnet: nn.Module, placement: Placement = ON_CPU):
         from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 
         _require_kin(parts, controlnet)
         control_fingerprint = seeding.hash_tensors(controlnet.state_dict())
         self.base = TextToImage(parts, placement=placement)
-        self.device, self.dtype, self.vae_factor = self.base.device, placement.dtype, parts.vae_factor
+        self.device, self.vae_factor = self.base.device, parts.vae_factor
         self._fingerprint = hashlib.sha256(f"{self.base.fingerprint()} {control_fingerprint}".encode()).hexdigest()
         self.controlnet = controlnet.eval().requires_grad_(False)
-        nn.Module.to(
-            controlnet, self.device, self.dtype
-        )  # diffusers' own `to` warns of what does not concern this network
+        # diffusers' own `to` warns of what does not concern this network.
+        nn.Module.to(controlnet, self.base.device, self.base.dtype)
         # Decoding has most of the pixels: image by image, it needs no more memory than the denoising of a batch.
         parts.vae.enable_slicing()
         # Without the safety checker, which blackens some images; texts are embedded once, by `embed`.
@@ -94,12 +87,7 @@ class ControlNetPipeline:
         return self.base.context(texts).cpu()
 
     def draw(
-        self,
-        edges: Tensor,
-        prompts: Tensor,
-        negative: Tensor,
-        generators: list[torch.Generator],
-        sampling: EdgeSampling,
+        self, edges: Tensor, prompts: Tensor, negative: Tensor, generators: list[Generator], sampling: EdgeSampling
     ) -> Tensor:
         """Draw one image per edge map by DDIM (Song et al., 2021, Eq. 12, eta = 0).
 
@@ -117,12 +105,7 @@ class ControlNetPipeline:
 
     @torch.no_grad()
     def draw_floats(
-        self,
-        edges: Tensor,
-        prompts: Tensor,
-        negative: Tensor,
-        generators: list[torch.Generator],
-        sampling: EdgeSampling,
+        self, edges: Tensor, prompts: Tensor, negative: Tensor, generators: list[Generator], sampling: EdgeSampling
     ) -> Tensor:
         """Draw as `draw` does, and return the images before rounding: float32 (B, 3, H, W), about [-1, 1]."""
         count, height, width = edges.shape
@@ -131,9 +114,9 @@ class ControlNetPipeline:
         assert height % self.vae_factor == width % self.vae_factor == 0, (height, width, self.vae_factor)
         latents = self.pipeline(
             image=edges[:, None].expand(-1, 3, -1, -1).float(),
-            prompt_embeds=self._take(prompts),
-            negative_prompt_embeds=self._take(negative).expand(count, -1, -1),
-            latents=self._take(self._noise(height, width, generators)),
+            prompt_embeds=self.base.take(prompts),
+            negative_prompt_embeds=self.base.take(negative).expand(count, -1, -1),
+            latents=self.base.take(self._noise(height, width, generators)),
             num_inference_steps=sampling.steps,
             guidance_scale=float(sampling.guidance),
             controlnet_conditioning_scale=float(sampling.strength),
@@ -151,18 +134,14 @@ class ControlNetPipeline:
 
     def frozen_bytes(self) -> int:
         """Bytes of all weights as they lie in memory."""
-        control = self.controlnet.state_dict().values()
-        return self.base.frozen_bytes() + sum(value.numel() * value.element_size() for value in control)
+        return self.base.frozen_bytes() + sum(value.nbytes for value in self.controlnet.state_dict().values())
 
     # ------------------------------------------------------------------ inside
 
-    def _noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
+    def _noise(self, height: int, width: int, generators: list[Generator]) -> Tensor:
         # Drawn by us: diffusers would draw in the number format of the weights, which gives other numbers in each.
         shape = (self.pipeline.unet.config.in_channels, height // self.vae_factor, width // self.vae_factor)
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, c, h, w)
-
-    def _take(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
 
 
 def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer: str = CLIP_TOKENIZER) -> None:
@@ -176,7 +155,7 @@ def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer
         partial(_require_one_controlnet, base, controlnet),
         partial(check_weights_file, base, "base"),
         partial(check_tokenizer, tokenizer, "tokenizer.json", CLIP_TOKENIZER, offline),
-    ] if _is_file(base) else [
+    ] if is_weights_file(base) else [
         partial(check_folder, base, offline, BASE),
         partial(check_folder, controlnet or CONTROLNET.example, offline, CONTROLNET),
     ]  # fmt: skip
@@ -214,15 +193,11 @@ def load_controlnet(
         WeightsError: if weights are absent, incomplete, foreign or do not fit.
     """
     check_controlnet(base, controlnet, offline, tokenizer)
-    if _is_file(base):
+    if is_weights_file(base):
         return ControlNetPipeline(*read_controlnet_file(base, tokenizer, offline), placement)
     parts = read_folder(base, offline, BASE)
     control = read_network(controlnet or CONTROLNET.example, "ControlNetModel", offline, CONTROLNET)
     return ControlNetPipeline(parts, control, placement)
-
-
-def _is_file(base: str) -> bool:
-    return Path(base).suffix in SUFFIXES
 
 
 def _require_kin(parts: TextToImageParts, controlnet: nn.Module) -> None:

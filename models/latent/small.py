@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -48,13 +48,7 @@ class SmallLDMConfig(NetworkConfig):
 
     def check(self, side: int) -> None:
         """Raise ConfigError if the sizes do not fit each other or images of this side."""
-        halvings = len(self.vae_channels) + len(self.block_out_channels) - 2
-        if side % 2**halvings:
-            raise ConfigError(
-                f"{len(self.vae_channels)} vae_channels and {len(self.block_out_channels)} block_out_channels halve an "
-                f"image {halvings} times, so its side must be a multiple of {2**halvings}, not {side}: give fewer of "
-                "them"
-            )
+        self.require_side(side, "vae_channels", "block_out_channels")
         self.require_multiples("vae_channels", of="norm_num_groups")
         self.require_multiples("block_out_channels", of="norm_num_groups")
         self.require_multiples("block_out_channels", of="num_heads")
@@ -90,7 +84,14 @@ class SmallLDM(OwnModel, LatentDiffusion):
         self.vector_size, self.class_names = config.vector_size, list(class_names)
         self.schedule = {**NOISE, "prediction_type": config.prediction_type}
         self.vae = _autoencoder(self.image_channels, config)
-        self.denoiser = Denoiser(_unet(self.latent_shape, config), len(class_names), config.vector_size)
+        levels = range(len(config.block_out_channels))
+        unet = build_unet(
+            self.latent_shape, config,
+            down=["CrossAttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels],
+            cross_attention_dim=config.vector_size // config.num_tokens,
+            attention_head_dim=config.num_heads,  # what diffusers calls so is the number of heads
+        )  # fmt: skip
+        self.denoiser = Denoiser(unet, len(class_names), config.vector_size)
         self.register_buffer("scale", torch.ones(()))  # latents times this have unit spread
 
     # ------------------------------------------------------------------ LatentDiffusion
@@ -134,16 +135,20 @@ def _autoencoder(channels: int, config: SmallLDMConfig) -> nn.Module:
     )  # fmt: skip
 
 
-def _unet(shape: tuple[int, int, int], config: SmallLDMConfig) -> nn.Module:
+def build_unet(shape: Sequence[int], config: NetworkConfig, down: list[str], **options: Any) -> nn.Module:
+    """Build a UNet that predicts the noise of small images or latents.
+
+    Args:
+        shape: (C, S, S) of what it denoises.
+        config: has block_out_channels, layers_per_block and norm_num_groups.
+        down: diffusers' names of the blocks on the way down, one per level.
+        options: more arguments of ``UNet2DConditionModel``.
+    """
     from diffusers import UNet2DConditionModel
 
-    levels = range(len(config.block_out_channels))
-    down = ["CrossAttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels]
     return UNet2DConditionModel(
         sample_size=shape[1], in_channels=shape[0], out_channels=shape[0],
         block_out_channels=tuple(config.block_out_channels), down_block_types=tuple(down),
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-        layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups,
-        cross_attention_dim=config.vector_size // config.num_tokens,
-        attention_head_dim=config.num_heads,  # what diffusers calls so is the number of heads
+        layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups, **options,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.config import NetworkConfig
 from models.latent.own import OwnModel
-from models.latent.small import NOISE
+from models.latent.small import NOISE, build_unet
 from utils.run.errors import ConfigError
 
 
@@ -29,13 +29,9 @@ class SmallControlNetConfig(NetworkConfig):
         Raises:
             ConfigError: if the sizes do not fit each other.
         """
-        factor, map_size = 2 ** (len(self.block_out_channels) - 1), self.map_size or side
-        if side % factor:
-            raise ConfigError(
-                f"{len(self.block_out_channels)} block_out_channels halve an image {len(self.block_out_channels) - 1} "
-                f"times, so its side must be a multiple of {factor}, not {side}: give fewer of them"
-            )
+        self.require_side(side, "block_out_channels")
         self.require_multiples("block_out_channels", of="norm_num_groups")
+        map_size = self.map_size or side
         times, rest = divmod(map_size, side)
         if rest or not times or times & (times - 1):
             raise ConfigError(
@@ -66,7 +62,8 @@ class SmallControlNet(OwnModel):
         side = self.image_shape[1]
         self.halvings, self.map_size = config.halvings(side), config.map_size or side
         self.schedule = {**NOISE, "prediction_type": config.prediction_type}
-        self.unet = _unet(self.image_shape, config)
+        down = ["DownBlock2D"] * len(config.block_out_channels)
+        self.unet = build_unet(self.image_shape, config, down, mid_block_type="UNetMidBlock2D")
         self.control = self.fresh_control()
 
     def fresh_control(self) -> nn.Module:
@@ -97,15 +94,3 @@ class SmallControlNet(OwnModel):
         return self.unet(
             xt, t, None, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
         )[0].float()
-
-
-def _unet(shape: tuple[int, int, int], config: SmallControlNetConfig) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    levels = len(config.block_out_channels)
-    return UNet2DConditionModel(
-        sample_size=shape[1], in_channels=shape[0], out_channels=shape[0],
-        block_out_channels=tuple(config.block_out_channels), down_block_types=("DownBlock2D",) * levels,
-        up_block_types=("UpBlock2D",) * levels, mid_block_type="UNetMidBlock2D",
-        layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups,
-    )  # fmt: skip

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from models.files.compvis import check_checkpoint, read_checkpoint
 from models.files.diffusers_folder import PublishedModel, check_folder
 from models.files.diffusers_parts import TextToImageParts, read_folder
-from models.files.weights import SUFFIXES
+from models.files.weights import is_weights_file
 from models.latent.contract import PLACEHOLDER, LatentDiffusion
 from utils.run.errors import ConfigError, WeightsError
 from utils.training import seeding
@@ -54,12 +51,7 @@ class TextToImage(LatentDiffusion):
         WeightsError: if the tokenizer has no word for the placeholder.
     """
 
-    def __init__(
-        self,
-        parts: TextToImageParts,
-        image_size: int | None = None,
-        placement: Placement = ON_CPU,
-    ):
+    def __init__(self, parts: TextToImageParts, image_size: int | None = None, placement: Placement = ON_CPU):
         self.device, self.dtype, self.schedule = torch.device(placement.device), placement.dtype, dict(parts.schedule)
         self.image_size = image_size or parts.latent_side * parts.vae_factor
         if self.image_size % parts.vae_factor:
@@ -77,25 +69,30 @@ class TextToImage(LatentDiffusion):
         self.max_tokens: int = self.text_encoder.config.max_position_embeddings
         self.embedding = self.text_encoder.get_input_embeddings()
         self.vector_size: int = self.embedding.embedding_dim
-        self.placeholder = self._placeholder_token()
+        tokens, self.placeholder = self._read_word(PLACEHOLDER)
+        if self.placeholder is None:
+            raise WeightsError(
+                f"this model's tokenizer reads {PLACEHOLDER!r} as {tokens}, but it must be one word of the vocabulary: "
+                "use the tokenizer that the text encoder was trained with"
+            )
 
     def initial_vector(self, word: str) -> Tensor:
-        tokens = self._tokens(word)
-        if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token:
+        tokens, number = self._read_word(word)
+        if number is None:
             raise ConfigError(
                 f"the model reads the word {word!r} as {', '.join(tokens)}, but a class starts from one token of the "
                 "vocabulary: choose a plain, common word such as 'sculpture'"
             )
-        return self.embedding.weight[self.tokenizer.convert_tokens_to_ids(tokens[0])].float().clone()
+        return self.embedding.weight[number].float().clone()
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        posterior = self.vae.encode(self._take(images)).latent_dist
+        posterior = self.vae.encode(self.take(images)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(self._take(latents / self.vae.config.scaling_factor)).sample.float()
+        return self.vae.decode(self.take(latents / self.vae.config.scaling_factor)).sample.float()
 
     def context(self, prompts: list[str], vectors: Tensor | None = None) -> Tensor:
         # No attention mask: these models were trained with an encoder that sees the padding.
@@ -111,50 +108,37 @@ class TextToImage(LatentDiffusion):
                     f"the prompt {prompt!r} has {count} placeholders: it needs {PLACEHOLDER!r} exactly once, as a word "
                     f"of its own among the first {self.max_tokens - 2}"
                 )
-        with self._replaced(here, vectors.to(self.device)):
+
+        def replace(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            """Give row b of the vectors in the place of the placeholder's embedding."""
+            return torch.where(here[:, :, None], vectors[:, None].to(output), output)
+
+        with self.embedding.register_forward_hook(replace):
             return self._encode(ids)
 
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.unet(self._take(zt), t.to(self.device), self._take(context), return_dict=False)[0].float()
+        return self.unet(self.take(zt), t.to(self.device), self.take(context), return_dict=False)[0].float()
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
     def frozen_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.networks.state_dict().values())
+        return sum(tensor.nbytes for tensor in self.networks.state_dict().values())
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Return the tensor where the weights lie, in their number format."""
+        return tensor.to(self.device, self.dtype)
 
     # ------------------------------------------------------------------ inside
-
-    def _take(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
 
     def _encode(self, ids: Tensor) -> Tensor:
         return self.text_encoder(input_ids=ids, return_dict=True)[0].float()  # (B, max_tokens, width)
 
-    @contextmanager
-    def _replaced(self, here: Tensor, vectors: Tensor) -> Iterator[None]:
-        """Inside, the token embedding gives row b of ``vectors`` where ``here`` (B, max_tokens) is true."""
-
-        def replace(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            return torch.where(here[:, :, None], vectors[:, None].to(output.dtype), output)
-
-        hook = self.embedding.register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _tokens(self, word: str) -> list[str]:
-        return self.tokenizer.convert_ids_to_tokens(self.tokenizer(word, add_special_tokens=False).input_ids)
-
-    def _placeholder_token(self) -> int:
-        tokens = self._tokens(PLACEHOLDER)
-        if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token:
-            raise WeightsError(
-                f"this model's tokenizer reads {PLACEHOLDER!r} as {tokens}, but it must be one word of the vocabulary: "
-                "use the tokenizer that the text encoder was trained with"
-            )
-        return self.tokenizer.convert_tokens_to_ids(tokens[0])
+    def _read_word(self, word: str) -> tuple[list[str], int | None]:
+        """A word's tokens, and the number of its token where it is exactly one that the vocabulary knows."""
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        known = len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id
+        return self.tokenizer.convert_ids_to_tokens(ids), ids[0] if known else None
 
 
 def check_text_to_image(source: str, yaml: str | None, tokenizer: str, offline: bool, key: str = "source") -> None:
@@ -164,7 +148,7 @@ def check_text_to_image(source: str, yaml: str | None, tokenizer: str, offline: 
         WeightsError: for weights, a folder or a tokenizer that are absent or incomplete.
         ConfigError: for a YAML that is absent or no description of a latent diffusion model.
     """
-    if _is_checkpoint(source):
+    if is_weights_file(source):
         check_checkpoint(source, yaml, tokenizer, offline, key)
     else:
         check_folder(source, offline, _named(key))
@@ -195,14 +179,10 @@ def load_text_to_image(
         ConfigError: if the YAML is wrong or contradicts the checkpoint.
     """
     check_text_to_image(source, yaml, tokenizer, offline, key)
-    if _is_checkpoint(source):
+    if is_weights_file(source):
         return TextToImage(read_checkpoint(source, yaml, tokenizer, offline), image_size, placement)
     return TextToImage(read_folder(source, offline, _named(key)), image_size, placement)
 
 
 def _named(key: str) -> PublishedModel:
     return PublishedModel(key, "text-to-image model", "CompVis/ldm-text2im-large-256", file="model.ckpt")
-
-
-def _is_checkpoint(source: str) -> bool:
-    return Path(source).suffix in SUFFIXES

@@ -6,8 +6,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from models import BACKBONES
 from models.options import BackboneOptions
-from models.timm_backbone import PILOT_ALIASES, backbone_names, build_backbone, check_backbone_name
+from models.timm_backbone import PILOT_ALIASES, build_backbone, check_backbone_name
 from utils.run.errors import ConfigError, WeightsError
 
 SCRATCH = BackboneOptions(pretrained=False)
@@ -25,7 +26,7 @@ def published(tmp_path_factory):
 
 
 def test_the_list_holds_our_own_names():
-    assert backbone_names() == ["preact_resnet18", "resnet18", "resnet20", "resnet32", "resnet34", "resnet50"]
+    assert BACKBONES.names() == ["preact_resnet18", "resnet18", "resnet20", "resnet32", "resnet34", "resnet50"]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ Position alone restores an iteration, so nothing about the past has to be stored
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,22 +73,26 @@ class Loading:
     drop_last: bool = False
 
 
-class Batches(Protocol):
+class Batches(ABC):
     """What `fit` iterates over."""
 
+    @abstractmethod
     def __len__(self) -> int:
         """Count the steps of an epoch."""
 
+    @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch from step ``start`` on."""
 
     def state_dict(self) -> dict:
-        """Return tensors and JSON values that position alone does not restore."""
+        """Return tensors and JSON values that position alone does not restore; mostly none."""
+        return {}
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what ``state_dict`` gave."""
 
 
-class ShuffledBatches:
+class ShuffledBatches(Batches):
     """Batches of N samples, each epoch in an order of its own; subclasses say in ``batches`` what a batch holds.
 
     Args:
@@ -103,12 +108,6 @@ class ShuffledBatches:
         whole, rest = divmod(len(self.labels), self.loading.batch_size)
         return whole if self.loading.drop_last and whole else whole + (rest > 0)
 
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore nothing: position is enough."""
-
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(len(self.labels), generator=seeding.generator(*self.loading.key, "shuffle", epoch))
         picks = [self._share(pick) for pick in order.split(self.loading.batch_size)[start : len(self)]]
@@ -118,9 +117,9 @@ class ShuffledBatches:
         )
         yield from self.batches(epoch, picks, generators)
 
+    @abstractmethod
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
         """Yield a batch for every pick, int64 (B,); each has a generator for its augmentation."""
-        raise AssertionError("a subclass says what a batch holds")
 
     def _share(self, pick: Tensor) -> Tensor:
         """Return this process's part of a batch; one with fewer samples than processes goes to all of them whole.
@@ -143,17 +142,21 @@ class ImageBatches(ShuffledBatches):
     def __init__(self, images: ImageSet, replay: ImageSet | None, loading: Loading):
         everything = images if replay is None else images + replay
         super().__init__(everything.labels, loading)
-        self.is_replay = (torch.arange(len(everything)) >= len(images)).to(self.device)
-        soft_targets = everything.soft_targets()
-        self.soft_targets = None if soft_targets is None else soft_targets.to(self.device)
+        self._take_labels(everything, len(images))
         self.transform = loading.transform
         if self.transform.whole_batch:
             # Mostly one tensor; replay of another size than the real images makes a second one.
-            keep = partial(self.transform.keep, training=True)
-            stores = stack_by_size(everything, keep) if len(everything) else []
+            stores = stack_by_size(everything, partial(self.transform.keep, training=True))
             self.stores = [pixels.to(self.device) for pixels in stores]
         else:
             self.images = everything
+
+    def _take_labels(self, samples: Samples, num_present: int) -> None:
+        """Take labels and soft targets of all samples, of which those after ``num_present`` stand for old classes."""
+        self.labels = samples.labels.to(self.device)
+        self.is_replay = torch.arange(len(samples), device=self.device) >= num_present
+        soft_targets = samples.soft_targets()
+        self.soft_targets = None if soft_targets is None else soft_targets.to(self.device)
 
     def rows(self, epoch: int) -> Tensor:
         """Return where the image lies that stands for each sample in this epoch, int64 (N,)."""
@@ -219,10 +222,7 @@ class MixedBatches(ImageBatches):
     def __init__(self, images: ImageSet, features: FeatureSet, loading: Loading):
         super().__init__(images, None, loading)
         self.num_images, self.features = len(images), features.tensor().to(self.device)
-        self.labels = torch.cat([self.labels, features.labels.to(self.device)])
-        self.is_replay = torch.arange(len(self.labels), device=self.device) >= self.num_images
-        soft_targets = Samples([*images.parts, *features.parts]).soft_targets()
-        self.soft_targets = None if soft_targets is None else soft_targets.to(self.device)
+        self._take_labels(Samples([*images.parts, *features.parts]), self.num_images)
 
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
         # Images first, so that the rows of images and features behind each other are those of the labels.
@@ -236,7 +236,7 @@ class MixedBatches(ImageBatches):
             yield self.batch(images, torch.cat([real, replayed]))
 
 
-class PairedBatches:
+class PairedBatches(Batches):
     """Batches of the present, each with a batch of replay beside it (`Batch.replay`).
 
     An epoch is one of the present; replay goes round and round beneath it.
@@ -251,12 +251,6 @@ class PairedBatches:
 
     def __len__(self) -> int:
         return len(self.current)
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore nothing: position is enough."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         beside = self._endless(epoch * len(self) + start)
@@ -289,8 +283,6 @@ class _Decoded(Dataset):
 
 def test_batches(images: ImageSet, transform, batch_size: int, device, num_workers: int = 0) -> Iterator[Tensor]:
     """Yield un-augmented batches in stored order: float (B, C, S, S) on the device."""
-    if len(images) == 0:
-        return
     if transform.whole_batch:
         stores = stack_by_size(images, partial(transform.keep, training=False))
         chunks = (chunk for pixels in stores for chunk in pixels.split(batch_size))

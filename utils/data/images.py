@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,15 +33,39 @@ def decode_image(path: str | Path) -> Tensor:
     Raises:
         DataError: if the file cannot be decoded; the message names it.
     """
+    with _opened(path) as image:
+        if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
+            pixels = (np.array(image) >> 8).astype(np.uint8)
+        else:
+            pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    return torch.from_numpy(pixels).unsqueeze(0) if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class Header(NamedTuple):
+    """Size of an image file in pixels, and whether it has one channel."""
+
+    height: int
+    width: int
+    grey: bool
+
+
+def read_header(path: str) -> Header:
+    """Read what a file says of its image, without decoding it.
+
+    Raises:
+        DataError: if it is no image; the message names it.
+    """
+    with _opened(path) as image:
+        return Header(image.height, image.width, image.mode in ("1", "L"))
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
-                pixels = (np.array(image) >> 8).astype(np.uint8)
-            else:
-                pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+            yield image
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
-    return torch.from_numpy(pixels).unsqueeze(0) if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def encode_image(image: Tensor, suffix: str) -> bytes:
@@ -59,16 +84,8 @@ def image_sizes(images: ImageSet) -> Counter[tuple[int, int]]:
             sizes[tuple(part.images.shape[-2:])] += len(part.images)
         else:
             with ThreadPoolExecutor() as pool:
-                sizes.update(pool.map(_file_size, part.images))
+                sizes.update((header.height, header.width) for header in pool.map(read_header, part.images))
     return sizes
-
-
-def _file_size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,10 @@ def few_shot_indices(
         _check_shots(sizes, kshot, class_names)
         if draw == "reference":
             # Its code draws every session twice, first for augmented data that it never uses.
-            _, shuffled = (_shuffle_positions(sizes, stream) for _ in range(2))
+            for _ in range(2):
+                shuffled = {label: list(range(size)) for label, size in sizes.items()}
+                for positions in shuffled.values():
+                    stream.shuffle(positions)
         else:
             shuffled = {
                 label: numpy_generator(seed, "few_shot", label).permutation(size).tolist()
@@ -142,13 +145,6 @@ def _check_shots(sizes: dict[int, int], kshot: int, class_names: Sequence[str] |
                 f"kshot={kshot}, but class {name} has only {size} training images: "
                 f"use kshot of at most {size}, or add images"
             )
-
-
-def _shuffle_positions(sizes: dict[int, int], stream: random.Random) -> dict[int, list[int]]:
-    positions = {label: list(range(size)) for label, size in sizes.items()}
-    for items in positions.values():
-        stream.shuffle(items)
-    return positions
 
 
 def split_validation(labels: Tensor, share: float, *key: int | str) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,6 @@ from utils.data.images import ImageSet, decode_image
 if TYPE_CHECKING:  # its photographs import this module
     from utils.data.datasets.base import Dataset, Triple
 
-RESIZE_MODES = {mode.value: mode for mode in InterpolationMode}
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -73,7 +71,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def resize_and_crop(image: Tensor, size: int, resize: str = "bilinear") -> Tensor:
     """Resize the short side of test images, (..., C, H, W), to size * 8 / 7 and cut out the middle square."""
-    resized = F.resize(image, [size * 8 // 7], interpolation=RESIZE_MODES[resize], antialias=True)
+    resized = F.resize(image, [size * 8 // 7], interpolation=InterpolationMode(resize), antialias=True)
     return F.center_crop(resized, [size, size])
 
 
@@ -81,7 +79,7 @@ def resize_to_square(pixels: Tensor, size: int, resize: str) -> Tensor:
     """Resize images (..., C, H, W) to (..., C, size, size) with antialiasing; leave those of this size alone."""
     if pixels.shape[-2:] == (size, size):
         return pixels
-    return F.resize(pixels, [size, size], interpolation=RESIZE_MODES[resize], antialias=True)
+    return F.resize(pixels, [size, size], interpolation=InterpolationMode(resize), antialias=True)
 
 
 def match_channels(image: Tensor, channels: int) -> Tensor:
@@ -104,7 +102,7 @@ def stack_by_size(images: ImageSet, fit: Callable[[Tensor], Tensor]) -> list[Ten
     """Read all images into memory, in stored order: uint8 (N_i, C, H_i, W_i), a tensor for each stretch of one size.
 
     Args:
-        images: at least one; files may have any sizes and be grey or coloured.
+        images: files may have any sizes and be grey or coloured.
         fit: brings one image (C, H, W), or many of one size (N, C, H, W), to the size that they are kept at.
     """
     tensors: list[Tensor] = []
@@ -114,7 +112,7 @@ def stack_by_size(images: ImageSet, fit: Callable[[Tensor], Tensor]) -> list[Ten
         else:
             with ThreadPoolExecutor() as pool:
                 tensors += pool.map(lambda path: fit(decode_image(path)).unsqueeze(0), part.images)
-    channels = max(tensor.shape[1] for tensor in tensors)
+    channels = max((tensor.shape[1] for tensor in tensors), default=0)
     stretches = groupby((match_channels(tensor, channels) for tensor in tensors), key=lambda tensor: tensor.shape[2:])
     return [torch.cat(list(stretch)) for _, stretch in stretches]
 

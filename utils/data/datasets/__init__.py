@@ -18,7 +18,6 @@ from utils.data.datasets.base import (
     Dataset,
     DatasetRecipe,
     LoadedData,
-    Provider,
 )
 from utils.data.datasets.folders import describe_left_out, list_class_names, read_folders, read_through
 from utils.run.errors import ConfigError, DataError
@@ -47,14 +46,13 @@ def load_dataset(name: str, data_dir: str | Path = "data", offline: bool = False
     if location.folder is None:
         data = _provide(location, Path(data_dir), offline)
     else:
-        test_folders = location.recipe.test_folders if location.recipe else ("test",)
-        data = read_folders(location.folder, test_folders, left_out=location.left_out)
-    recipe = location.recipe or (SMALL_FOLDER if data.side else LARGE_FOLDER)
+        data = read_folders(location.folder, location.recipe.test_folders, left_out=location.recipe.left_out)
+    recipe = location.recipe if location.known or not data.side else SMALL_FOLDER
     if recipe.view is not None:
         data = read_through(data, recipe.view)
     return Dataset(
         **data._asdict(),
-        name=name.lower() if location.recipe else name,
+        name=name.lower() if location.known else name,
         image_size=recipe.image_size or data.side or LARGE_SIDE,
         in_memory=data.side is not None,
         mean=recipe.mean,
@@ -73,27 +71,19 @@ def find_dataset(name: str, data_dir: str | Path = "data") -> Availability:
 
 
 class _Location(NamedTuple):
-    """Place that a name stands for: its recipe and class folders, each None where there are none."""
+    """Place that a name stands for."""
 
-    recipe: DatasetRecipe | None
-    folder: Path | None
+    known: bool
+    recipe: DatasetRecipe
+    folder: Path | None  # None: there are no class folders
     absent: str  # what is missing, and where to put it
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        return self.recipe.left_out if self.recipe else ()
-
-    @property
-    def provider(self) -> Provider | None:
-        return self.recipe.provider if self.recipe else None
 
 
 def _locate(name: str, data_dir: Path) -> _Location:
     known = name.lower() in DATASETS
-    recipe = DATASETS[name.lower()] if known else None
-    names = dict.fromkeys((name, name.lower(), *(recipe.folders if recipe else ())))
-    folders = [data_dir / item for item in names]
-    if recipe is None and not any(folder.is_dir() for folder in folders):
+    recipe = DATASETS[name.lower()] if known else LARGE_FOLDER
+    folders = [data_dir / item for item in dict.fromkeys((name, name.lower(), *recipe.folders))]
+    if not known and not any(folder.is_dir() for folder in folders):
         raise ConfigError(
             f"unknown data set {name!r}{nearest(name.lower(), DATASETS.names()) or '.'} Known: "
             f"{', '.join(DATASETS.names())}, and any folder {folders[0]}/<train|test>/<class>/<image>"
@@ -103,18 +93,18 @@ def _locate(name: str, data_dir: Path) -> _Location:
         f"put its images into {folders[0]}/train/<class>/<image> and {folders[0]}/test/<class>/<image>"
     )
     # A folder without train/ may be something else, such as torchvision's MNIST on a disk that ignores case.
-    return _Location(recipe, next((folder for folder in folders if (folder / "train").is_dir()), None), absent)
+    return _Location(known, recipe, next((item for item in folders if (item / "train").is_dir()), None), absent)
 
 
 def _look(location: _Location, data_dir: Path) -> Availability:
-    folder, provider = location.folder, location.provider
+    folder, provider, left_out = location.folder, location.recipe.provider, location.recipe.left_out
     if folder is not None:
-        count = len(set(list_class_names(folder / "train")) - set(location.left_out))
-        without = describe_left_out(folder, location.left_out)
+        count = len(set(list_class_names(folder / "train")) - set(left_out))
+        without = describe_left_out(folder, left_out)
         return Availability(True, False, f"class folders in {folder}{without} ({count} classes)", count)
     if provider is None:
         return Availability(False, False, location.absent, None)
-    present, text = provider.describe(data_dir)
+    present, _, text = provider.look(data_dir)
     text = text if present or provider.fetchable else f"{location.absent}; {text}"
     return Availability(present, provider.fetchable, text, provider.num_classes)
 
@@ -124,7 +114,7 @@ def _provide(location: _Location, data_dir: Path, offline: bool) -> LoadedData:
     if not (found.present or found.fetchable):
         raise DataError(found.text)
     try:
-        return location.provider.load(data_dir, offline)
+        return location.recipe.provider.load(data_dir, offline)
     except PROVIDER_ERRORS as error:
         if offline and found.fetchable:
             raise DataError(f"{location.absent}; without --offline it would be downloaded into {data_dir}") from error

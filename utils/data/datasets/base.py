@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -44,30 +44,53 @@ class LoadedData(NamedTuple):
         return max(part.images.shape[2:]) if isinstance(part.images, Tensor) else None
 
 
-def pack_tensors(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], class_names: list[str], source: str
+Labelled = tuple[Tensor | list[str], Tensor]  # uint8 (N, C, H, W) or N paths, and labels, int64 (N,)
+
+
+def pack(
+    splits: Sequence[Labelled], class_names: list[str], channels: int, source: str, root: str | None
 ) -> LoadedData:
-    """Pack two pairs of images, uint8 (N, C, H, W), and labels, int64 (N,); count them in ``source``."""
-    counts = f"{len(train[1])} training and {len(test[1])} test images, {len(class_names)} classes"
-    sets = [ImageSet.of(*split) for split in (train, test)]
-    return LoadedData(*sets, class_names, train[0].shape[1], f"{source} ({counts})")
+    """Pack the training and the test images; count them in ``source``. See `LoadedData`."""
+    train, test = (ImageSet.of(*split) for split in splits)
+    counts = f"{len(train)} training and {len(test)} test images, {len(class_names)} classes"
+    return LoadedData(train, test, class_names, channels, f"{source} ({counts})", root)
 
 
-class Provider(Protocol):
-    """Origin of a data set that has no class folders: a download, a package, another data set."""
+@dataclass(frozen=True)
+class Provider:
+    """Origin of a data set that has no class folders: a download, a package, another data set.
+
+    Args:
+        num_classes: classes that it has.
+        read: reads it from its folder, described by ``found``, and fetches it first unless ``offline``; without
+            ``fetchable``, called only where it is there. Raises any of ``utils.data.datasets.PROVIDER_ERRORS`` if it
+            is broken, or absent and cannot be fetched.
+        found, absent: what would be read, and what would be fetched or could be put there; ``{folder}`` is its folder.
+        folders: names of its folder in ``data_dir``.
+        parts: files or folders in it, without which it is not there.
+        fetchable: whether it can be downloaded.
+    """
 
     num_classes: int
-    fetchable: bool  # whether it can be downloaded
+    read: Callable[[Path, str, bool], LoadedData]
+    found: str
+    absent: str = ""
+    folders: tuple[str, ...] = ("",)
+    parts: tuple[str, ...] = ()
+    fetchable: bool = False
 
-    def describe(self, data_dir: Path) -> tuple[bool, str]:
-        """Return whether it is on this machine, and in words what would be read or fetched; read no image."""
+    def look(self, data_dir: Path) -> tuple[bool, Path, str]:
+        """Return whether it is on this machine, its folder, and in words what would be read or fetched."""
+        folders = [data_dir / name for name in self.folders]
+        for folder in folders:
+            if all((folder / part).exists() for part in self.parts):
+                return True, folder, self.found.format(folder=folder)
+        return False, folders[0], self.absent.format(folder=folders[0])
 
     def load(self, data_dir: Path, offline: bool) -> LoadedData:
-        """Read it, fetching it first unless ``offline``; without ``fetchable``, called only where it is present.
-
-        Raises:
-            Any of ``utils.data.datasets.PROVIDER_ERRORS`` if it is broken, or absent and cannot be fetched.
-        """
+        """Read it, fetching it first unless ``offline``; raises what ``read`` does."""
+        _, folder, _ = self.look(data_dir)
+        return self.read(folder, self.found.format(folder=folder), offline)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,50 +10,40 @@ import torch
 from torch import Tensor
 
 from utils.data.datasets import DATASETS
-from utils.data.datasets.base import CIFAR100_MEAN, CIFAR100_STD, DatasetRecipe, LoadedData, pack_tensors
+from utils.data.datasets.base import CIFAR100_MEAN, CIFAR100_STD, DatasetRecipe, LoadedData, Provider, pack
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-@dataclass(frozen=True)
-class Torchvision:
-    """A data set of ``torchvision.datasets``: uint8 (N, H, W) or (N, H, W, 3) under `data`, labels under `targets`.
+def torchvision_provider(name: str, folder: str, num_classes: int = 10) -> Provider:
+    """Return the provider of a class of ``torchvision.datasets``, which unpacks into this folder of ``data_dir``."""
+    return Provider(
+        num_classes, partial(_read_torchvision, name), f"torchvision's {name} in {{folder}}",
+        f"torchvision's {name}, to be downloaded into {{folder}}", (folder,), parts=(".",), fetchable=True,
+    )  # fmt: skip
 
-    Args:
-        class_name: the class in ``torchvision.datasets``.
-        folder: what it unpacks into, below ``data_dir``.
-    """
 
-    class_name: str
-    folder: str
-    num_classes: int = 10
-    fetchable: bool = True
+def _read_torchvision(name: str, folder: Path, source: str, offline: bool) -> LoadedData:
+    import torchvision
 
-    def describe(self, data_dir: Path) -> tuple[bool, str]:
-        if (data_dir / self.folder).is_dir():
-            return True, f"torchvision's {self.class_name} in {data_dir / self.folder}"
-        return False, f"torchvision's {self.class_name}, to be downloaded into {data_dir / self.folder}"
-
-    def load(self, data_dir: Path, offline: bool) -> LoadedData:
-        import torchvision
-
-        dataset = getattr(torchvision.datasets, self.class_name)
-        # With download=True, torchvision fetches only what is not there yet.
-        splits = [dataset(str(data_dir), train=train, download=not offline) for train in (True, False)]
-        names = [name.split(" - ")[0] for name in splits[0].classes]  # MNIST calls its classes "0 - zero"
-        source = f"torchvision's {self.class_name} in {data_dir / self.folder}"
-        return pack_tensors(*map(_read_arrays, splits), names, source)
+    dataset = getattr(torchvision.datasets, name)
+    # With download=True, torchvision fetches only what is not there yet.
+    splits = [dataset(str(folder.parent), train=train, download=not offline) for train in (True, False)]
+    names = [name.split(" - ")[0] for name in splits[0].classes]  # MNIST calls its classes "0 - zero"
+    arrays = [_read_arrays(split) for split in splits]
+    return pack(arrays, names, arrays[0][0].shape[1], source, None)
 
 
 def _read_arrays(split) -> tuple[Tensor, Tensor]:
+    """Images from uint8 (N, H, W) or (N, H, W, 3) under `data`, labels from `targets`."""
     images = torch.from_numpy(np.asarray(split.data))
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, torch.as_tensor(split.targets, dtype=torch.int64)
 
 
-MNIST, FASHION_MNIST = Torchvision("MNIST", "MNIST"), Torchvision("FashionMNIST", "FashionMNIST")
-CIFAR10 = Torchvision("CIFAR10", "cifar-10-batches-py")
-CIFAR100 = Torchvision("CIFAR100", "cifar-100-python", num_classes=100)
+MNIST, FASHION_MNIST = (torchvision_provider(name, name) for name in ("MNIST", "FashionMNIST"))
+CIFAR10 = torchvision_provider("CIFAR10", "cifar-10-batches-py")
+CIFAR100 = torchvision_provider("CIFAR100", "cifar-100-python", num_classes=100)
 
 for name, recipe in {
     "mnist": DatasetRecipe("crop", (0.1307,) * 3, (0.3081,) * 3, provider=MNIST),

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.datasets.base import LoadedData
-from utils.data.images import IMAGE_SUFFIXES, ImageSet, decode_image
+from utils.data.datasets.base import LoadedData, pack
+from utils.data.images import IMAGE_SUFFIXES, ImageSet, decode_image, read_header
 from utils.run.errors import DataError
 
 SMALL_SIDE = 64  # pixels; images up to this side live in memory
+THREADS = min(32, (os.cpu_count() or 1) + 4)  # reading waits for the disk
 CHUNK = 256  # files per job: a job for each file would cost more than reading its header
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet as published names the classes of its test images in this file
-
-
-class Header(NamedTuple):
-    width: int
-    height: int
-    grey: bool
 
 
 def list_class_names(split: Path) -> list[str]:
@@ -80,14 +74,12 @@ def read_files(train: dict[str, list[str]], test: dict[str, list[str]], source: 
         DataError: if an image is broken.
     """
     splits = [_flatten(train), _flatten(test)]
-    headers = set(_map_in_threads(_read_header, [path for paths, _ in splits for path in paths], "checking images"))
+    headers = set(_map_in_threads(read_header, [path for paths, _ in splits for path in paths], "checking images"))
     channels = 1 if all(header.grey for header in headers) else 3
     sizes = {(header.width, header.height) for header in headers}
     if len(sizes) == 1 and max(sizes.pop()) <= SMALL_SIDE:
         splits = [(_decode(paths, channels), labels) for paths, labels in splits]
-    counts = f"{len(splits[0][1])} training and {len(splits[1][1])} test images, {len(train)} classes"
-    sets = [ImageSet.of(images, labels) for images, labels in splits]
-    return LoadedData(*sets, list(train), channels, f"{source} ({counts})", str(root))
+    return pack(splits, list(train), channels, source, str(root))
 
 
 def read_through(data: LoadedData, view: Callable[[Tensor], Tensor]) -> LoadedData:
@@ -179,14 +171,6 @@ def _flatten(files: dict[str, list[str]]) -> tuple[list[str], Tensor]:
     return [path for paths in files.values() for path in paths], torch.arange(len(files)).repeat_interleave(counts)
 
 
-def _read_header(path: str) -> Header:
-    try:
-        with Image.open(path) as image:
-            return Header(*image.size, image.mode in ("1", "L"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
-
-
 def _decode(paths: list[str], channels: int, view: Callable[[Tensor], Tensor] = lambda image: image) -> Tensor:
     """uint8 (N, C, H, W), each image through ``view``; grey files are repeated where the set has colour."""
 
@@ -197,11 +181,7 @@ def _decode(paths: list[str], channels: int, view: Callable[[Tensor], Tensor] = 
 
 
 def _map_in_threads(function: Callable[[str], Any], paths: list[str], description: str) -> list[Any]:
-    """``function`` of every path, in order; the first error ends the work, since `map` cancels what has not begun."""
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    results: list[Any] = []
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=description, delay=2, leave=False) as bar:
-        for done in pool.map(lambda chunk: [function(path) for path in chunk], chunks):
-            results += done
-            bar.update(len(done))
-    return results
+    """``function`` of every path, in order; the first error ends the work."""
+    with ThreadPool(THREADS) as pool:
+        done = pool.imap(function, paths, CHUNK)
+        return list(tqdm(done, description, len(paths), delay=2, leave=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,91 +10,46 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
 from utils.data.datasets import DATASETS
-from utils.data.datasets.base import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIDE, DatasetRecipe, LoadedData
+from utils.data.datasets.base import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIDE, DatasetRecipe, LoadedData, Provider
 from utils.data.datasets.folders import list_class_names, read_files, read_folders
 from utils.data.transforms import resize_to_square
 
 EITHER = ("test", "val")
 IMAGENET_FOLDERS = ("imagenet1000", "imagenet")
-FOOD_FOLDER = "food-101"
-CUB_FOLDER = "CUB_200_2011"
 CUB_TABLES = ("images", "train_test_split", "image_class_labels", "classes")
 
 
-@dataclass(frozen=True)
-class FirstOfImageNet:
-    """ImageNet-100 of PyCIL: the first 100 of the 1000 sorted classes after the shuffle of seed 1993.
+def read_first_of_imagenet(folder: Path, source: str, offline: bool) -> LoadedData:
+    """Read ImageNet-100 of PyCIL: the first 100 of the 1000 sorted classes after the shuffle of seed 1993.
 
     The chosen classes are sorted again, so the labels are those of a folder that holds only them.
     """
-
-    num_classes: int = 100
-    fetchable: bool = False
-
-    def describe(self, data_dir: Path) -> tuple[bool, str]:
-        folder = self._find(data_dir)
-        if folder is None:
-            return False, f"class folders of all ImageNet in {data_dir / IMAGENET_FOLDERS[0]} would do as well"
-        return True, f"{self.num_classes} of the classes in {folder}"
-
-    def load(self, data_dir: Path, offline: bool) -> LoadedData:
-        folder = self._find(data_dir)
-        names = list_class_names(folder / "train")
-        if len(names) != 1000:
-            raise ValueError(f"{folder} has {len(names)} classes, not the 1000 that ImageNet-100 is drawn from")
-        order = np.random.RandomState(1993).permutation(1000)[: self.num_classes]
-        return read_folders(folder, EITHER, [names[i] for i in sorted(order)])
-
-    def _find(self, data_dir: Path) -> Path | None:
-        folders = [data_dir / name for name in IMAGENET_FOLDERS]
-        return next((folder for folder in folders if (folder / "train").is_dir()), None)
+    names = list_class_names(folder / "train")
+    if len(names) != 1000:
+        raise ValueError(f"{folder} has {len(names)} classes, not the 1000 that ImageNet-100 is drawn from")
+    order = np.random.RandomState(1993).permutation(1000)[:100]
+    return read_folders(folder, EITHER, [names[i] for i in sorted(order)])
 
 
-@dataclass(frozen=True)
-class OfficialCub:
-    """CUB-200-2011 as published, with the split of `train_test_split.txt` (Wah et al., 2011)."""
-
-    num_classes: int = 200
-    fetchable: bool = False
-
-    def describe(self, data_dir: Path) -> tuple[bool, str]:
-        folder = data_dir / CUB_FOLDER
-        if (folder / "train_test_split.txt").is_file():
-            return True, f"CUB-200-2011 and its official split in {folder}"
-        return False, f"the published archive, unpacked as {folder} with images.txt beside images/, is read as it is"
-
-    def load(self, data_dir: Path, offline: bool) -> LoadedData:
-        folder = data_dir / CUB_FOLDER
-        paths, splits, labels, names = (_read_table(folder / f"{name}.txt") for name in CUB_TABLES)
-        train, test = ({name: [] for name in names.values()} for _ in range(2))
-        for image, path in paths.items():
-            files, name = {"1": train, "0": test}.get(splits.get(image)), names.get(labels.get(image))
-            if files is None or name is None:
-                raise ValueError(f"the tables of {folder} give no split or no class for image {image}, {path}")
-            files[name].append(str(folder / "images" / path))
-        return read_files(train, test, self.describe(data_dir)[1], folder)
+def read_cub(folder: Path, source: str, offline: bool) -> LoadedData:
+    """Read CUB-200-2011 as published, with the split of `train_test_split.txt` (Wah et al., 2011)."""
+    paths, splits, labels, names = (_read_table(folder / f"{name}.txt") for name in CUB_TABLES)
+    train, test = ({name: [] for name in names.values()} for _ in range(2))
+    for image, path in paths.items():
+        files, name = {"1": train, "0": test}.get(splits.get(image)), names.get(labels.get(image))
+        if files is None or name is None:
+            raise ValueError(f"the tables of {folder} give no split or no class for image {image}, {path}")
+        files[name].append(str(folder / "images" / path))
+    return read_files(train, test, source, folder)
 
 
-@dataclass(frozen=True)
-class OfficialFood:
-    """Food-101 as torchvision downloads it, with its published split (Bossard et al., ECCV 2014)."""
+def read_food(folder: Path, source: str, offline: bool) -> LoadedData:
+    """Read Food-101 as torchvision downloads it, with its published split (Bossard et al., ECCV 2014)."""
+    import torchvision
 
-    num_classes: int = 101
-    fetchable: bool = True
-
-    def describe(self, data_dir: Path) -> tuple[bool, str]:
-        folder = data_dir / FOOD_FOLDER
-        if (folder / "meta").is_dir() and (folder / "images").is_dir():
-            return True, f"torchvision's Food101 and its official split in {folder}"
-        return False, f"torchvision's Food101, to be downloaded into {folder} (5 GB)"
-
-    def load(self, data_dir: Path, offline: bool) -> LoadedData:
-        import torchvision
-
-        torchvision.datasets.Food101(str(data_dir), download=not offline)
-        folder = data_dir / FOOD_FOLDER
-        train, test = (_list_food(folder, split) for split in ("train", "test"))
-        return read_files(train, test, f"torchvision's Food101 and its official split in {folder}", folder)
+    torchvision.datasets.Food101(str(folder.parent), download=not offline)
+    train, test = (_list_food(folder, split) for split in ("train", "test"))
+    return read_files(train, test, source, folder)
 
 
 def squash_and_crop(image: Tensor) -> Tensor:
@@ -131,7 +85,20 @@ IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "test_folders": EITHER}
 VIT = {"augmentation": "vit_crop", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": LARGE_SIDE}
 # Duan et al., arXiv:2311.18266, treat all of their data sets alike.
 AUTO = {"augmentation": "auto_augment", "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": LARGE_SIDE}
-FIRST = {"test_folders": EITHER, "provider": FirstOfImageNet()}
+FIRST_CLASSES = Provider(
+    100, read_first_of_imagenet, "100 of the classes in {folder}",
+    "class folders of all ImageNet in {folder} would do as well", IMAGENET_FOLDERS, parts=("train",),
+)  # fmt: skip
+CUB = Provider(
+    200, read_cub, "CUB-200-2011 and its official split in {folder}",
+    "the published archive, unpacked as {folder} with images.txt beside images/, is read as it is",
+    ("CUB_200_2011",), parts=("train_test_split.txt",),
+)  # fmt: skip
+FOOD = Provider(
+    101, read_food, "torchvision's Food101 and its official split in {folder}",
+    "torchvision's Food101, to be downloaded into {folder} (5 GB)", ("food-101",), ("meta", "images"), fetchable=True,
+)  # fmt: skip
+FIRST = {"test_folders": EITHER, "provider": FIRST_CLASSES}
 HALVES = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 for name, recipe in {
@@ -144,8 +111,8 @@ for name, recipe in {
     "imagenet1000": DatasetRecipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
     "imagenetr": DatasetRecipe(folders=("imagenet-r",), test_folders=EITHER, **VIT),
     "cub": DatasetRecipe(folders=("cub200",), **VIT),
-    "cub_official": DatasetRecipe(provider=OfficialCub(), **VIT),
-    "food101": DatasetRecipe(folders=("Food101",), provider=OfficialFood(), **AUTO),
+    "cub_official": DatasetRecipe(provider=CUB, **VIT),
+    "food101": DatasetRecipe(folders=("Food101",), provider=FOOD, **AUTO),
     "caltech256": DatasetRecipe(folders=("Caltech256",), left_out=("257.clutter",), **AUTO),
     "places100": DatasetRecipe(folders=("Places100",), **AUTO),
 }.items():
