@@ -45,9 +45,7 @@ class ClassUNetConfig(NetworkConfig):
     norm_num_groups: int = Field(32, ge=1, description="groups of every GroupNorm")
     dropout: float = Field(0.1, ge=0, lt=1, description="inside the residual blocks")
     resample: Literal["conv", "resnet"] = Field("conv", description="between levels: convolution or residual block")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute blocks going backward: less memory in training and guided sampling, more time"
-    )
+    gradient_checkpointing: bool = Field(False, description="recompute blocks going backward: less memory, more time")
 
     def check(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         """Raise ConfigError if the sizes do not fit each other, the images or the classes."""

@@ -67,9 +67,7 @@ class DDPM(ReplaySource):
         )
 
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
-        attention_resolutions: list[int] | None = Field(
-            None, description="sides in pixels at which there is attention, in place of attention_levels"
-        )
+        attention_resolutions: list[int] | None = Field(None, description="sides with attention, not attention_levels")
         diffusion_steps: int = Field(1000, ge=1, description="time steps of the full process")
         beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
         beta_end: float = Field(2e-2, gt=0, lt=1, description="variance of the last step")
@@ -82,9 +80,7 @@ class DDPM(ReplaySource):
         lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of lr, down to 0")
         weight_decay: float = Field(0.0, ge=0, description="AdamW's")
         ema_rate: float = Field(0.9999, ge=0, lt=1, description="decay of the average that generates; 0: raw weights")
-        init_weights: str | None = Field(
-            None, min_length=1, description="folder of a DDPM, saved by a run, whose average the first task starts from"
-        )
+        init_weights: str | None = Field(None, min_length=1, description="folder of a DDPM whose average starts it")
         clip_x0: bool = Field(True, description="clamp predicted images to their range at every step of sampling")
         sampler: Literal["ddim", "ddpm"] = Field("ddim", description="how replay is drawn")
         timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread from end to end")

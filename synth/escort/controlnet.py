@@ -62,13 +62,9 @@ class ControlNetSource(ExemplarCompression):
         )
         controlnet: str | None = Field(None, description="hub id or folder; null: lllyasviel/sd-controlnet-canny")
         tokenizer: str = Field(CLIP_TOKENIZER, description="folder or hub id of the tokenizer that a file needs")
-        model_precision: Literal["auto", "fp32", "bf16"] = Field(
-            "auto", description="number format of the frozen weights; auto: the run's"
-        )
+        model_precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the weights; auto: the run's")
         resolution: Literal["high", "low"] = Field("high", description="which of the two published scripts is followed")
-        short_side: int | None = Field(
-            None, ge=8, description="of what is drawn, in pixels; null: the script's 512 or 256"
-        )
+        short_side: int | None = Field(None, ge=8, description="of what is drawn, in pixels; null: the script's")
         grid: int = Field(64, ge=8, multiple_of=8, description="sides of what is drawn are multiples of it")
         prompt: str | None = Field(None, description=f"what is drawn, {CLASS} is the class; null: the script's")
         negative_prompt: str | None = Field(None, description="what is avoided; null: the script's")

@@ -51,18 +51,14 @@ class ExemplarCompression(ReplaySource):
         sample_batch: int = Field(16, ge=1, description="images drawn at once, of one size each")
         real_per_class: int | None = Field(None, ge=0, description="R, of a class, stay images; null: what S leaves")
         syn_per_class: int = Field(0, ge=0, description="S, exemplars per class that become edge maps")
-        augmentation_prob: float = Field(
-            0.0, ge=0, le=1, description="p, of a new image or a real exemplar to be shown as a copy of itself"
-        )
+        augmentation_prob: float = Field(0.0, ge=0, le=1, description="p, that a real image is shown as its own copy")
         augmentations_per_image: int = Field(5, ge=1, description="K, copies of each image")
         prepare: Literal["needed", "all"] = Field(
             "needed", description="needed: a copy is drawn when an epoch first shows it; all: all before a training"
         )
         canny_low: int = Field(100, ge=0, description="lower threshold of the gradient")
         canny_high: int = Field(200, ge=0, description="upper threshold of the gradient")
-        copy_noise: Literal["own", "reference"] = Field(
-            "own", description="reference: copy s of every image starts from the same noise, of seed s"
-        )
+        copy_noise: Literal["own", "reference"] = Field("own", description="reference: noise of copy s is of seed s")
 
         @model_validator(mode="after")
         def _draws_itself(self) -> ExemplarCompression.Config:
