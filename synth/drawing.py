@@ -162,6 +162,23 @@ class ImageFolder:
         return {name: digest for name, digest in ours.items() if self.manifest.holds(name, digest)}
 
 
+def identify(source: ReplaySource, class_order: list[int]) -> dict[str, Any]:
+    """Say what must agree between images that lie in one folder, as JSON; ``class_order`` holds original ids."""
+    return {
+        "dataset": source.dataset.name,
+        "class_order": class_order,
+        "source": source.config.name,
+        "settings": source.config.sample_settings(),
+        "run_seed": source.run.seed,
+        "weights": source.fingerprint() if source.config.need_syn_imgs else None,
+    }
+
+
+def name_classes(source: ReplaySource, class_order: list[int], labels: Iterable[int]) -> dict[str, Any]:
+    """Say what the folders of these classes hold, for whoever finds them."""
+    return {str(label): {"name": source.class_names[label], "original_id": class_order[label]} for label in labels}
+
+
 def stems_of(requests: Requests) -> list[str]:
     """Return what the images that are asked for are called, without suffixes."""
     rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())

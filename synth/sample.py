@@ -22,7 +22,7 @@ from synth.command import (
     pick_classes,
     read_file,
 )  # fmt: skip
-from synth.drawing import ImageFolder
+from synth.drawing import ImageFolder, identify, name_classes
 from synth.requests import Requests
 from utils.data import subsets
 from utils.data.datasets import Dataset, load_dataset
@@ -66,22 +66,6 @@ class Opened:
             key = (self.source.run.seed, self.config.synth.name, index if keep else coming)
             asked.append(Requests.of_classes([label for label in classes if tasks[label] == index], per_class, key))
         return asked
-
-    def identity(self) -> dict[str, Any]:
-        """Say what must agree between images that lie in one folder."""
-        return {
-            "dataset": self.source.dataset.name,
-            "class_order": self.class_order,
-            "source": self.config.synth.name,
-            "settings": self.config.synth.sample_settings(),
-            "run_seed": self.source.run.seed,
-            "weights": self.source.fingerprint(),
-        }
-
-    def names(self, classes: list[int]) -> dict[str, Any]:
-        """Say what the class folders hold, for whoever finds them."""
-        names, order = self.source.class_names, self.class_order
-        return {str(label): {"name": names[label], "original_id": order[label]} for label in classes}
 
 
 def open_source(args: argparse.Namespace) -> Opened:
@@ -171,10 +155,11 @@ def draw(opened: Opened, classes: list[int], per_class: int, folder: Path) -> No
         BankError: if the folder holds images of other settings, or images without a manifest.
     """
     remedy = "Give another --output_dir, or delete the folder"
-    place = ImageFolder(folder, opened.source.run, opened.identity(), remedy)
+    source, order = opened.source, opened.class_order
+    place = ImageFolder(folder, source.run, identify(source, order), remedy)
     known = place.claim(classes={}).get("classes", {})
-    names = known | opened.names(classes)  # earlier commands' too
-    place.draw(opened.source, opened.requests(classes, per_class), classes=names)
+    names = known | name_classes(source, order, classes)  # earlier commands' too
+    place.draw(source, opened.requests(classes, per_class), classes=names)
     found = {label: list(map(str, place.of_class(label))) for label in sorted(map(int, names))}
     place.write_preview([ImageSet.of(p, torch.full((len(p),), label)) for label, p in found.items() if p])
 

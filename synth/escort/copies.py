@@ -19,7 +19,6 @@ from utils.data.manager import DataManager, Task
 from utils.results.panels import Cell, Panel, PanelRow
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
-from utils.run.folder import replay_manifest
 from utils.training.run import Run
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ NOTE = (
     "Exemplars as they were, the edge maps that are kept of them, and copies that were drawn from these maps. Nothing "
     "but the maps is carried to later tasks."
 )
-REMEDY = "Give another --name or syn_image_path, or delete the folder"
 
 
 class Copied(Banked):
@@ -133,10 +131,8 @@ class Copied(Banked):
 
     def _open(self, index: int) -> ImageFolder:
         if index not in self.folders:
-            if self.config.syn_image_path is None and self.run.runtime.is_main:
-                replay_manifest(self.folder).claim()
-            identity = self.bank.identity(self.bank.classes_of(index), (self.run.seed, self.config.name))
-            folder = ImageFolder(self.folder / f"task_{index}", self.run, identity, REMEDY)
+            self.bank.claim_root()
+            folder = self.bank.place(self.folder / f"task_{index}", index, (self.run.seed, self.config.name))
             folder.claim()
             self.folders[index] = folder
         return self.folders[index]
