@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from synth.base import ReplaySource
 from synth.drawing import ImageFolder, found_images, identify, name_classes
@@ -140,19 +139,17 @@ class Bank:
 
     def _read(self, place: ImageFolder, classes: list[int]) -> ImageSet:
         """Return the first images of every class, as many as are wanted; a folder of another run may hold more."""
-        paths: list[str] = []
-        labels: list[int] = []
+        images = ImageSet()
         for label in classes:
             wanted = self.kept.get(label, self.per_class(label))
-            found = place.of_class(label)[:wanted]
+            found = place.images(label, wanted)
             if len(found) < wanted:
                 raise BankError(
                     f"{place.folder} has {len(found)} of {wanted} replay images of class {label}: a later "
                     "checkpoint gave the others up, or they were drawn for another run; begin anew with --overwrite"
                 )
-            paths += map(str, found)
-            labels += [label] * len(found)
-        return ImageSet.of(paths, torch.tensor(labels, dtype=torch.int64))
+            images = images + found
+        return images.merged()
 
     # ------------------------------------------------------------------ whose they are
 

@@ -118,6 +118,11 @@ class ImageFolder:
         own = [name for name in self.files if name.startswith(f"{label}/")]
         return [self.folder / name for name in sorted(own, key=number_of)]
 
+    def images(self, label: int, most: int | None = None) -> ImageSet:
+        """Return the first listed images of a class, as files; ``most`` of them, or all."""
+        paths = list(map(str, self.of_class(label)[:most]))
+        return ImageSet.of(paths, torch.full((len(paths),), label))
+
     def paths(self, requests: Requests) -> list[str]:
         """Return the listed images that are asked for, in the order of the requests."""
         by_stem = {_stem(name): name for name in self.files}

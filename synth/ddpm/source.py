@@ -62,9 +62,7 @@ class DDPM(ReplaySource):
 
     class Config(ClassUNetConfig, SourceConfig):
         # Its rehearsal is drawn with the first four too, but a later run only draws with what is learned.
-        drawing: ClassVar[frozenset[str]] = frozenset(
-            {"sampler", "timestep_respacing", "guidance", "clip_x0", "gradient_checkpointing"}
-        )
+        drawing: ClassVar[set[str]] = {"sampler", "timestep_respacing", "guidance", "clip_x0", "gradient_checkpointing"}
 
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
         attention_resolutions: list[int] | None = Field(None, description="sides with attention, not attention_levels")
@@ -193,9 +191,7 @@ class DDPM(ReplaySource):
         folder = ImageFolder(place, self.run, identity, "Delete the folder, and the same command draws it again")
         folder.claim()
         folder.draw(self, [Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))])
-        files = {label: folder.of_class(label) for label in old}
-        drawn = torch.tensor([label for label, paths in files.items() for _ in paths], dtype=torch.int64)
-        return ImageSet.of([str(path) for paths in files.values() for path in paths], drawn)
+        return sum(map(folder.images, old), ImageSet()).merged()
 
     # ------------------------------------------------------------------ generating
 

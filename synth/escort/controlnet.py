@@ -21,7 +21,7 @@ from models.latent.control import (
 from models.latent.text_to_image import Placement
 from synth import SOURCES
 from synth.base import weights_place
-from synth.escort.edges import EdgeMap, drawing_size, resize, resize_edges, restore, short_side
+from synth.escort.edges import EdgeMap, drawing_size, resize_edges, short_side
 from synth.escort.source import ExemplarCompression
 from synth.prompts import class_words
 from synth.requests import Requests
@@ -53,7 +53,7 @@ class ControlNetSource(ExemplarCompression):
     """
 
     class Config(ExemplarCompression.Config):
-        places: ClassVar[frozenset[str]] = frozenset({"base", "controlnet", "tokenizer", "class_prompts"})
+        places: ClassVar[set[str]] = {"base", "controlnet", "tokenizer", "class_prompts"}
 
         sample_batch: int = Field(4, ge=1, description="images drawn at once, of one size each")
         base: str = Field(
@@ -135,9 +135,6 @@ class ControlNetSource(ExemplarCompression):
         side = self.config.short_side or short_side(height, width, self.config.resolution)
         return drawing_size(height, width, side, self.config.grid)
 
-    def enlarge(self, image: Tensor, height: int, width: int) -> Tensor:
-        return resize(image, height, width, enlarges=height * width >= image.shape[-2] * image.shape[-1])
-
     def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
         sizes = list(map(self.drawing_size, maps))
         drawn: dict[int, Tensor] = {}
@@ -151,7 +148,7 @@ class ControlNetSource(ExemplarCompression):
                 EdgeSampling(self.steps, self.config.guidance, self.config.control_strength),
             )  # fmt: skip
             drawn |= zip(places, images)
-        return [restore(drawn[place], one.size) for place, one in enumerate(maps)]
+        return [drawn[place] for place in range(len(maps))]
 
     def drawing_size(self, one: EdgeMap) -> tuple[int, int]:
         return self._drawing_size(*one.size)

@@ -60,7 +60,7 @@ class ClassInversion(ReplaySource):
     """
 
     class Config(SourceConfig):
-        drawing: ClassVar[frozenset[str]] = frozenset({"scheduler", "sample_steps", "guidance"})
+        drawing: ClassVar[set[str]] = {"scheduler", "sample_steps", "guidance"}
 
         syn_per_class: int | None = Field(20, ge=1, description="replay images per class; 200 in DDDR")
         sample_batch: int = Field(40, ge=1, description="images drawn at once")

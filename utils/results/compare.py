@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from utils.results.figures import human_bytes, human_seconds
 from utils.results.plot import Line, check_suffix, plot_lines
 from utils.run.errors import CheckpointError, RepriseError
-from utils.run.files import atomic_write
+from utils.run.files import atomic_write, in_numeric_order
 
 REPLAY_MEMORY = ("exemplars", "bank", "source")  # all that a run keeps beside its classifier
 UNFINISHED = "*"
@@ -131,7 +131,7 @@ def read_run(folder: str | Path) -> Row | None:
         CheckpointError: if a file of the run is damaged or none of ours.
     """
     folder = Path(folder)
-    seeds = sorted((path for path in folder.glob("seed_*") if path.is_dir()), key=_natural)
+    seeds = in_numeric_order(path for path in folder.glob("seed_*") if path.is_dir())
     if not seeds or not (folder / "config.json").is_file():
         return None
     config = _read(folder / "config.json", RunFacts)
@@ -261,11 +261,6 @@ def _latex(cell: str) -> str:
     if " ± " in cell:
         return "$" + " ".join(cell.split()).replace("±", r"\pm") + "$"
     return "--" if cell == "-" else cell.translate(LATEX_ESCAPES)
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """Return a key that sorts seeds in numeric order."""
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in path.name.split("_")]
 
 
 Facts = TypeVar("Facts", bound=BaseModel)

@@ -107,11 +107,11 @@ class SourceConfig(BaseConfig):
         drawing: keys of a subclass that shape the drawing alone, in which runs that share learned weights may differ.
     """
 
-    elsewhere: ClassVar[frozenset[str]] = frozenset({
+    elsewhere: ClassVar[set[str]] = {
         "need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task", "keep_sources",
         "source_dir",
-    })  # fmt: skip
-    drawing: ClassVar[frozenset[str]] = frozenset()
+    }  # fmt: skip
+    drawing: ClassVar[set[str]] = set()
 
     name: str = Field(description="which source: see `python main.py --list`")
     replay: Literal["keep", "redraw"] = Field("keep", description="keep: draw a class once; redraw: all before a task")
