@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ class Opened:
         # With `redraw`, a run draws all old classes in the name of the task that comes next.
         keep, coming = self.config.synth.replay == "keep", 1 + max(tasks[label] for label in self.source.fitted_classes)
         asked = []
-        for index in sorted({tasks[label] for label in classes}):
+        for index, own in groupby(classes, tasks.__getitem__):  # classes ascend, and so do their tasks
             key = (self.source.run.seed, self.config.synth.name, index if keep else coming)
-            asked.append(Requests.of_classes([label for label in classes if tasks[label] == index], per_class, key))
+            asked.append(Requests.of_classes(list(own), per_class, key))
         return asked
 
 
@@ -98,10 +99,8 @@ def _open_fitted(fitted: FittedSource, args: argparse.Namespace, **synth: Any) -
     raw = {**fitted.raw, "synth": {**fitted.raw["synth"], **(given.get("synth") or {}), **synth}}
     raw = apply_overrides({**raw, "dataset": args.dataset or given.get("dataset") or raw["dataset"]}, args.overrides)
     name = raw["synth"].get("name") if isinstance(raw["synth"], dict) else raw["synth"]
-    for what, there, here in (
-        ("dataset", fitted.raw["dataset"], raw["dataset"]),
-        ("synth.name", fitted.raw["synth"]["name"], name),
-    ):
+    both = {"dataset": (fitted.raw["dataset"], raw["dataset"]), "synth.name": (fitted.raw["synth"]["name"], name)}
+    for what, (there, here) in both.items():
         if str(there).lower() != str(here).lower():
             raise ConfigError(f"{fitted.folder} was fitted with {what}={there!r}, not with {here!r}: leave that out")
     config = build_fit_config(raw, args)

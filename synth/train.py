@@ -139,17 +139,16 @@ def choose_tasks(config: FitConfig, data: DataManager) -> list[Task]:
 
     Chosen classes that follow each other in learning order are one task, numbered from 0 like any first task.
     """
-    if config.task is None and not config.classes:
-        return [data.task(index) for index in range(data.num_tasks)]
     if config.task is not None and config.classes:
         raise ConfigError("--task and --classes both choose what to fit: give one of them")
-    if config.task is not None:
-        if config.task >= data.num_tasks:
-            raise ConfigError(f"--task {config.task}: the schedule has tasks 0 to {data.num_tasks - 1}")
-        return [data.task(config.task)]
-    labels = pick_classes(config.classes, data.class_names, range(data.num_classes), "--classes")
-    runs = [[label for _, label in run] for _, run in groupby(enumerate(labels), lambda item: item[1] - item[0])]
+    if not config.classes:
+        tasks = [data.task(index) for index in range(data.num_tasks)]
+        if config.task is not None and config.task >= len(tasks):
+            raise ConfigError(f"--task {config.task}: the schedule has tasks 0 to {len(tasks) - 1}")
+        return tasks if config.task is None else [tasks[config.task]]
     names = data.class_names
+    labels = pick_classes(config.classes, names, range(data.num_classes), "--classes")
+    runs = [[label for _, label in run] for _, run in groupby(enumerate(labels), lambda item: item[1] - item[0])]
     return [Task(i, range(run[0], run[-1] + 1), tuple(names[run[0] : run[-1] + 1])) for i, run in enumerate(runs)]
 
 
@@ -168,7 +167,10 @@ def start(args: argparse.Namespace) -> int:
     fitting = Fitting(config, data, choose_tasks(config, data), run, args.preview_every)
     with locked(folder, is_main):
         with runtime.accelerator.main_process_first():
-            claim(folder, config, args.overwrite and runtime.is_main)
+            if any(folder.glob("seed_*")):  # --overwrite must not delete a run either
+                raise ConfigError(f"{folder} holds a run of main.py: give another --ckpt_save_dir")
+            here = config.model_copy(update={"output_dir": str(folder.parent)})
+            claim_folder(here, folder.name, args.overwrite and runtime.is_main, "--ckpt_save_dir")
             claim_machine(folder, runtime)
         if (folder / FITTED).exists():
             log.info("%s is fitted already (--overwrite repeats it)", folder)
@@ -181,14 +183,6 @@ def start(args: argparse.Namespace) -> int:
             fitting.learn_all()
             log.info("The source has learned %d classes and lies in %s", len(fitting.source.fitted_classes), folder)
     return 0
-
-
-def claim(folder: Path, config: FitConfig, overwrite: bool) -> None:
-    """Make the folder this training's own; one of another training or of a run is refused."""
-    if any(folder.glob("seed_*")):  # --overwrite must not delete a run either
-        raise ConfigError(f"{folder} holds a run of main.py: give another --ckpt_save_dir")
-    here = config.model_copy(update={"output_dir": str(folder.parent)})
-    claim_folder(here, folder.name, overwrite, "--ckpt_save_dir")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

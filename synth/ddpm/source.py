@@ -84,14 +84,10 @@ class DDPM(ReplaySource):
         timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread from end to end")
         guidance: float = Field(0.0, ge=0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
         label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training for guidance")
-        rehearsal: Literal["replay", "own"] = Field(
-            "replay", description="old classes in its training: the learner's replay, or its own draw from raw weights"
-        )
-        counts: Literal["balanced", "reference"] = Field(
-            "balanced",
-            description="of its own draw; balanced: equal counts; reference: GUIDE's, labels by chance in whole "
-            "batches, and only whole batches in training",
-        )
+        # Old classes in its training come from the learner's replay, or it draws them itself from its raw weights.
+        rehearsal: Literal["replay", "own"] = Field("replay", description="whose images of old classes it sees")
+        # reference: as GUIDE has it, labels by chance in whole batches, and only whole batches in training
+        counts: Literal["balanced", "reference"] = Field("balanced", description="of the classes in its own draw")
         gr_n_generated_examples_per_task: int | None = Field(
             None, ge=1, description="its own images per old task; null: as many as the new task has real ones"
         )

@@ -117,9 +117,6 @@ class ControlNetSource(ExemplarCompression):
     def _draws(self) -> bool:
         return bool(self.config.syn_per_class or self.config.augmentation_prob)
 
-    def published_weights(self) -> str:
-        return self.fingerprint()
-
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """See that the networks fit each other now, not after a classifier has trained."""
         super().fit_before(task, images)

@@ -53,9 +53,8 @@ class ExemplarCompression(ReplaySource):
         syn_per_class: int = Field(0, ge=0, description="S, exemplars per class that become edge maps")
         augmentation_prob: float = Field(0.0, ge=0, le=1, description="p, that a real image is shown as its own copy")
         augmentations_per_image: int = Field(5, ge=1, description="K, copies of each image")
-        prepare: Literal["needed", "all"] = Field(
-            "needed", description="needed: a copy is drawn when an epoch first shows it; all: all before a training"
-        )
+        # needed: a copy is drawn when an epoch first shows it; all: all copies before a training
+        prepare: Literal["needed", "all"] = Field("needed", description="copies that are drawn before a training")
         canny_low: int = Field(100, ge=0, description="lower threshold of the gradient")
         canny_high: int = Field(200, ge=0, description="upper threshold of the gradient")
         copy_noise: Literal["own", "reference"] = Field("own", description="reference: noise of copy s is of seed s")
@@ -84,7 +83,7 @@ class ExemplarCompression(ReplaySource):
 
     def published_weights(self) -> str:
         """The fingerprint of weights that came from elsewhere; "" where all is learned here."""
-        return ""
+        return self.fingerprint()
 
     # ------------------------------------------------------------------ the budget
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from utils.results.figures import human_bytes, human_seconds
 from utils.results.plot import Line, check_suffix, plot_lines
+from utils.run.command import exit_code
 from utils.run.errors import CheckpointError, RepriseError
 from utils.run.files import atomic_write, in_numeric_order
 
@@ -213,21 +214,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument("--output", type=Path, help="write to this file instead of the terminal")
     parser.add_argument("--plot", type=Path, help="also draw accuracy over classes seen: a .pdf, .png or .svg file")
-    options = parser.parse_args(arguments)
-    try:
-        if options.plot:
-            check_suffix(options.plot)
-        rows = find_runs(options.folders)
-        table = FORMATS[options.format](rows)
-        if options.output:
-            atomic_write(options.output, table)
-        else:
-            sys.stdout.write(table)
-        if options.plot:
-            _plot(rows, options.plot)
-    except RepriseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(_compare, parser.parse_args(arguments))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if options.plot:
+        check_suffix(options.plot)
+    rows = find_runs(options.folders)
+    table = FORMATS[options.format](rows)
+    if options.output:
+        atomic_write(options.output, table)
+    else:
+        sys.stdout.write(table)
+    if options.plot:
+        _plot(rows, options.plot)
     return 0
 
 

@@ -55,13 +55,9 @@ class Curves(NamedTuple):
 
 
 def write_report(
-    path: str | Path,
-    results: dict[str, Any],
-    config: dict[str, Any],
-    gallery: Sequence[GalleryRow] = (),
-    environment: dict[str, Any] | None = None,
-    panels: Sequence[Panel] = (),
-) -> None:
+    path: str | Path, results: dict[str, Any], config: dict[str, Any], gallery: Sequence[GalleryRow] = (),
+    environment: dict[str, Any] | None = None, panels: Sequence[Panel] = (),
+) -> None:  # fmt: skip
     """Write one HTML file without scripts or outside resources; what ``results`` lacks is left out of the page.
 
     Args:
