@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from synth.base import ReplaySource
-from synth.drawing import ImageFolder, found_images
+from synth.drawing import ImageFolder, found_images, identify, name_classes
 from synth.requests import Requests
 from utils.data.images import ImageSet
 from utils.data.manager import DataManager
@@ -39,26 +39,25 @@ class Bank:
         self.config, self.run = source.config, source.run
         self.folders: dict[Path, ImageFolder] = {}  # those that were claimed
         self.kept: dict[int, int] = {}  # class -> its first images that are left, where a budget took the others
-        self.task_of: dict[int, int] = {}  # class -> the task that brought it
-        for index, size in enumerate(data.task_sizes):
-            self.task_of |= dict.fromkeys(range(len(self.task_of), len(self.task_of) + size), index)
+        # class -> the task that brought it
+        self.task_of = dict(enumerate(np.repeat(range(data.num_tasks), data.task_sizes).tolist()))
 
     # ------------------------------------------------------------------ drawing and reading
 
-    def draw(self, index: int, classes: Iterable[int]) -> None:
-        """Draw classes of a task once, into `task_<t>`.
+    def fill(self, index: int) -> None:
+        """Bring `task_<t>` to its full count: draw what is missing, or see that given images are enough.
 
         Raises:
-            BankError: if the folder holds images of another run.
+            BankError: if the folder holds images of another run, or given ones are too few or of unknown classes.
         """
-        self._fill(self.root / f"task_{index}", list(classes), index)
+        self._fill(self._folder(index), index, index)
 
     def redraw(self, index: int) -> ImageSet:
         """Draw all classes before a task anew from the source as it is, into `task_<t of the class>/redraw_<index>`."""
         images = ImageSet()
         for earlier in range(index):
-            folder = self.root / f"task_{earlier}" / f"{REDRAW}{index}"
-            images = images + self._read(self._fill(folder, self.classes_of(earlier), index), self.classes_of(earlier))
+            place = self._fill(self._folder(earlier) / f"{REDRAW}{index}", earlier, index)
+            images = images + self._read(place, self.classes_of(earlier))
         return images
 
     def stored(self, classes: Iterable[int]) -> ImageSet:
@@ -67,111 +66,94 @@ class Bank:
         Raises:
             BankError: if a class has none, or images are missing or damaged.
         """
-        images = ImageSet()
-        for label in classes:
-            if self.kept.get(label) == 0:
-                continue
-            folder = self.root / f"task_{self.task_of[label]}"
-            if folder not in self.folders:
-                self._open(folder, self.task_of[label])
-            images = images + self._read(self.folders[folder], [label])
-        return images
+        wanted = [label for label in classes if self.kept.get(label) != 0]
+        return sum((self._read(self._open(self.task_of[label]), [label]) for label in wanted), ImageSet())
+
+    def holds(self, index: int) -> bool:
+        """Whether there are images of a task."""
+        return bool(found_images(self._folder(index)))
 
     def newest(self, label: int) -> list[str]:
         """Return paths of the last images drawn of a class; empty if none were."""
-        own = self.root / f"task_{self.task_of[label]}"
+        own = self._folder(self.task_of[label])
         redrawn = [path for path in self.folders if path.parent == own]
         for path in [*sorted(redrawn, key=lambda path: int(path.name.removeprefix(REDRAW)), reverse=True), own]:
             if path in self.folders and (images := self.folders[path].of_class(label)):
                 return list(map(str, images))
         return []
 
-    def adopt(self, index: int, may_adopt: bool) -> None:
-        """See that a task's images, which nobody is to draw, are there, enough, and of this run's classes.
-
-        Args:
-            index: of the task.
-            may_adopt: take over a folder that has no manifest.
-
-        Raises:
-            BankError: if they are not.
-        """
-        folder, classes = self.root / f"task_{index}", self.classes_of(index)
-        if folder in self.folders:
-            return
-        place = self._place(folder, classes, index)
-        found = list(place.manifest.files()) or found_images(folder)
-        counts = {label: sum(name.startswith(f"{label}/") for name in found) for label in classes}
-        if min(counts.values()) < (wanted := self.per_class(classes[0])):
-            raise BankError(
-                f"need_syn_imgs=false, but {folder} has {shorten(counts)} images per class, {wanted} are wanted: name "
-                "another folder with syn_image_path, lower syn_per_class, or set need_syn_imgs=true"
-            )
-        if not place.manifest.exists:
-            self._take_over(place, found, may_adopt)
-        place.claim(LABEL_FIELDS)
-        self.folders[folder] = place
-
-    def _fill(self, folder: Path, classes: list[int], index: int) -> ImageFolder:
-        """Bring a folder to its full count."""
-        requests = Requests.of_classes(classes, self.per_class(classes[0]), self.key(index))
-        place = self._place(folder, classes, index)
-        if self.config.syn_image_path is None and self.run.runtime.is_main:
-            replay_manifest(self.root).claim()
-        if not place.manifest.exists and self.config.adopt_syn_images and (found := found_images(folder)):
-            self._take_over(place, found, may_adopt=True)
-        adopted = place.manifest.exists and place.manifest.read().get("adopted")
+    def _fill(self, folder: Path, index: int, drawn_for: int) -> ImageFolder:
+        """Fill a folder with a task's classes; images are drawn in the name of the task that asks for them."""
+        given, classes = not self.config.need_syn_imgs, self.classes_of(index)
+        if given and folder in self.folders:
+            return self.folders[folder]
+        if not given:
+            self.claim_root()
+        per_class = self.per_class(classes[0])
+        place = self.place(folder, index, self.key(drawn_for), per_class=per_class)
+        adopted = self._adopt(place)
         place.claim(LABEL_FIELDS if adopted else None)
         self.folders[folder] = place
+        requests = Requests.of_classes(classes, per_class, self.key(drawn_for))
         if not adopted and place.lacks([requests]):
             place.draw(self.source, [requests])
             place.write_preview([self._read(place, [label]) for label in classes])
         return place
 
-    def _open(self, folder: Path, index: int) -> None:
-        """Take a folder that was filled in an earlier process, whole."""
-        place = self._place(folder, self.classes_of(index), index)
-        content = place.manifest.verify()
-        place.files = content["files"]
-        self.folders[folder] = place
-
-    def _take_over(self, place: ImageFolder, found: list[str], may_adopt: bool) -> None:
-        """Write the manifest of images that another program left without one."""
-        folder = place.folder
-        if not may_adopt:
-            raise BankError(
-                f"{folder} holds images but no manifest.json, so nobody knows whose classes they are: set "
-                "synth.adopt_syn_images=true if they are of this data set, in this class order, or name another folder"
-            )
+    def _adopt(self, place: ImageFolder) -> bool:
+        """Take over images that another run or program left, where they are to be used; whether they are such."""
+        given, may_adopt, known = not self.config.need_syn_imgs, self.config.adopt_syn_images, place.manifest.exists
+        if known and not given:
+            return bool(place.manifest.read().get("adopted"))
+        found = list(place.manifest.files()) or found_images(place.folder)
+        if not given and not (may_adopt and found):
+            return False
         wanted, own = place.manifest.identity["per_class"], place.manifest.identity["classes"]
         counts = {label: sum(name.startswith(f"{label}/") for name in found) for label in own}
         if min(counts.values()) < wanted:
-            raise BankError(f"cannot adopt {folder}: it has {counts} images, {wanted} per class are wanted")
-        log.info("Adopted %d images in %s, taken to be in this run's class order", len(found), folder)
-        with self.run.runtime.accelerator.main_process_first():
-            if self.run.runtime.is_main:
-                hashes = {name: file_hash(folder / name) for name in found}
-                place.manifest.store(hashes, weights=None, adopted=True)
+            key = "need_syn_imgs=false" if given else "adopt_syn_images=true"
+            raise BankError(
+                f"{key}, but {place.folder} has {shorten(counts)} images per class, {wanted} are wanted: name another "
+                f"folder with syn_image_path, lower syn_per_class, or leave {key} out"
+            )
+        if not known and not may_adopt:
+            raise BankError(
+                f"{place.folder} holds images but no manifest.json, so nobody knows whose classes they are: set "
+                "synth.adopt_syn_images=true if they are of this data set, in this class order, or name another folder"
+            )
+        if not known:
+            log.info("Adopted %d images in %s, taken to be in this run's class order", len(found), place.folder)
+            with self.run.runtime.accelerator.main_process_first():
+                if self.run.runtime.is_main:
+                    hashes = {name: file_hash(place.folder / name) for name in found}
+                    place.manifest.store(hashes, weights=None, adopted=True)
+        return True
 
-    def _place(self, folder: Path, classes: list[int], index: int) -> ImageFolder:
-        identity = self.identity(classes, self.key(index)) | {"per_class": self.per_class(classes[0])}
-        return ImageFolder(folder, self.run, identity, REMEDY)
+    def _folder(self, index: int) -> Path:
+        return self.root / f"task_{index}"
+
+    def _open(self, index: int) -> ImageFolder:
+        """Return the folder of a task; one that an earlier process filled must be whole."""
+        folder = self._folder(index)
+        if folder not in self.folders:
+            place = self.place(folder, index, self.key(index))
+            place.files = place.manifest.verify()["files"]
+            self.folders[folder] = place
+        return self.folders[folder]
 
     def _read(self, place: ImageFolder, classes: list[int]) -> ImageSet:
         """Return the first images of every class, as many as are wanted; a folder of another run may hold more."""
-        paths: list[str] = []
-        labels: list[int] = []
+        images = ImageSet()
         for label in classes:
             wanted = self.kept.get(label, self.per_class(label))
-            found = place.of_class(label)[:wanted]
+            found = place.images(label, wanted)
             if len(found) < wanted:
                 raise BankError(
                     f"{place.folder} has {len(found)} of {wanted} replay images of class {label}: a later "
                     "checkpoint gave the others up, or they were drawn for another run; begin anew with --overwrite"
                 )
-            paths += map(str, found)
-            labels += [label] * len(found)
-        return ImageSet.of(paths, torch.tensor(labels, dtype=torch.int64))
+            images = images + found
+        return images.merged()
 
     # ------------------------------------------------------------------ whose they are
 
@@ -179,19 +161,27 @@ class Bank:
         """Return the random key of images that are drawn in the name of a task."""
         return self.run.seed, self.config.name, index
 
-    def identity(self, classes: list[int], key: tuple[int | str, ...]) -> dict[str, Any]:
-        """Say what must be equal for images to belong to this run, and what tells a reader what they are."""
-        names, order = self.data.class_names, self.data.class_order
-        return {
-            "dataset": self.data.dataset.name,
-            "class_order": order,
-            "source": self.config.name,
-            "settings": self.config.sample_settings(),
-            "run_seed": self.run.seed,
-            "weights": self.source.fingerprint() if self.config.need_syn_imgs else None,
+    def place(self, folder: Path, index: int, key: tuple[int | str, ...], **also: Any) -> ImageFolder:
+        """Return a folder of a task's images, neither claimed nor looked at yet.
+
+        Args:
+            folder: of the images.
+            index: of the task.
+            key: random key of the images.
+            also: JSON that must be equal too for images to belong to this run.
+        """
+        order = self.data.class_order
+        identity = {
+            **identify(self.source, order),
             "sample_key": list(key),
-            "classes": {str(label): {"name": names[label], "original_id": order[label]} for label in classes},
+            "classes": name_classes(self.source, order, self.classes_of(index)),
         }
+        return ImageFolder(folder, self.run, identity | also, REMEDY)
+
+    def claim_root(self) -> None:
+        """Make the folder of all images this project's, so that --overwrite may delete it; not one the user named."""
+        if self.config.syn_image_path is None and self.run.runtime.is_main:
+            replay_manifest(self.root).claim()
 
     def classes_of(self, index: int) -> list[int]:
         return [label for label, task in self.task_of.items() if task == index]
@@ -200,8 +190,7 @@ class Bank:
         """Return how many images of a class are wanted."""
         if self.config.syn_per_class is not None:
             return self.config.syn_per_class
-        counts = self.data.class_counts
-        own = [counts[other] for other in self.classes_of(self.task_of[label])]
+        own = [self.data.class_counts[other] for other in self.classes_of(self.task_of[label])]
         return max(1, round(sum(own) / len(own)))
 
     # ------------------------------------------------------------------ what a budget takes
@@ -229,10 +218,11 @@ class Bank:
                 place.forget(place.of_class(label)[count:])
 
     def _claimed(self, label: int) -> ImageFolder | None:
-        folder = self.root / f"task_{self.task_of[label]}"
-        if folder not in self.folders and self._place(folder, [label], self.task_of[label]).manifest.files():
-            self._open(folder, self.task_of[label])
-        return self.folders.get(folder)
+        """Return the folder of a class; None if nothing was drawn into it."""
+        index = self.task_of[label]
+        folder = self._folder(index)
+        there = folder in self.folders or self.place(folder, index, self.key(index)).manifest.files()
+        return self._open(index) if there else None
 
     def _images(self, label: int) -> list[Path]:
         place = self._claimed(label)

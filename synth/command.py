@@ -54,16 +54,22 @@ class FitConfig(RunConfig):
         return self.dump_without({*NOT_IDENTITY, *OF_THE_CLASSIFIER} - {"seed"})
 
 
-def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that both commands have."""
+def command_parser(name: str, text: str) -> argparse.ArgumentParser:
+    """Make the parser of `python -m synth.<name>` with the flags that both commands have.
+
+    Those that are called as a key of `FitConfig` are the key; ``text`` says what the command does.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m synth.{name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", help="data set, where the file names none or for another one")
     parser.add_argument("--data_dir", help="where data sets lie (default: data, or what the file says)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override a key of the file; may be given many times; dots reach into synth, "
-                        "such as synth.guidance=3")  # fmt: skip
+                        help="override a key; may be given many times; dots reach into synth")  # fmt: skip
     parser.add_argument("--seed", type=int, help="of all random choices (default: the file's first, or 1993)")
     parser.add_argument("--device", help='GPU id, "cpu" or "auto" (default: what the file says, or auto)')
-    parser.add_argument("--offline", action="store_true", help="fetch nothing from a network")
+    parser.add_argument("--offline", action="store_true", default=None, help="fetch nothing from a network")
+    return parser
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -74,32 +80,22 @@ def read_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is absent, broken, or holds no object.
     """
-    if Path(path).suffix not in (".yaml", ".yml"):
-        return _checked(path, read_experiment(path))
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"no file {path}; the one that comes with Reprise is exps/ldm/ldm_dddr.yaml") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
-    return _checked(path, content.get(SECTION, {"synth": {"name": "ldm", "yaml": str(path)}}))
-
-
-def _checked(path: str | Path, keys: Any) -> dict[str, Any]:
+    keys: Any
+    if Path(path).suffix in (".yaml", ".yml"):
+        keys = read_experiment(path, yaml.safe_load).get(SECTION, {"synth": {"name": "ldm", "yaml": str(path)}})
+    else:
+        keys = read_experiment(path)
     if not isinstance(keys, dict) or not isinstance(keys.get("synth") or {}, dict):
         raise ConfigError(f"{path}: must hold keys such as dataset and synth, and synth an object with a name")
     return keys
 
 
-def build_fit_config(raw: dict[str, Any], args: argparse.Namespace, **flags: Any) -> FitConfig:
-    """Build the checked config of keys from a file under the shared flags.
+def build_fit_config(raw: dict[str, Any], args: argparse.Namespace) -> FitConfig:
+    """Build the checked config of keys from a file under the flags of a command.
 
     Args:
         raw: keys of an experiment file, whose learner's own keys are passed over, or of a section `reprise`.
-        args: of a parser with the shared flags.
-        flags: further keys given on the command line; None leaves a key alone.
+        args: of a `command_parser`.
 
     Raises:
         ConfigError: for an unknown key, a wrong value, a source or data set that is not said, and for a learner's
@@ -110,10 +106,8 @@ def build_fit_config(raw: dict[str, Any], args: argparse.Namespace, **flags: Any
         key = override.partition("=")[0].strip().split(".")[0]
         if key not in {*FitConfig.model_fields, *flat_keys(), *ALIASES}:
             raise ConfigError(f"--set {override}: unknown key {key!r}{nearest(key, FitConfig.model_fields)}")
-    flags |= {"dataset": args.dataset, "data_dir": args.data_dir, "seed": args.seed, "device": args.device}
-    flags["offline"] = args.offline or None
     raw = translate(apply_overrides(raw, args.overrides))
-    raw |= {key: value for key, value in flags.items() if value is not None}
+    raw |= {key: value for key, value in vars(args).items() if key in FitConfig.model_fields and value is not None}
     if raw.get("synth") is None:
         raise ConfigError('no replay source is named: add "synth": {"name": ...} to the file, or --set synth.name=ddpm')
     if raw.get("dataset") is None:
@@ -208,13 +202,12 @@ def _source_folder(path: Path) -> Path | None:
     if (path / FITTED).exists():
         fitted_manifest(path).verify()
         return path
-    if (path / "source").is_dir() and path.name != "source":
-        path = path / "source"
-    if path.name == "source" and path.is_dir():
+    folder = path if path.name == "source" else path / "source"
+    if folder.is_dir():
         remedy = "name another checkpoint, or repeat the run that wrote it"
-        kind = read_json(path.parent / MANIFEST, remedy).get("kind")
-        Manifest(path.parent, "source" if kind == "source" else "checkpoint", remedy=remedy).verify()
-        return path
+        kind = read_json(folder.parent / MANIFEST, remedy).get("kind")
+        Manifest(folder.parent, "source" if kind == "source" else "checkpoint", remedy=remedy).verify()
+        return folder
     checkpoints = Checkpoints(path / "checkpoints", "task")  # of a training or a run that goes on
     for number in checkpoints.numbers():
         if (checkpoints.path(number) / "source").is_dir():

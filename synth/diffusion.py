@@ -135,7 +135,7 @@ def sample_ddim(model: Model, xt: Tensor, process: Process, bend: Bend | None = 
     Args:
         xt: pure noise, (B, C, H, W).
         bend: its gradient with respect to xt, through x0's clamp and the network, shifts eps (Cywinski et al. 2024,
-            arXiv:2403.03938). The guided x0 is not clamped again.
+            arXiv:2403.03938). The bent x0 is not clamped again.
         clip: clamp the predicted x0 to [-1, 1] at every step.
 
     Returns:
@@ -181,7 +181,7 @@ def sample_ddpm(
 def _denoise(
     model: Model, xt: Tensor, t: Tensor, alpha_bar: float, bend: Bend | None, clip: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Predict x0 and, where sampling is guided, the gradient of ``bend`` with respect to xt.
+    """Predict x0 and, where sampling is bent, the gradient of ``bend`` with respect to xt.
 
     The graph is that of this one step: xt itself has none.
     """

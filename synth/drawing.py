@@ -118,6 +118,11 @@ class ImageFolder:
         own = [name for name in self.files if name.startswith(f"{label}/")]
         return [self.folder / name for name in sorted(own, key=number_of)]
 
+    def images(self, label: int, most: int | None = None) -> ImageSet:
+        """Return the first listed images of a class, as files; ``most`` of them, or all."""
+        paths = list(map(str, self.of_class(label)[:most]))
+        return ImageSet.of(paths, torch.full((len(paths),), label))
+
     def paths(self, requests: Requests) -> list[str]:
         """Return the listed images that are asked for, in the order of the requests."""
         by_stem = {_stem(name): name for name in self.files}
@@ -160,6 +165,23 @@ class ImageFolder:
                     continue
         ours = {name: digest for name, digest in noted.items() if NAME.fullmatch(name)}
         return {name: digest for name, digest in ours.items() if self.manifest.holds(name, digest)}
+
+
+def identify(source: ReplaySource, class_order: list[int]) -> dict[str, Any]:
+    """Say what must agree between images that lie in one folder, as JSON; ``class_order`` holds original ids."""
+    return {
+        "dataset": source.dataset.name,
+        "class_order": class_order,
+        "source": source.config.name,
+        "settings": source.config.sample_settings(),
+        "run_seed": source.run.seed,
+        "weights": source.fingerprint() if source.config.need_syn_imgs else None,
+    }
+
+
+def name_classes(source: ReplaySource, class_order: list[int], labels: Iterable[int]) -> dict[str, Any]:
+    """Say what the folders of these classes hold, for whoever finds them."""
+    return {str(label): {"name": source.class_names[label], "original_id": class_order[label]} for label in labels}
 
 
 def stems_of(requests: Requests) -> list[str]:

@@ -21,7 +21,8 @@ _VIEWS = (
     "a rendition of the", "a rendition of a", "a good photo of a",
 )  # fmt: skip
 
-# DDDR's list, from which a template is drawn uniformly: 45 pairs once and 12 views three times each.
+# The list of Liang et al. (ECCV 2024, arXiv:2409.01128), from which a template is drawn uniformly: 45 pairs once and
+# 12 views three times each.
 TRAIN_TEMPLATES = tuple(
     [f"{picture} of {determiner} {PLACEHOLDER}" for picture in _PICTURES for determiner in _DETERMINERS]
     + [f"{view} {PLACEHOLDER}" for view in _VIEWS] * 3

@@ -111,6 +111,12 @@ class Replay:
         """Count the samples that a run draws to replay them, for `--plan`."""
         return 0
 
+    def old_samples(self) -> list[int]:
+        """Count the samples of old classes that each task replays."""
+        wanted, tasks = self.config.syn_per_class, map(self.data.task, range(self.data.num_tasks))
+        counts = [count if wanted is None else wanted for count in self.data.class_counts]
+        return [sum(counts[: task.num_old]) for task in tasks]
+
     def carried(self) -> list[Carried]:
         """Name what it keeps between tasks."""
         return []
@@ -145,13 +151,11 @@ class Banked(Replay):
         if not self.source.fitted_classes.issuperset(task.classes):
             return ImageSet()
         with self.run.timed("generate"):
-            self.bank.draw(task.index, task.classes)
+            self.bank.fill(task.index)
         return self.bank.stored(task.classes)
 
     def expected(self) -> int:
-        wanted, tasks = self.config.syn_per_class, map(self.data.task, range(self.data.num_tasks))
-        counts = [count if wanted is None else wanted for count in self.data.class_counts]
-        old = [sum(counts[: task.num_old]) for task in tasks]
+        old = self.old_samples()
         return sum(old) if self.config.replay == "redraw" else old[-1]
 
     def newest(self, label: int) -> list[str]:
@@ -171,9 +175,7 @@ class Stored(Banked):
     """Each class is drawn once, right after its source has learned it; the images are memory."""
 
     def learned(self, task: Task) -> None:
-        if self.source.fitted_classes.issuperset(task.classes):
-            with self.run.timed("generate"):
-                self.bank.draw(task.index, task.classes)
+        self.drawn_of_new(task)
 
     def past(self, task: Task) -> ImageSet:
         with self.run.timed("generate"):
@@ -196,21 +198,20 @@ class Given(Stored):
     """Images of another run or program (`need_syn_imgs: false`): nothing is learned and nothing drawn."""
 
     def require(self) -> None:
-        """See that the images of every task that somebody asks for are there; nobody needs those of the last one."""
+        """See that the images of every task but the last are there; those of the last one are never replayed."""
         for index in range(self.data.num_tasks - 1):
-            self._adopt(index)
+            self.bank.fill(index)
 
     def past(self, task: Task) -> ImageSet:
         for index in range(task.index):
-            self._adopt(index)
+            self.bank.fill(index)
         return super().past(task)
 
     def drawn_of_new(self, task: Task) -> ImageSet:
-        self._adopt(task.index)
+        if task.num_seen == self.data.num_classes and not self.bank.holds(task.index):
+            return ImageSet()  # of a source that learned only what was to be replayed
+        self.bank.fill(task.index)
         return self.bank.stored(task.classes)
-
-    def _adopt(self, index: int) -> None:
-        self.bank.adopt(index, self.config.adopt_syn_images)
 
 
 class Features(Replay):
@@ -220,20 +221,16 @@ class Features(Replay):
     """
 
     def past(self, task: Task) -> FeatureSet:
-        wanted = self.config.syn_per_class
+        wanted, key = self.config.syn_per_class, (self.run.seed, self.config.name, task.index)
         with self.run.timed("generate"):
-            made = [
-                self.source.generate(Requests.of_classes(
-                    [label], wanted or self.data.class_counts[label], (self.run.seed, self.config.name, task.index)
-                ))
-                for label in range(task.num_old)
-            ]  # fmt: skip
-        return sum(made, FeatureSet())
+            made = FeatureSet()
+            for label in range(task.num_old):
+                asked = Requests.of_classes([label], wanted or self.data.class_counts[label], key)
+                made = made + self.source.generate(asked)
+        return made
 
     def expected(self) -> int:
-        wanted = self.config.syn_per_class
-        counts = [count if wanted is None else wanted for count in self.data.class_counts]
-        return sum(sum(counts[: self.data.task(index).num_old]) for index in range(self.data.num_tasks))
+        return sum(self.old_samples())
 
 
 def replay_kind(config: RunConfig, source: type[ReplaySource] | None, own: type[Replay] | None) -> type[Replay]:

@@ -1,4 +1,18 @@
-"""Draw images from a fitted source: `python -m synth.sample --ckpt outputs/diffusion_model/ --num_samples 10`."""
+"""Draw images of chosen classes from a fitted replay source.
+
+They go to <output_dir>/<class>/<class>-<i>.png (or .jpg above 64 pixels), beside preview.png to look at and
+manifest.json, which says what made them. The same command again draws what is missing.
+
+--ckpt is a folder of `python -m synth.train`; a run's outputs/<run>/seed_<s>/checkpoints/task_<t>/source; or a
+published model for the source ldm (hub id, folder or model.ckpt), with --embeddings or else with the
+class_embeddings.safetensors beside it; without any, the names of the classes are the prompts. A fitted source has its
+own settings and takes from --config what it says of synth, such as another guidance.
+
+examples:
+  python -m synth.sample --ckpt outputs/diffusion_model/ --num_samples 10 --cond_class 0,rose
+  python -m synth.sample --ckpt outputs/digits/seed_1993/checkpoints/task_4/source --output_dir outputs/look
+  python -m synth.sample --config my.yaml --ckpt models/ldm/text2img-large/model.ckpt
+"""
 
 from __future__ import annotations
 
@@ -6,23 +20,24 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from synth import SOURCES, build_source_config
 from synth.base import ReplaySource
 from synth.command import (
     FitConfig,
     FittedSource,
-    add_shared_flags,
     build_fit_config,
+    command_parser,
     find_fitted,
     pick_classes,
     read_file,
 )  # fmt: skip
-from synth.drawing import ImageFolder
+from synth.drawing import ImageFolder, identify, name_classes
 from synth.requests import Requests
 from utils.data import subsets
 from utils.data.datasets import Dataset, load_dataset
@@ -58,30 +73,14 @@ class Opened:
         A source that makes copies takes its exemplars in turn instead, under other seeds than a run's.
         """
         sizes = subsets.task_sizes(len(self.class_order), self.config.init_cls, self.config.increment)
-        tasks = [index for index, size in enumerate(sizes) for _ in range(size)]  # of every class
+        tasks = np.repeat(range(len(sizes)), sizes).tolist()  # of every class
         # With `redraw`, a run draws all old classes in the name of the task that comes next.
         keep, coming = self.config.synth.replay == "keep", 1 + max(tasks[label] for label in self.source.fitted_classes)
         asked = []
-        for index in sorted({tasks[label] for label in classes}):
+        for index, own in groupby(classes, tasks.__getitem__):  # classes ascend, and so do their tasks
             key = (self.source.run.seed, self.config.synth.name, index if keep else coming)
-            asked.append(Requests.of_classes([label for label in classes if tasks[label] == index], per_class, key))
+            asked.append(Requests.of_classes(list(own), per_class, key))
         return asked
-
-    def identity(self) -> dict[str, Any]:
-        """Say what must agree between images that lie in one folder."""
-        return {
-            "dataset": self.source.dataset.name,
-            "class_order": self.class_order,
-            "source": self.config.synth.name,
-            "settings": self.config.synth.sample_settings(),
-            "run_seed": self.source.run.seed,
-            "weights": self.source.fingerprint(),
-        }
-
-    def names(self, classes: list[int]) -> dict[str, Any]:
-        """Say what the class folders hold, for whoever finds them."""
-        names, order = self.source.class_names, self.class_order
-        return {str(label): {"name": names[label], "original_id": order[label]} for label in classes}
 
 
 def open_source(args: argparse.Namespace) -> Opened:
@@ -96,15 +95,12 @@ def open_source(args: argparse.Namespace) -> Opened:
 
 def _open_fitted(fitted: FittedSource, args: argparse.Namespace, **synth: Any) -> Opened:
     """As it was fitted, but for what --config and --set say of the drawing."""
-    given = {} if args.config is None else read_file(args.config)
-    given = translate(given)
+    given = {} if args.config is None else translate(read_file(args.config))
     raw = {**fitted.raw, "synth": {**fitted.raw["synth"], **(given.get("synth") or {}), **synth}}
     raw = apply_overrides({**raw, "dataset": args.dataset or given.get("dataset") or raw["dataset"]}, args.overrides)
     name = raw["synth"].get("name") if isinstance(raw["synth"], dict) else raw["synth"]
-    for what, there, here in (
-        ("dataset", fitted.raw["dataset"], raw["dataset"]),
-        ("synth.name", fitted.raw["synth"]["name"], name),
-    ):
+    both = {"dataset": (fitted.raw["dataset"], raw["dataset"]), "synth.name": (fitted.raw["synth"]["name"], name)}
+    for what, (there, here) in both.items():
         if str(there).lower() != str(here).lower():
             raise ConfigError(f"{fitted.folder} was fitted with {what}={there!r}, not with {here!r}: leave that out")
     config = build_fit_config(raw, args)
@@ -171,17 +167,19 @@ def draw(opened: Opened, classes: list[int], per_class: int, folder: Path) -> No
         BankError: if the folder holds images of other settings, or images without a manifest.
     """
     remedy = "Give another --output_dir, or delete the folder"
-    place = ImageFolder(folder, opened.source.run, opened.identity(), remedy)
+    source, order = opened.source, opened.class_order
+    place = ImageFolder(folder, source.run, identify(source, order), remedy)
     known = place.claim(classes={}).get("classes", {})
-    names = known | opened.names(classes)  # earlier commands' too
-    place.draw(opened.source, opened.requests(classes, per_class), classes=names)
-    found = {label: list(map(str, place.of_class(label))) for label in sorted(map(int, names))}
-    place.write_preview([ImageSet.of(p, torch.full((len(p),), label)) for label, p in found.items() if p])
+    names = known | name_classes(source, order, classes)  # earlier commands' too
+    place.draw(source, opened.requests(classes, per_class), classes=names)
+    place.write_preview([place.images(label) for label in sorted(map(int, names))])
 
 
 def start(args: argparse.Namespace) -> int:
     """Draw what the command line asks for; everything is checked before anything is written."""
     log_to_console(is_main=os.environ.get("RANK", "0") == "0")
+    if args.num_samples < 1:
+        raise ConfigError(f"--num_samples {args.num_samples}: use a whole number of at least 1")
     SOURCES.names()  # every room registers its words
     opened, folder = open_source(args), Path(args.output_dir)
     if not opened.source.fitted_classes:
@@ -196,37 +194,14 @@ def start(args: argparse.Namespace) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m synth.sample",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Draw images of chosen classes from a fitted replay source. They go to\n"
-        "<output_dir>/<class>/<class>-<i>.png (or .jpg above 64 pixels), beside preview.png to look at and\n"
-        "manifest.json, which says what made them. The same command again draws what is missing.",
-        epilog="examples:\n"
-        "  python -m synth.sample --ckpt outputs/diffusion_model/ --num_samples 10 --cond_class 0,rose\n"
-        "  python -m synth.sample --ckpt outputs/digits/seed_1993/checkpoints/task_4/source --output_dir outputs/look\n"
-        "  python -m synth.sample --config exps/ldm/ldm_dddr.yaml --ckpt models/ldm/text2img-large/model.ckpt",
-    )
-    parser.add_argument("--ckpt", required=True, help="what draws: a folder of `python -m synth.train`; a run's "
-                        "outputs/<run>/seed_<s>/checkpoints/task_<t>/source; or a published model for the source ldm "
-                        "(hub id, folder or model.ckpt)")  # fmt: skip
-    parser.add_argument("--config", help="experiment file or YAML; a fitted source has its own settings and takes from "
-                        "the file what it says of synth, such as another guidance")  # fmt: skip
-    parser.add_argument("--output_dir", default="outputs/syn_images", help="folder of the images (default: "
-                        "%(default)s)")  # fmt: skip
-    parser.add_argument("--num_samples", type=_positive, default=10, help="images per class (default: %(default)s)")
-    parser.add_argument("--cond_class", help="classes: ids in learning order, as the folders are called, or names, "
-                        "comma between them (default: all that were fitted)")  # fmt: skip
-    parser.add_argument("--embeddings", metavar="FILE", help=f"{EMBEDDINGS} for a published model (default: the one "
-                        "beside --ckpt; without any, the names of the classes are the prompts)")  # fmt: skip
-    add_shared_flags(parser)
+    parser = command_parser("sample", __doc__)
+    parser.add_argument("--ckpt", required=True, help="fitted source, checkpoint of a run or published model")
+    parser.add_argument("--config", help="experiment file or YAML")
+    parser.add_argument("--output_dir", default="outputs/syn_images", help="of the images (default: %(default)s)")
+    parser.add_argument("--num_samples", type=int, default=10, help="images per class (default: %(default)s)")
+    parser.add_argument("--cond_class", help="ids in learning order or names, with commas (default: all fitted ones)")
+    parser.add_argument("--embeddings", metavar="FILE", help=f"{EMBEDDINGS} for a published model")
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of at least 1")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,16 @@
-"""Fit a replay source outside a run: `python -m synth.train --config exps/ldm/ldm_dddr.yaml`."""
+"""Fit a replay source (synth.name) on a data set, without a classifier.
+
+Class inversion finds one vector per class for a frozen text-to-image model, ddpm trains its network task after task.
+The same command again continues a training that was cut off. Then draw with `python -m synth.sample`.
+
+--config is an experiment file (exps/*.json with `synth`), or a YAML in CompVis form with a section `reprise` that
+holds dataset and synth; a YAML without it is of the source ldm and needs --dataset. Each class is drawn at the end of
+its training into previews/sample_epoch<XX>_class<YY>.png, with --preview_every K every K epochs too.
+
+examples:
+  python -m synth.train --config exps/digits.json --ckpt_save_dir outputs/digits_source/
+  python -m synth.train --config my.yaml --classes apple,rose --preview_every 20
+"""
 
 from __future__ import annotations
 
@@ -15,8 +27,8 @@ from synth.base import learns_after
 from synth.command import (
     FITTED,
     FitConfig,
-    add_shared_flags,
     build_fit_config,
+    command_parser,
     fitted_manifest,
     pick_classes,
     read_file,
@@ -127,23 +139,22 @@ def choose_tasks(config: FitConfig, data: DataManager) -> list[Task]:
 
     Chosen classes that follow each other in learning order are one task, numbered from 0 like any first task.
     """
-    if config.task is None and not config.classes:
-        return [data.task(index) for index in range(data.num_tasks)]
     if config.task is not None and config.classes:
         raise ConfigError("--task and --classes both choose what to fit: give one of them")
-    if config.task is not None:
-        if config.task >= data.num_tasks:
-            raise ConfigError(f"--task {config.task}: the schedule has tasks 0 to {data.num_tasks - 1}")
-        return [data.task(config.task)]
-    labels = pick_classes(config.classes, data.class_names, range(data.num_classes), "--classes")
-    runs = [[label for _, label in run] for _, run in groupby(enumerate(labels), lambda item: item[1] - item[0])]
+    if not config.classes:
+        tasks = [data.task(index) for index in range(data.num_tasks)]
+        if config.task is not None and config.task >= len(tasks):
+            raise ConfigError(f"--task {config.task}: the schedule has tasks 0 to {len(tasks) - 1}")
+        return tasks if config.task is None else [tasks[config.task]]
     names = data.class_names
+    labels = pick_classes(config.classes, names, range(data.num_classes), "--classes")
+    runs = [[label for _, label in run] for _, run in groupby(enumerate(labels), lambda item: item[1] - item[0])]
     return [Task(i, range(run[0], run[-1] + 1), tuple(names[run[0] : run[-1] + 1])) for i, run in enumerate(runs)]
 
 
 def start(args: argparse.Namespace) -> int:
     """Fit what the command line asks for; everything is checked, and the data read, before anything is written."""
-    config = build_fit_config(read_file(args.config), args, classes=args.classes, task=args.task)
+    config = build_fit_config(read_file(args.config), args)
     is_main, folder = os.environ.get("RANK", "0") == "0", Path(args.ckpt_save_dir)
     log_to_console(is_main)
     runtime = Runtime(config.device, config.precision)
@@ -156,7 +167,10 @@ def start(args: argparse.Namespace) -> int:
     fitting = Fitting(config, data, choose_tasks(config, data), run, args.preview_every)
     with locked(folder, is_main):
         with runtime.accelerator.main_process_first():
-            claim(folder, config, args.overwrite and runtime.is_main)
+            if any(folder.glob("seed_*")):  # --overwrite must not delete a run either
+                raise ConfigError(f"{folder} holds a run of main.py: give another --ckpt_save_dir")
+            here = config.model_copy(update={"output_dir": str(folder.parent)})
+            claim_folder(here, folder.name, args.overwrite and runtime.is_main, "--ckpt_save_dir")
             claim_machine(folder, runtime)
         if (folder / FITTED).exists():
             log.info("%s is fitted already (--overwrite repeats it)", folder)
@@ -171,38 +185,14 @@ def start(args: argparse.Namespace) -> int:
     return 0
 
 
-def claim(folder: Path, config: FitConfig, overwrite: bool) -> None:
-    """Make the folder this training's own; one of another training or of a run is refused."""
-    if any(folder.glob("seed_*")):  # --overwrite must not delete a run either
-        raise ConfigError(f"{folder} holds a run of main.py: give another --ckpt_save_dir")
-    here = config.model_copy(update={"output_dir": str(folder.parent)})
-    claim_folder(here, folder.name, overwrite, "--ckpt_save_dir")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m synth.train",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Fit a replay source (synth.name) on a data set, without a classifier: class inversion finds one\n"
-        "vector per class for a frozen text-to-image model, ddpm trains its network task after task. The same\n"
-        "command again continues a training that was cut off. Then draw with `python -m synth.sample`.",
-        epilog="examples:\n"
-        "  python -m synth.train --config exps/digits.json --ckpt_save_dir outputs/digits_source/\n"
-        "  python -m synth.train --config exps/ldm/ldm_dddr.yaml --classes apple,rose --preview_every 20",
-    )
-    parser.add_argument("--config", required=True, help="an experiment file (exps/*.json with `synth`), or a YAML in "
-                        "CompVis form with a section `reprise` that holds dataset and synth; a YAML without it is of "
-                        "the source ldm and needs --dataset")  # fmt: skip
-    parser.add_argument("--ckpt_save_dir", default="outputs/diffusion_model", help="folder of the fitted source, its "
-                        "log and its previews (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--classes", help="fit these classes alone: ids in learning order or names, comma between them "
-                        "(default: all)")  # fmt: skip
+    parser = command_parser("train", __doc__)
+    parser.add_argument("--config", required=True, help="experiment file, or YAML")
+    parser.add_argument("--ckpt_save_dir", default="outputs/diffusion_model", help="to fill (default: %(default)s)")
+    parser.add_argument("--classes", help="these alone: ids in learning order or names, with commas (default: all)")
     parser.add_argument("--task", type=int, help="fit the classes of this task of the file's schedule alone")
-    parser.add_argument("--preview_every", type=int, default=0, metavar="K", help="also draw one image of each class "
-                        "every K epochs of the training, into previews/sample_epoch<XX>_class<YY>.png; 0: only at its "
-                        "end")  # fmt: skip
+    parser.add_argument("--preview_every", type=int, default=0, metavar="K", help="epochs; 0: at the end alone")
     parser.add_argument("--overwrite", action="store_true", help="delete what was fitted in the folder and start anew")
-    add_shared_flags(parser)
     return parser.parse_args(argv)
 
 

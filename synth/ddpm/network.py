@@ -45,9 +45,7 @@ class ClassUNetConfig(NetworkConfig):
     norm_num_groups: int = Field(32, ge=1, description="groups of every GroupNorm")
     dropout: float = Field(0.1, ge=0, lt=1, description="inside the residual blocks")
     resample: Literal["conv", "resnet"] = Field("conv", description="between levels: convolution or residual block")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute blocks going backward: less memory in training and guided sampling, more time"
-    )
+    gradient_checkpointing: bool = Field(False, description="recompute blocks going backward: less memory, more time")
 
     def check(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         """Raise ConfigError if the sizes do not fit each other, the images or the classes."""
@@ -108,24 +106,17 @@ class ClassUNet(nn.Module):
         self.num_classes = num_classes
         self.embedding_dim = 4 * widths[0]
         down_types, up_types = config.block_types()
+        channels, height, width = image_shape
         self.unet = UNet2DModel(
-            sample_size=tuple(image_shape[1:]),
-            in_channels=image_shape[0],
-            out_channels=image_shape[0],
-            down_block_types=down_types,
-            up_block_types=up_types,
-            block_out_channels=tuple(widths),
-            layers_per_block=config.layers_per_block,
-            downsample_type=config.resample,
-            upsample_type=config.resample,
-            dropout=config.dropout,
-            attention_head_dim=config.attention_head_dim,
-            norm_num_groups=config.norm_num_groups,
+            sample_size=(height, width), in_channels=channels, out_channels=channels,
+            down_block_types=down_types, up_block_types=up_types, block_out_channels=tuple(widths),
+            layers_per_block=config.layers_per_block, dropout=config.dropout,
+            downsample_type=config.resample, upsample_type=config.resample,
+            attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
             # With scale-shift and the default None, the middle attention would have no GroupNorm at all.
             attn_norm_num_groups=config.norm_num_groups,
-            resnet_time_scale_shift="scale_shift",
-            class_embed_type="identity",
-        )
+            resnet_time_scale_shift="scale_shift", class_embed_type="identity",
+        )  # fmt: skip
         self.unet.time_embedding.linear_2 = _PaddedLinear(self.embedding_dim, self.embedding_dim, num_classes)
         _zero_residual_branches(self.unet)
         if config.gradient_checkpointing:

@@ -63,14 +63,10 @@ class DDPM(ReplaySource):
 
     class Config(ClassUNetConfig, SourceConfig):
         # Its rehearsal is drawn with the first four too, but a later run only draws with what is learned.
-        drawing: ClassVar[frozenset[str]] = frozenset(
-            {"sampler", "timestep_respacing", "guidance", "clip_x0", "gradient_checkpointing"}
-        )
+        drawing: ClassVar[set[str]] = {"sampler", "timestep_respacing", "guidance", "clip_x0", "gradient_checkpointing"}
 
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
-        attention_resolutions: list[int] | None = Field(
-            None, description="sides in pixels at which there is attention, in place of attention_levels"
-        )
+        attention_resolutions: list[int] | None = Field(None, description="sides with attention, not attention_levels")
         diffusion_steps: int = Field(1000, ge=1, description="time steps of the full process")
         beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
         beta_end: float = Field(2e-2, gt=0, lt=1, description="variance of the last step")
@@ -83,22 +79,16 @@ class DDPM(ReplaySource):
         lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of lr, down to 0")
         weight_decay: float = Field(0.0, ge=0, description="AdamW's")
         ema_rate: float = Field(0.9999, ge=0, lt=1, description="decay of the average that generates; 0: raw weights")
-        init_weights: str | None = Field(
-            None, min_length=1, description="folder of a DDPM, saved by a run, whose average the first task starts from"
-        )
+        init_weights: str | None = Field(None, min_length=1, description="folder of a DDPM whose average starts it")
         clip_x0: bool = Field(True, description="clamp predicted images to their range at every step of sampling")
         sampler: Literal["ddim", "ddpm"] = Field("ddim", description="how replay is drawn")
         timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread from end to end")
         guidance: float = Field(0.0, ge=0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
         label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training for guidance")
-        rehearsal: Literal["replay", "own"] = Field(
-            "replay", description="old classes in its training: the learner's replay, or its own draw from raw weights"
-        )
-        counts: Literal["balanced", "reference"] = Field(
-            "balanced",
-            description="of its own draw; balanced: equal counts; reference: GUIDE's, labels by chance in whole "
-            "batches, and only whole batches in training",
-        )
+        # Old classes in its training come from the learner's replay, or it draws them itself from its raw weights.
+        rehearsal: Literal["replay", "own"] = Field("replay", description="whose images of old classes it sees")
+        # reference: as GUIDE has it, labels by chance in whole batches, and only whole batches in training
+        counts: Literal["balanced", "reference"] = Field("balanced", description="of the classes in its own draw")
         gr_n_generated_examples_per_task: int | None = Field(
             None, ge=1, description="its own images per old task; null: as many as the new task has real ones"
         )
@@ -198,9 +188,7 @@ class DDPM(ReplaySource):
         folder = ImageFolder(place, self.run, identity, "Delete the folder, and the same command draws it again")
         folder.claim()
         folder.draw(self, [Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))])
-        files = {label: folder.of_class(label) for label in old}
-        drawn = torch.tensor([label for label, paths in files.items() for _ in paths], dtype=torch.int64)
-        return ImageSet.of([str(path) for paths in files.values() for path in paths], drawn)
+        return sum(map(folder.images, old), ImageSet()).merged()
 
     # ------------------------------------------------------------------ generating
 

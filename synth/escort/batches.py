@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,22 +13,8 @@ from utils.data.images import ImageSet
 from utils.data.transforms import stack_by_size
 from utils.training import seeding
 
-
-class Copies(Protocol):
-    """Generated copies of N samples.
-
-    Attributes:
-        chances: float (N,), of each sample, that a copy stands for it; 1 where there is no other image of it.
-        num_copies: K, copies of each sample, all equally likely.
-        first: int64 (M,), samples that are themselves their copy 0.
-    """
-
-    chances: Tensor
-    num_copies: int
-    first: Tensor
-
-    def draw(self, samples: Tensor, numbers: Tensor) -> ImageSet:
-        """Return the copies of these numbers, int64 (M,), of these samples, int64 (M,), in their order."""
+if TYPE_CHECKING:
+    from synth.escort.copies import TrainingCopies
 
 
 def swap(chances: Tensor, num_copies: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -57,7 +43,7 @@ class CopiedBatches(ImageBatches):
         loading: see `Loading`.
     """
 
-    def __init__(self, images: ImageSet, replay: ImageSet, copies: Copies, loading: Loading):
+    def __init__(self, images: ImageSet, replay: ImageSet, copies: TrainingCopies, loading: Loading):
         super().__init__(images, replay, loading)
         self.copies = copies
         # Row (sample, copy) says where that copy lies among all images; -1: it was not drawn yet.

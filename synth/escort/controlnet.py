@@ -21,7 +21,7 @@ from models.latent.control import (
 from models.latent.text_to_image import Placement
 from synth import SOURCES
 from synth.base import weights_place
-from synth.escort.edges import EdgeMap, drawing_size, resize, resize_edges, restore, short_side
+from synth.escort.edges import EdgeMap, drawing_size, resize_edges, short_side
 from synth.escort.source import ExemplarCompression
 from synth.prompts import class_words
 from synth.requests import Requests
@@ -53,7 +53,7 @@ class ControlNetSource(ExemplarCompression):
     """
 
     class Config(ExemplarCompression.Config):
-        places: ClassVar[frozenset[str]] = frozenset({"base", "controlnet", "tokenizer", "class_prompts"})
+        places: ClassVar[set[str]] = {"base", "controlnet", "tokenizer", "class_prompts"}
 
         sample_batch: int = Field(4, ge=1, description="images drawn at once, of one size each")
         base: str = Field(
@@ -62,13 +62,9 @@ class ControlNetSource(ExemplarCompression):
         )
         controlnet: str | None = Field(None, description="hub id or folder; null: lllyasviel/sd-controlnet-canny")
         tokenizer: str = Field(CLIP_TOKENIZER, description="folder or hub id of the tokenizer that a file needs")
-        model_precision: Literal["auto", "fp32", "bf16"] = Field(
-            "auto", description="number format of the frozen weights; auto: the run's"
-        )
+        model_precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the weights; auto: the run's")
         resolution: Literal["high", "low"] = Field("high", description="which of the two published scripts is followed")
-        short_side: int | None = Field(
-            None, ge=8, description="of what is drawn, in pixels; null: the script's 512 or 256"
-        )
+        short_side: int | None = Field(None, ge=8, description="of what is drawn, in pixels; null: the script's")
         grid: int = Field(64, ge=8, multiple_of=8, description="sides of what is drawn are multiples of it")
         prompt: str | None = Field(None, description=f"what is drawn, {CLASS} is the class; null: the script's")
         negative_prompt: str | None = Field(None, description="what is avoided; null: the script's")
@@ -121,9 +117,6 @@ class ControlNetSource(ExemplarCompression):
     def _draws(self) -> bool:
         return bool(self.config.syn_per_class or self.config.augmentation_prob)
 
-    def published_weights(self) -> str:
-        return self.fingerprint()
-
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """See that the networks fit each other now, not after a classifier has trained."""
         super().fit_before(task, images)
@@ -139,9 +132,6 @@ class ControlNetSource(ExemplarCompression):
         side = self.config.short_side or short_side(height, width, self.config.resolution)
         return drawing_size(height, width, side, self.config.grid)
 
-    def enlarge(self, image: Tensor, height: int, width: int) -> Tensor:
-        return resize(image, height, width, enlarges=height * width >= image.shape[-2] * image.shape[-1])
-
     def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
         sizes = list(map(self.drawing_size, maps))
         drawn: dict[int, Tensor] = {}
@@ -155,7 +145,7 @@ class ControlNetSource(ExemplarCompression):
                 EdgeSampling(self.steps, self.config.guidance, self.config.control_strength),
             )  # fmt: skip
             drawn |= zip(places, images)
-        return [restore(drawn[place], one.size) for place, one in enumerate(maps)]
+        return [drawn[place] for place in range(len(maps))]
 
     def drawing_size(self, one: EdgeMap) -> tuple[int, int]:
         return self._drawing_size(*one.size)

@@ -19,7 +19,6 @@ from utils.data.manager import DataManager, Task
 from utils.results.panels import Cell, Panel, PanelRow
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
-from utils.run.folder import replay_manifest
 from utils.training.run import Run
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ NOTE = (
     "Exemplars as they were, the edge maps that are kept of them, and copies that were drawn from these maps. Nothing "
     "but the maps is carried to later tasks."
 )
-REMEDY = "Give another --name or syn_image_path, or delete the folder"
 
 
 class Copied(Banked):
@@ -50,11 +48,9 @@ class Copied(Banked):
     def divide(self, per_class: int | None) -> tuple[int, int]:
         """Keep R images of ``per_class`` images' worth and hand S on: R + S / maps per image must not be more."""
         real, compressed = self.config.real_per_class, self.config.syn_per_class
+        if per_class is None and real:
+            raise ConfigError(f"synth.real_per_class={real}, but this learner keeps no real exemplars: set it to 0")
         if per_class is None:
-            if real:
-                raise ConfigError(
-                    f"synth.real_per_class={real}, but this learner keeps no real exemplars: set it to 0 or null"
-                )
             return 0, compressed
         if real is not None and real > per_class:
             raise ConfigError(f"synth.real_per_class={real} is more than all of memory_per_class={per_class}: lower it")
@@ -133,10 +129,8 @@ class Copied(Banked):
 
     def _open(self, index: int) -> ImageFolder:
         if index not in self.folders:
-            if self.config.syn_image_path is None and self.run.runtime.is_main:
-                replay_manifest(self.folder).claim()
-            identity = self.bank.identity(self.bank.classes_of(index), (self.run.seed, self.config.name))
-            folder = ImageFolder(self.folder / f"task_{index}", self.run, identity, REMEDY)
+            self.bank.claim_root()
+            folder = self.bank.place(self.folder / f"task_{index}", index, (self.run.seed, self.config.name))
             folder.claim()
             self.folders[index] = folder
         return self.folders[index]
@@ -164,20 +158,16 @@ class Copied(Banked):
 
     def _show(self, task: Task) -> None:
         """Lay out originals, maps and copies of some of the task's exemplars, for the report."""
-        classes = list(task.classes)
-        chosen = self.source.requests(classes)
-        best = [int((chosen.labels == label).nonzero()[0]) for label in classes if (chosen.labels == label).any()]
-        picks = chosen.take(torch.tensor(best[:PICTURED]))
+        maps, originals = self.source.maps, self.source.originals
+        best = [(label, maps[label][0]) for label in task.classes if maps.get(label)][:PICTURED]
+        labels, items = torch.tensor([[label, one.item] for label, one in best]).unbind(1)
         number = min(3, self.config.augmentations_per_image)
-        columns = [
-            self.copies(self.source.ask(picks.labels, picks.item, torch.full_like(picks.item, copy)))
-            for copy in range(number)
-        ]
+        asked = [self.source.ask(labels, items, torch.full_like(items, copy)) for copy in range(number)]
+        columns = list(map(self.copies, asked))
         rows = []
-        for position, (label, item) in enumerate(zip(picks.labels.tolist(), picks.item.tolist())):
-            edges = next(one for one in self.source.maps[label] if one.item == item).edges()
-            cells = [Cell(self.source.originals[item]) if item in self.source.originals else None]
-            cells.append(Cell(edges.to(torch.uint8)[None] * 255, f"{-(-edges.numel() // 8)} bytes"))
+        for position, (label, one) in enumerate(best):
+            cells = [Cell(originals[one.item]) if one.item in originals else None]
+            cells.append(Cell(one.edges().to(torch.uint8)[None] * 255, f"{len(one.bits)} bytes"))
             cells += [Cell(column.image(position)) for column in columns]
             rows.append(PanelRow(self.data.class_names[label], cells))
         names = ["original", "edge map", *(f"copy {copy}" for copy in range(number))]
@@ -186,12 +176,17 @@ class Copied(Banked):
 
 
 class TrainingCopies:
-    """Copies of all samples of a training: see `synth.escort.batches.Copies`.
+    """Generated copies of all N samples of a training.
 
     Args:
         replay: draws them.
         samples: real images, each shown as a copy with ``augmentation_prob``, and first copies of compressed
             exemplars, of which there is no other image: their items name the maps.
+
+    Attributes:
+        chances: float (N,), of each sample, that a copy stands for it; 1 where there is no other image of it.
+        num_copies: K, copies of each sample, all equally likely.
+        first: int64 (M,), samples that are themselves their copy 0.
     """
 
     def __init__(self, replay: Copied, samples: ImageSet):
@@ -209,5 +204,6 @@ class TrainingCopies:
             self.draw(shown.repeat(self.num_copies), every)
 
     def draw(self, samples: Tensor, numbers: Tensor) -> ImageSet:
+        """Return the copies of these numbers, int64 (M,), of these samples, int64 (M,), in their order."""
         with self.replay.run.timed("generate"):
             return self.replay.copies(self.replay.source.ask(self.labels[samples], self.items[samples], numbers))

@@ -141,13 +141,10 @@ def unpack(stored: dict[str, Tensor]) -> dict[int, list[EdgeMap]]:
     """What ``pack`` took."""
     counts, bits = stored["counts"].tolist(), stored["bits"].numpy().tobytes()
     sizes = stored["sizes"].expand(sum(counts), 4).tolist() if sum(counts) else []
-    maps: dict[int, list[EdgeMap]] = {}
-    start, position = 0, 0
-    for label, count in zip(stored["labels"].tolist(), counts):
-        maps[label] = []
-        for tall, wide, *size in sizes[position : position + count]:
-            stop = start + map_bytes(tall, wide)
-            maps[label].append(EdgeMap(bits[start:stop], (tall, wide), tuple(size)))
-            start = stop
-        position += count
+    maps: dict[int, list[EdgeMap]] = {label: [] for label in stored["labels"].tolist()}
+    start = 0
+    for label, (tall, wide, *size) in zip(np.repeat(list(maps), counts).tolist(), sizes):
+        stop = start + map_bytes(tall, wide)
+        maps[label].append(EdgeMap(bits[start:stop], (tall, wide), tuple(size)))
+        start = stop
     return maps

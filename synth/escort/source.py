@@ -17,9 +17,9 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from synth.base import ReplaySource
 from synth.escort.copies import Copied
-from synth.escort.edges import EdgeMap, canny, pack, unpack
+from synth.escort.edges import EdgeMap, canny, pack, resize, restore, unpack
 from synth.requests import Requests
-from utils.data.images import ImageSet
+from utils.data.images import ImageSet, Part
 from utils.data.manager import DataManager, Task
 from utils.run.carried import Carried, Items
 from utils.run.config import SourceConfig
@@ -41,28 +41,23 @@ class ExemplarCompression(ReplaySource):
     """
 
     class Config(SourceConfig):
-        elsewhere: ClassVar[frozenset[str]] = SourceConfig.elsewhere | {
+        elsewhere: ClassVar[set[str]] = SourceConfig.elsewhere | {
             "real_per_class", "augmentation_prob", "augmentations_per_image", "prepare",
         }  # fmt: skip
-        places: ClassVar[frozenset[str]] = frozenset()  # keys that say where weights lie, and not what they are
+        places: ClassVar[set[str]] = set()  # keys that say where weights lie, and not what they are
 
         replay: Literal["keep"] = Field("keep", description="copies are drawn when they are wanted, and stay on disk")
         fit_after_last_task: bool = Field(True, description="also compress the exemplars of the last task")
         sample_batch: int = Field(16, ge=1, description="images drawn at once, of one size each")
         real_per_class: int | None = Field(None, ge=0, description="R, of a class, stay images; null: what S leaves")
         syn_per_class: int = Field(0, ge=0, description="S, exemplars per class that become edge maps")
-        augmentation_prob: float = Field(
-            0.0, ge=0, le=1, description="p, of a new image or a real exemplar to be shown as a copy of itself"
-        )
+        augmentation_prob: float = Field(0.0, ge=0, le=1, description="p, that a real image is shown as its own copy")
         augmentations_per_image: int = Field(5, ge=1, description="K, copies of each image")
-        prepare: Literal["needed", "all"] = Field(
-            "needed", description="needed: a copy is drawn when an epoch first shows it; all: all before a training"
-        )
+        # needed: a copy is drawn when an epoch first shows it; all: all copies before a training
+        prepare: Literal["needed", "all"] = Field("needed", description="copies that are drawn before a training")
         canny_low: int = Field(100, ge=0, description="lower threshold of the gradient")
         canny_high: int = Field(200, ge=0, description="upper threshold of the gradient")
-        copy_noise: Literal["own", "reference"] = Field(
-            "own", description="reference: copy s of every image starts from the same noise, of seed s"
-        )
+        copy_noise: Literal["own", "reference"] = Field("own", description="reference: noise of copy s is of seed s")
 
         @model_validator(mode="after")
         def _draws_itself(self) -> ExemplarCompression.Config:
@@ -88,7 +83,7 @@ class ExemplarCompression(ReplaySource):
 
     def published_weights(self) -> str:
         """The fingerprint of weights that came from elsewhere; "" where all is learned here."""
-        return ""
+        return self.fingerprint()
 
     # ------------------------------------------------------------------ the budget
 
@@ -127,7 +122,8 @@ class ExemplarCompression(ReplaySource):
         """The edge map of one image, uint8 (C, h, w)."""
         config, size = self.config, tuple(image.shape[-2:])
         shape = self.map_shape(*size)
-        return EdgeMap.of(canny(self.enlarge(image, *shape), config.canny_low, config.canny_high), size)
+        image = resize(image, *shape, enlarges=math.prod(shape) >= math.prod(size))
+        return EdgeMap.of(canny(image, config.canny_low, config.canny_high), size)
 
     def _compress_all(self, images: ImageSet) -> list[EdgeMap]:
         with ThreadPoolExecutor() as pool:
@@ -136,10 +132,6 @@ class ExemplarCompression(ReplaySource):
             self._said_that_a_map_is_empty = True
             log.warning("An image has no edges at all: copies of it, and of others like it, have none to follow")
         return made
-
-    @abstractmethod
-    def enlarge(self, image: Tensor, height: int, width: int) -> Tensor:
-        """An image, uint8 (C, h, w), as edges are looked for: (C, height, width)."""
 
     def read(self, images: ImageSet) -> Tensor:
         """Make maps of images that are at hand, so that copies of them can be asked for.
@@ -166,7 +158,7 @@ class ExemplarCompression(ReplaySource):
 
     @abstractmethod
     def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
-        """N images uint8 (C, h, w) of the maps, each at the size that its map names; C = 1 or 3."""
+        """N images uint8 (C, H, W) of the maps, of any size; C = 1 or 3."""
 
     @torch.no_grad()
     def generate(self, requests: Requests) -> ImageSet:
@@ -178,8 +170,7 @@ class ExemplarCompression(ReplaySource):
         Raises:
             NotFittedError: if a class has no compressed exemplar, or an item is unknown.
         """
-        known = {one.item: one for maps in self.maps.values() for one in maps}
-        known |= self.at_hand
+        known = self._known()
         items = requests.item.tolist()
         self.require_fitted(requests.labels[torch.tensor([item not in known for item in items], dtype=torch.bool)])
         strange = next((item for item in items if item >= 0 and item not in known), None)
@@ -188,15 +179,16 @@ class ExemplarCompression(ReplaySource):
         images = self.in_chunks(requests, partial(self._draw, known=known))
         if black := sum(not image.any() for image in images):
             log.warning("%d of %d copies are black all over: see whether the weights are whole", black, len(images))
-        sizes = {tuple(image.shape) for image in images}
-        if len(sizes) == 1:
-            return ImageSet.of(torch.stack(images), requests.labels)
-        return sum((ImageSet.of(image[None], label[None]) for image, label in zip(images, requests.labels)), ImageSet())
+        return ImageSet(Part(image[None], label[None]) for image, label in zip(images, requests.labels)).merged()
+
+    def _known(self) -> dict[int, EdgeMap]:
+        return {one.item: one for maps in self.maps.values() for one in maps} | self.at_hand
 
     def _draw(self, requests: Requests, known: dict[int, EdgeMap]) -> list[Tensor]:
         rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
         maps = [known[item] if item >= 0 else self._in_turn(label, copy) for label, item, copy in rows]
         drawn = self.draw(requests, maps, self._generators(requests))
+        drawn = [restore(image, one.size) for image, one in zip(drawn, maps)]
         grey = self.dataset.channels == 1
         return [rgb_to_grayscale(image) if grey and len(image) == 3 else image for image in drawn]
 
@@ -212,7 +204,7 @@ class ExemplarCompression(ReplaySource):
 
     def in_drawing_order(self, requests: Requests) -> Requests:
         """The same requests with those of one size side by side, so that they are drawn together."""
-        known = {one.item: one for maps in self.maps.values() for one in maps} | self.at_hand
+        known = self._known()
         sizes = [self.drawing_size(known[item]) for item in requests.item.tolist()]
         return requests.take(torch.tensor(sorted(range(len(sizes)), key=sizes.__getitem__), dtype=torch.int64))
 

@@ -28,17 +28,11 @@ class LDM(ClassInversion):
     """
 
     class Config(ClassInversion.Config):
-        ldm_ckpt: str = Field(
-            "CompVis/ldm-text2im-large-256", description="hub id, diffusers folder, or CompVis checkpoint file"
-        )
+        ldm_ckpt: str = Field("CompVis/ldm-text2im-large-256", description="hub id, diffusers folder or CompVis file")
         yaml: str | None = Field(None, description="CompVis YAML of a checkpoint file; other models need none")
-        tokenizer: str = Field(
-            "bert-base-uncased", description="folder or hub id of a checkpoint file's tokenizer; other models have one"
-        )
+        tokenizer: str = Field("bert-base-uncased", description="folder or hub id, for a checkpoint file")
         image_size: int | None = Field(None, ge=8, description="side of its images in pixels; null: the model's own")
-        model_precision: Literal["auto", "fp32", "bf16"] = Field(
-            "auto", description="number format of the frozen weights; auto: the run's"
-        )
+        model_precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the weights; auto: the run's")
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.latent.small import SmallLDM, SmallLDMConfig
 from synth import SOURCES
 from synth.base import show_progress
 from synth.inversion.latents import LatentBatches, Latents, denoising_loss, encode, noise_scheduler
 from synth.inversion.source import ClassInversion
+from synth.own import OwnGenerator, TurningTransform
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
@@ -23,12 +23,11 @@ from utils.data.transforms import DiffusionTransform
 from utils.run.carried import Carried
 from utils.run.errors import ConfigError
 from utils.training import seeding
-from utils.training.fit import Hooks, Training, fit
-from utils.training.schedule import TrainConfig
+from utils.training.fit import Hooks, Training
 
 
 @SOURCES.register("small_ldm")
-class SmallLDMSource(ClassInversion):
+class SmallLDMSource(OwnGenerator, ClassInversion):
     """A small latent diffusion model learned on the first task's images, one inverted vector per class after it.
 
     Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022, arXiv:2112.10752, at the
@@ -36,12 +35,13 @@ class SmallLDMSource(ClassInversion):
     everything but new vectors is frozen.
     """
 
-    class Config(SmallLDMConfig, ClassInversion.Config):
+    network = SmallLDM
+
+    class Config(OwnGenerator.Config, SmallLDMConfig, ClassInversion.Config):
         sample_batch: int = Field(128, ge=1, description="images drawn at once")
         samples_per_class: int = Field(1000, ge=1, description="images shown per class in the search, in whole batches")
         inversion_lr: float = Field(0.1, gt=0, description="AdamW's rate in the search; vectors here are long")
         guidance: float = Field(2.0, ge=0, description="classifier-free: 1 is the plain class, 0 no class at all")
-        weights: str | None = Field(None, description="folder of a model that was trained before; then none is trained")
         image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
         vae_steps: int = Field(500, ge=1, description="training steps of the autoencoder")
         vae_lr: float = Field(2e-3, gt=0, description="AdamW's rate for it")
@@ -52,8 +52,6 @@ class SmallLDMSource(ClassInversion):
         unet_lr: float = Field(2e-3, gt=0, description="AdamW's rate for them")
         unet_batch_size: int = Field(32, ge=1, description="latents per step of them")
         label_dropout: float = Field(0.1, ge=0, lt=1, description="share of classes hidden in training for guidance")
-        lr_schedule: Literal["constant", "cosine", "linear"] = Field("linear", description="of both rates, down to 0")
-        ema_rate: float = Field(0.99, ge=0, lt=1, description="decay of the averages that are used; 0: raw weights")
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -61,18 +59,11 @@ class SmallLDMSource(ClassInversion):
             raise ConfigError("synth.inversion=false draws by class names, which small_ldm cannot read: leave it true")
         if config.weights is None:
             self.new_model(["check"])  # what does not fit is said now, not after a classifier has trained
-        elif config.need_syn_imgs and (channels := self.model.image_channels) != dataset.channels:
-            raise ConfigError(
-                f"synth.weights={config.weights!r} draws images of {channels} channels, but {dataset.name} has "
-                f"{dataset.channels}: name a model that was trained on such images"
-            )
+        elif config.need_syn_imgs:
+            self.require_channels(self.model.image_channels)
 
     def build_model(self) -> SmallLDM:
-        return self._load(self.config.weights)
-
-    def _load(self, folder: str | Path) -> SmallLDM:
-        remedy = "name a folder that `python -m synth.train` wrote with the source 'small_ldm'"
-        return SmallLDM.load(folder, remedy).to(self.run.device)
+        return self.load_model(self.config.weights)
 
     # ------------------------------------------------------------------ learning
 
@@ -123,8 +114,7 @@ class SmallLDMSource(ClassInversion):
             kl = posterior.kl().mean() / posterior.mean[0].numel()
             return {"reconstruction": F.mse_loss(drawn.float(), batch.images), "kl": config.kl_weight * kl}
 
-        length = self._length(config.vae_steps, config.vae_lr)
-        _keep(model.vae, fit(model.vae, batches, loss, length, Training(run, task, "vae")))
+        self.train_part(model.vae, batches, loss, (config.vae_steps, config.vae_lr), Training(run, task, "vae"))
 
     def _train_denoiser(self, model: SmallLDM, task: Task, latents: Latents) -> None:
         config, run, scheduler = self.config, self.run, noise_scheduler(model.schedule)
@@ -141,14 +131,9 @@ class SmallLDMSource(ClassInversion):
             self.vectors = dict(zip(task.classes, model.denoiser.table.detach()))
             show_progress(self, task, epoch)
 
-        length = self._length(config.unet_steps, config.unet_lr)
-        hooks = Hooks(before_epoch=lambda step: show(step.epoch))
-        _keep(model.denoiser, fit(model.denoiser, batches, loss, length, Training(run, task, "unet"), hooks))
+        length, training = (config.unet_steps, config.unet_lr), Training(run, task, "unet")
+        self.train_part(model.denoiser, batches, loss, length, training, Hooks(lambda step: show(step.epoch)))
         show(math.ceil(config.unet_steps / len(batches)))
-
-    def _length(self, steps: int, lr: float) -> TrainConfig:
-        schedule, decay = self.config.lr_schedule, self.config.ema_rate
-        return TrainConfig(steps=steps, lr=lr, optimizer="adamw", schedule=schedule, ema_decay=decay)
 
     # ------------------------------------------------------------------ keeping
 
@@ -162,7 +147,7 @@ class SmallLDMSource(ClassInversion):
         """Take over what ``save`` wrote."""
         super().load(directory)
         if self.fitted_classes:
-            self.use(self._load(self.config.weights or directory))
+            self.use(self.load_model(self.config.weights or directory))
 
     def carried(self) -> list[Carried]:
         """Name vectors and model, which stands apart as frozen only if it came from elsewhere."""
@@ -172,34 +157,8 @@ class SmallLDMSource(ClassInversion):
         """Size of the model, and length of its training or where it comes from."""
         config = self.config
         model = self.new_model(list(self.class_names)) if config.weights is None else self.model
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        origin = f"of {config.weights}" if config.weights else (
-            f"trained on the first task, {config.vae_steps} steps of autoencoder and {config.unet_steps} of UNet"
-        )  # fmt: skip
-        return f"{millions:.1f} M parameters, {origin}; {super().describe()}"
-
-
-class TurningTransform(DiffusionTransform):
-    """Square images in all eight positions, each equally likely.
-
-    An autoencoder that saw a few classes alone draws later ones badly: on digits, turned ones, which are no digits but
-    strokes, halve its error on unseen classes.
-    """
-
-    def __init__(self, size: int):
-        super().__init__(size, flip=True)
-
-    def train(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        images = super().train(images, generator)
-        upside_down, turned = (torch.rand(2, len(images), 1, 1, 1, generator=generator) < 0.5).to(images.device)
-        images = torch.where(upside_down, images.flip(-2), images)
-        return torch.where(turned, images.transpose(-1, -2), images).contiguous()
-
-
-def _keep(module: nn.Module, average: nn.Module | None) -> None:
-    """From now on the moving average, if there is one."""
-    if average is not None:
-        module.load_state_dict(average.state_dict())
+        steps = f"{config.vae_steps} steps of autoencoder and {config.unet_steps} of UNet"
+        return f"{self.describe_model(model, steps)}; {super().describe()}"
 
 
 def spread(latents: Latents) -> float:

@@ -61,16 +61,14 @@ class ClassInversion(ReplaySource):
     """
 
     class Config(SourceConfig):
-        drawing: ClassVar[frozenset[str]] = frozenset({"scheduler", "sample_steps", "guidance"})
+        drawing: ClassVar[set[str]] = {"scheduler", "sample_steps", "guidance"}
 
         syn_per_class: int | None = Field(20, ge=1, description="replay images per class; 200 in DDDR")
         sample_batch: int = Field(40, ge=1, description="images drawn at once")
         inversion: bool = Field(True, description="false: no search, the class's name is the prompt (text models)")
         samples_per_class: int = Field(500, ge=1, description="images shown per class in the search, in whole batches")
         com_round_gen: int = Field(1, ge=1, description="rounds of the search, each with a new AdamW; 10 in DDDR")
-        g_local_train_steps: int | None = Field(
-            None, ge=1, description="steps per client and round, 50 in DDDR; null: by samples_per_class"
-        )
+        g_local_train_steps: int | None = Field(None, ge=1, description="per client and round; null: samples_per_class")
         g_local_bs: int = Field(12, ge=1, description="images per step of the search")
         fs_g_local_bs: int | None = Field(None, ge=1, description="the same after the first task; null: g_local_bs")
         num_users: int = Field(1, ge=1, description="clients that search, each on its part, and are averaged")

@@ -254,7 +254,7 @@ def bank_of(folder, order_seed):
 
 def test_images_lie_in_a_folder_per_task_and_class_and_belong_to_one_class_order(tmp_path):
     bank = bank_of(tmp_path, order_seed=1)
-    bank.draw(1, [2, 3])
+    bank.fill(1)
     folder = tmp_path / "bank" / "task_1"
     assert sorted(path.name for path in folder.glob("*/*-*")) == [f"{c}-{i}.jpg" for c in (2, 3) for i in range(3)]
     assert decode_image(folder / "3" / "3-2.jpg").shape == (3, 256, 256)

@@ -47,7 +47,7 @@ def drawn(root, tasks=2, **keys):
     """A bank that holds the images of the first tasks."""
     bank = bank_of(root, **keys)
     for index in range(tasks):
-        bank.draw(index, bank.classes_of(index))
+        bank.fill(index)
     return bank
 
 
@@ -81,7 +81,7 @@ def put_images(root, per_class, classes=(0, 1), task=0):
 def test_an_image_is_stored_lossless_up_to_64_pixels_whatever_the_data_sets_size(tmp_path, side, image_format, suffix):
     bank = bank_of(tmp_path, image_format=image_format)
     bank.source.side = side
-    bank.draw(0, [0, 1])
+    bank.fill(0)
     assert sorted(path.name for path in (tmp_path / "bank" / "task_0" / "1").iterdir()) == [
         f"1-{i}.{suffix}" for i in range(3)
     ]
@@ -172,7 +172,7 @@ def test_a_manifest_that_lists_a_file_elsewhere_is_refused_and_nothing_is_delete
     before, bank = sorted(tmp_path.rglob("*")), bank_of(tmp_path)
     bank.kept = {0: 0}
     acts = {
-        "draw": lambda: bank.draw(0, [0, 1]), "stored": lambda: bank.stored([1]), "prune": bank.prune,
+        "draw": lambda: bank.fill(0), "stored": lambda: bank.stored([1]), "prune": bank.prune,
         "given": given(tmp_path).require,
     }  # fmt: skip
     with pytest.raises(BankError, match=r"manifest\.json lists '.*', which is none of this folder's files: Give"):
@@ -195,7 +195,7 @@ def test_a_damaged_manifest_is_named(tmp_path, change):
     drawn(tmp_path, tasks=1)
     spoil(tmp_path, change)
     bank = bank_of(tmp_path)
-    for act in (lambda: bank.draw(0, [0, 1]), lambda: bank.stored([0]), given(tmp_path).require):
+    for act in (lambda: bank.fill(0), lambda: bank.stored([0]), given(tmp_path).require):
         with pytest.raises(BankError, match=r"task_0/manifest\.json.*delete the folder"):
             act()
 

@@ -16,8 +16,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from utils.results.figures import human_bytes, human_seconds
 from utils.results.plot import Line, check_suffix, plot_lines
+from utils.run.command import exit_code
 from utils.run.errors import CheckpointError, RepriseError
-from utils.run.files import atomic_write
+from utils.run.files import atomic_write, in_numeric_order
 
 REPLAY_MEMORY = ("exemplars", "bank", "source")  # all that a run keeps beside its classifier
 UNFINISHED = "*"
@@ -131,7 +132,7 @@ def read_run(folder: str | Path) -> Row | None:
         CheckpointError: if a file of the run is damaged or none of ours.
     """
     folder = Path(folder)
-    seeds = sorted((path for path in folder.glob("seed_*") if path.is_dir()), key=_natural)
+    seeds = in_numeric_order(path for path in folder.glob("seed_*") if path.is_dir())
     if not seeds or not (folder / "config.json").is_file():
         return None
     config = _read(folder / "config.json", RunFacts)
@@ -213,21 +214,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument("--output", type=Path, help="write to this file instead of the terminal")
     parser.add_argument("--plot", type=Path, help="also draw accuracy over classes seen: a .pdf, .png or .svg file")
-    options = parser.parse_args(arguments)
-    try:
-        if options.plot:
-            check_suffix(options.plot)
-        rows = find_runs(options.folders)
-        table = FORMATS[options.format](rows)
-        if options.output:
-            atomic_write(options.output, table)
-        else:
-            sys.stdout.write(table)
-        if options.plot:
-            _plot(rows, options.plot)
-    except RepriseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(_compare, parser.parse_args(arguments))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if options.plot:
+        check_suffix(options.plot)
+    rows = find_runs(options.folders)
+    table = FORMATS[options.format](rows)
+    if options.output:
+        atomic_write(options.output, table)
+    else:
+        sys.stdout.write(table)
+    if options.plot:
+        _plot(rows, options.plot)
     return 0
 
 
@@ -261,11 +261,6 @@ def _latex(cell: str) -> str:
     if " ± " in cell:
         return "$" + " ".join(cell.split()).replace("±", r"\pm") + "$"
     return "--" if cell == "-" else cell.translate(LATEX_ESCAPES)
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """Return a key that sorts seeds in numeric order."""
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in path.name.split("_")]
 
 
 Facts = TypeVar("Facts", bound=BaseModel)

@@ -18,6 +18,7 @@ from utils.run.errors import DataError
 
 Array = Tensor | np.ndarray
 Matrix = Sequence[Sequence[float]]
+FSCIL = ("base", "novel", "harmonic_mean", "performance_drop")  # what `fscil` returns
 
 
 def accuracy_row(scores: Array, labels: Array, task_sizes: Sequence[int]) -> list[float]:

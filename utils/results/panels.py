@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from utils.data.images import decode_image, encode_image
-from utils.run.errors import CheckpointError
-from utils.run.files import atomic_write, write_json
+from utils.run.files import atomic_write, in_numeric_order, read_json, write_json
 
 INDEX = "panel.json"
 
@@ -96,18 +93,13 @@ class Panels:
             CheckpointError: if a `panel.json` is damaged.
             DataError: if an image cannot be read.
         """
-        return [_read(path) for path in sorted(self.folder.glob(f"*/{INDEX}"), key=_natural)]
-
-
-def _natural(path: Path) -> list[str | int]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.parent.name)]
+        return [
+            _read(folder / INDEX) for folder in in_numeric_order(self.folder.glob("*")) if (folder / INDEX).exists()
+        ]
 
 
 def _read(path: Path) -> Panel:
-    try:
-        words = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; delete its folder, and the report does without") from error
+    words = read_json(path, "delete its folder, and the report does without")
     rows = [PanelRow(row["name"], [_load(path.parent, cell) for cell in row["cells"]]) for row in words.pop("rows")]
     return Panel(**words, rows=rows)
 

@@ -16,30 +16,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from utils.results.figures import Chart, human_bytes, human_seconds
 from utils.results.gallery import GalleryRow, thumbnail
-from utils.results.metrics import forgetting_per_task
+from utils.results.metrics import FSCIL, forgetting_per_task
 from utils.results.panels import Panel
 from utils.run.files import atomic_write
 
-MEMORY_NAMES = {  # in the order of the table; other keys come first, by their own name
-    "exemplars": "exemplars (real images kept)",
-    "bank": "bank (generated images kept)",
-    "source": "replay source (all that it learned)",
-    "edge_maps": "of it: edge maps",
-    "class_embeddings": "of it: class embeddings",
-    "generator": "of it: generator",
-    "network": "classifier",
-    "old_branches": "classifier's branches of earlier tasks",
-    "prototypes": "prototypes and other state of the learner",
-    "total": "total, from exemplars to prototypes",
-    "frozen": "frozen weights, not counted as memory of the past",
-    "all_real_data": "for comparison: all real training data",
-}
+# In the order of the table; other kinds come first. The template has their names.
+MEMORY = (
+    "exemplars", "bank", "source", "edge_maps", "class_embeddings", "generator", "network", "old_branches",
+    "prototypes", "total", "frozen", "all_real_data",
+)  # fmt: skip
 ALWAYS_SHOWN = {"exemplars", "bank", "source", "network", "total", "frozen", "all_real_data"}  # others only if not 0
 UNITS = ("real", "compressed", "compressed_units", "nominal", "true")
 CURVES = {
     "top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve", "val top-1": "val_top1_curve"
 }  # fmt: skip
-FEW_SHOT = ("base", "novel", "harmonic_mean", "performance_drop")
 
 
 class Column(NamedTuple):
@@ -48,7 +38,7 @@ class Column(NamedTuple):
     Args:
         title: its head.
         kind: "text", "n" (numbers), "share" (%), "bytes", "seconds", "bar" (a fraction), "change" (a signed one), or
-            "phase" and "unit", whose words the template has.
+            "phase", "unit" and "memory", whose words the template has.
         values: a cell per row; None is shown as a dash, text as it is.
     """
 
@@ -65,13 +55,9 @@ class Curves(NamedTuple):
 
 
 def write_report(
-    path: str | Path,
-    results: dict[str, Any],
-    config: dict[str, Any],
-    gallery: Sequence[GalleryRow] = (),
-    environment: dict[str, Any] | None = None,
-    panels: Sequence[Panel] = (),
-) -> None:
+    path: str | Path, results: dict[str, Any], config: dict[str, Any], gallery: Sequence[GalleryRow] = (),
+    environment: dict[str, Any] | None = None, panels: Sequence[Panel] = (),
+) -> None:  # fmt: skip
     """Write one HTML file without scripts or outside resources; what ``results`` lacks is left out of the page.
 
     Args:
@@ -156,7 +142,7 @@ def _lost(results: dict[str, Any]) -> list[Column]:
 def _few_shot(results: dict[str, Any]) -> dict[str, list[float | None]]:
     """The few-shot figures per session; empty for other runs."""
     given = results["fscil"]
-    return {name: list(given.get(name) or [None]) for name in FEW_SHOT} if given else {}
+    return {name: list(given.get(name) or [None]) for name in FSCIL} if given else {}
 
 
 def _sessions(figures: dict[str, list[float | None]]) -> Curves | None:
@@ -197,12 +183,12 @@ def _by_task(gallery: Sequence[GalleryRow]) -> list[tuple[int, list[GalleryRow]]
 
 
 def _memory(counts: dict[str, int | None]) -> list[Column]:
-    order = [*(key for key in counts if key not in MEMORY_NAMES), *(key for key in MEMORY_NAMES if key in counts)]
+    order = [*(key for key in counts if key not in MEMORY), *(key for key in MEMORY if key in counts)]
     memory = {key: counts[key] for key in order if counts[key] or (counts[key] == 0 and key in ALWAYS_SHOWN)}
     largest = max((count for key, count in memory.items() if key != "frozen"), default=0) or 1
     real = memory.get("all_real_data")
     return [
-        Column("", "text", [MEMORY_NAMES.get(key, key.replace("_", " ")) for key in memory]),
+        Column("", "memory", list(memory)),
         Column("size", "bytes", list(memory.values())),
         Column("of all real data", "share", [100 * count / real if real else None for count in memory.values()]),
         Column("", "bar", [count / largest for count in memory.values()]),

@@ -14,6 +14,7 @@ from utils.data.manager import DataManager, Task
 from utils.results import metrics
 
 log = logging.getLogger("reprise")
+STATE = ("accuracy_matrix", "curves", "class_accuracies", "test_counts")
 
 
 class Results:
@@ -41,22 +42,15 @@ class Results:
 
     def state(self) -> dict[str, Any]:
         """Return what restores a half-finished run's numbers, for JSON."""
-        return {
-            "accuracy_matrix": self.accuracy_matrix, "curves": self.curves,
-            "class_accuracies": self.class_accuracies, "test_counts": self.test_counts,
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in STATE}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what ``state`` returned."""
-        for name in self.state():
+        for name in STATE:
             setattr(self, name, state[name])
 
     def add(
-        self,
-        task: Task,
-        scores: dict[str, Tensor],
-        labels: Tensor,
-        val: tuple[dict[str, Tensor], Tensor] | None = None,
+        self, task: Task, scores: dict[str, Tensor], labels: Tensor, val: tuple[dict[str, Tensor], Tensor] | None = None
     ) -> None:
         """Take in one task's evaluation and log it in PyCIL's words.
 
@@ -164,7 +158,6 @@ class Results:
 
 
 SUMMARISED = ("final_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer")
-FEW_SHOT = ("base", "novel", "harmonic_mean", "performance_drop")
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -176,7 +169,9 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     summary |= {name: _spread([result[name] for result in results]) for name in SUMMARISED}
     sessions = [result["fscil"] for result in results if result.get("fscil")]
     if sessions:
-        last = {name: [values[name][-1] for values in sessions if values[name][-1] is not None] for name in FEW_SHOT}
+        last = {
+            name: [values[name][-1] for values in sessions if values[name][-1] is not None] for name in metrics.FSCIL
+        }
         summary["fscil"] = {name: _spread(values) for name, values in last.items() if values}
     return summary
 

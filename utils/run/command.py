@@ -18,7 +18,7 @@ def promised_offline() -> bool:
 
 def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """What ``run`` returns, or 2 after one message about a mistake that the user can repair."""
-    if args.offline or promised_offline():
+    if promised_offline() or getattr(args, "offline", False):
         os.environ["HF_HUB_OFFLINE"], args.offline = "1", True
     try:
         return run(args)

@@ -107,22 +107,16 @@ class SourceConfig(BaseConfig):
         drawing: keys of a subclass that shape the drawing alone, in which runs that share learned weights may differ.
     """
 
-    elsewhere: ClassVar[frozenset[str]] = frozenset({
+    elsewhere: ClassVar[set[str]] = {
         "need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task", "keep_sources",
         "source_dir",
-    })  # fmt: skip
-    drawing: ClassVar[frozenset[str]] = frozenset()
+    }  # fmt: skip
+    drawing: ClassVar[set[str]] = set()
 
     name: str = Field(description="which source: see `python main.py --list`")
-    replay: Literal["keep", "redraw"] = Field(
-        "keep", description="keep: draw each class once and store it; redraw: draw all old classes before every task"
-    )
-    syn_per_class: int | None = Field(
-        None, ge=1, description="replay images per class; null: as many as the class's task has real images per class"
-    )
-    need_syn_imgs: bool = Field(
-        True, description="false: use the images that are there, fail if a class has too few; fit and draw nothing"
-    )
+    replay: Literal["keep", "redraw"] = Field("keep", description="keep: draw a class once; redraw: all before a task")
+    syn_per_class: int | None = Field(None, ge=1, description="images per class; null: as many as the task has real")
+    need_syn_imgs: bool = Field(True, description="false: use the images that are there; fit and draw nothing")
     syn_image_path: str | None = Field(None, description="folder of the images; null: syn_image_<run>_seed<seed>")
     adopt_syn_images: bool = Field(False, description="take over a folder of images that has no manifest")
     image_format: Literal["auto", "png", "jpg"] = Field("auto", description="auto: png up to 64 px, jpg above")
@@ -155,20 +149,14 @@ class RunConfig(BaseConfig):
     data_dir: str = Field("data", description="where data sets lie")
     output_dir: str = Field("outputs", description="where results go")
     offline: bool = Field(False, description="fetch nothing from a network")
-    log_with: Literal["tensorboard", "wandb"] | None = Field(
-        None, description="also send metrics to this tracker, whose package must be installed"
-    )
+    log_with: Literal["tensorboard", "wandb"] | None = Field(None, description="also send metrics to this tracker")
 
     dataset: str = Field(description="a known data set or the name of a folder in data_dir")
-    cub_split: Literal["asp80", "official"] = Field(
-        "asp80", description="of dataset cub: class folders (about 80 % to train), or the split it came with"
-    )
+    cub_split: Literal["asp80", "official"] = Field("asp80", description="of cub: class folders, or its own split")
     shuffle: bool = Field(True, description="permute the class order with the seed")
     init_cls: int = Field(ge=1, description="classes in the first task")
     increment: int = Field(ge=1, description="classes in every later task; the last one may be smaller")
-    limit_tasks: int | None = Field(
-        None, ge=1, description="learn only so many tasks, as if the classes of the others did not exist; null: all"
-    )
+    limit_tasks: int | None = Field(None, ge=1, description="learn so many tasks, as if there were no more; null: all")
     kshot: int = Field(0, ge=0, description="images per class after the first task; 0: all")
     few_shot_draw: Literal["own", "reference"] = Field("own", description="reference: as Liu et al. draw")
     imb_factor: float = Field(1.0, gt=0, le=1, description="smallest over largest class; 1: balanced")
@@ -179,26 +167,16 @@ class RunConfig(BaseConfig):
     memory_per_class: int = Field(20, ge=0, description="exemplars per class, used when fixed_memory is true")
     fixed_memory: bool = Field(False, description="true: a fixed number per class; false: a fixed total")
 
-    memory_budget_mb: float | None = Field(
-        None, gt=0, description="megabytes (10^6 bytes) that may be carried to the next task, all told; null: no limit"
-    )
-    memory_drop: Literal["generated", "real"] = Field(
-        "generated", description="which kind of images goes first where memory_budget_mb is too small for all"
-    )
+    memory_budget_mb: float | None = Field(None, gt=0, description="10^6 bytes that a task may hand on; null: no limit")
+    memory_drop: Literal["generated", "real"] = Field("generated", description="what memory_budget_mb takes away first")
 
     convnet_type: str = Field("resnet32", description="a backbone of ours or any timm model with its weight tag")
     stem: Literal["auto", "cifar", "imagenet", "imagenet_small"] = Field("auto", description="first layers of a ResNet")
     pretrained: bool = Field(True, description="load the weights that a timm name stands for")
     backbone_weights: str | None = Field(None, description="a local weight file for the backbone")
-    backbone_args: dict[str, Any] = Field(
-        {}, description="arguments of a timm model from scratch or from a local file: patch_size, embed_dim, depth, ..."
-    )
-    init_from: str | None = Field(
-        None, min_length=1, description="folder of a run, or of its seed, whose first task is taken; null: train it"
-    )
-    replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field(
-        "bicubic", description="resizing of replay images kept in memory"
-    )
+    backbone_args: dict[str, Any] = Field({}, description="of a timm model from scratch or a local file: depth, ...")
+    init_from: str | None = Field(None, min_length=1, description="folder of a run or seed that gives the first task")
+    replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field("bicubic", description="of images in memory")
 
     synth: SerializeAsAny[SourceConfig] | None = Field(None, description="the replay source and its keys")
 

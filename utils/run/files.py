@@ -6,8 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def read_json(path: str | Path, remedy: str, error: type[RepriseError] = Checkpo
     if not isinstance(value, dict):
         raise error(f"{path} is damaged (it holds a {type(value).__name__}, not an object): {remedy}")
     return value
+
+
+def in_numeric_order(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths by their names, in which numbers count as numbers: `seed_9` before `seed_10`."""
+    parts = {path: re.split(r"(\d+)", path.name) for path in paths}  # at every second place a number
+    return sorted(parts, key=lambda path: [int(part) if part.isdecimal() else part for part in parts[path]])
 
 
 def file_hash(path: str | Path) -> str:

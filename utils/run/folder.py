@@ -97,9 +97,7 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
     except Timeout as error:
-        raise ConfigError(
-            f"{folder} belongs to a process that is running now: wait until it has ended, or give another --name"
-        ) from error
+        raise ConfigError(f"{folder} belongs to a process that is running now: wait, or give another --name") from error
 
 
 def claim_machine(folder: Path, runtime: Runtime) -> None:

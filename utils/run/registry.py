@@ -59,9 +59,8 @@ class Registry(Generic[T]):
         """
         entries = self._load()
         if name not in entries:
-            raise ConfigError(
-                f"unknown {self.kind} {name!r}{nearest(name, entries) or '.'} Known: {', '.join(sorted(entries))}"
-            )
+            hint, known = nearest(name, entries) or ".", ", ".join(sorted(entries))
+            raise ConfigError(f"unknown {self.kind} {name!r}{hint} Known: {known}")
         return entries[name]
 
     def _load(self) -> dict[str, T]:

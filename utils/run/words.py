@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from utils.run.config import SourceConfig
 from utils.run.errors import ConfigError
 
@@ -59,22 +61,22 @@ def unread_keys() -> set[str]:
     return {*DEAD_KEYS, *flat_keys(), *(key for words in WORDS for key in words.idle)}
 
 
-def read_experiment(path: str | Path) -> dict[str, Any]:
-    """Read the JSON object in an experiment file.
+def read_experiment(path: str | Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """Read the object in an experiment file, of JSON or whatever else ``parse`` takes.
 
     Raises:
         ConfigError: if the file is absent, is not JSON (line and column named), or holds no object.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"no experiment file {path}; the ones that come with Reprise lie in exps/") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the experiment file {path}: {error}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the experiment file {path}: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold one JSON object, not a {type(raw).__name__}")
+        raise ConfigError(f"{path} must hold keys and values as one JSON object, not a {type(raw).__name__}")
     return raw
 
 

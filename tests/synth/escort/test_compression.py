@@ -174,10 +174,10 @@ def test_a_map_decides_what_a_small_controlnet_draws(tmp_path):
 def test_a_control_begun_after_a_kill_is_the_one_of_an_unbroken_training(tmp_path, monkeypatch):
     whole, train = fitted("small_controlnet", tmp_path / "whole"), SmallControlNetSource._train
 
-    def stop(self, model, part, *rest):
-        if part is model.control:
+    def stop(self, part, *rest):
+        if part is self.model.control:
             raise KeyboardInterrupt
-        train(self, model, part, *rest)
+        train(self, part, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(SmallControlNetSource, "_train", stop)
