@@ -115,7 +115,7 @@ def test_an_absent_experiment_file_is_named(capsys):
 def test_another_setting_under_the_same_name_is_refused(tmp_path, capsys):
     assert run(tmp_path, *TINY, "--name", "one") == 0
     assert run(tmp_path, *TINY, "--name", "one", "--set", "batch_size=32") == 2
-    assert "batch_size was 64 and is 32" in capsys.readouterr().err
+    assert "batch_size is 64 there, 32 here" in capsys.readouterr().err
 
 
 def test_a_run_leaves_everything_that_the_readme_promises(tmp_path, capsys):

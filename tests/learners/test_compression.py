@@ -159,7 +159,7 @@ def test_a_run_killed_while_it_draws_copies_ends_with_the_same_bits(moment, tmp_
     def interrupt(path, image, config):
         if next(numbers) == moment:
             raise Interrupted
-        save(path, image, config)
+        return save(path, image, config)
 
     with pytest.raises(Interrupted), monkeypatch.context() as patch:
         patch.setattr(drawing, "save_image", interrupt)

@@ -93,9 +93,13 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
     try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            yield
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)  # a kill leaves it, which does no harm
     except Timeout as error:
         raise ConfigError(f"{folder} belongs to a process that is running now: wait, or give another --name") from error
 
