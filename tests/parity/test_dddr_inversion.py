@@ -237,7 +237,8 @@ class Large:
     """Stands for a source whose images have the size of DDDR's."""
 
     def __init__(self, run, config):
-        self.run, self.config = run, config
+        self.run, self.config, self.dataset = run, config, toy_dataset()
+        self.class_names = self.dataset.class_names
 
     def generate(self, requests):
         return ImageSet.of(torch.zeros(len(requests), 3, 256, 256, dtype=torch.uint8), requests.labels)
@@ -260,7 +261,7 @@ def test_images_lie_in_a_folder_per_task_and_class_and_belong_to_one_class_order
     assert decode_image(folder / "3" / "3-2.jpg").shape == (3, 256, 256)
     assert json.loads((folder / "manifest.json").read_text())["class_order"] == bank.data.class_order
     with pytest.raises(BankError, match="class_order"):
-        bank_of(tmp_path, order_seed=2).draw(1, [2, 3])
+        bank_of(tmp_path, order_seed=2).fill(1)
 
 
 def test_the_noise_of_the_small_model_is_that_of_latent_diffusion():
