@@ -237,7 +237,8 @@ class Large:
     """Stands for a source whose images have the size of DDDR's."""
 
     def __init__(self, run, config):
-        self.run, self.config = run, config
+        self.run, self.config, self.dataset = run, config, toy_dataset()
+        self.class_names = self.dataset.class_names
 
     def generate(self, requests):
         return ImageSet.of(torch.zeros(len(requests), 3, 256, 256, dtype=torch.uint8), requests.labels)
