@@ -29,11 +29,17 @@ LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX_
 
 
 class RunFacts(BaseModel, protected_namespaces=()):
-    """What a `config.json` says of a run."""
+    """What an experiment file says of a run."""
 
     model_name: str | None = None
     dataset: str | None = None
     synth: dict[str, Any] | None = None
+
+
+class RunManifest(BaseModel):
+    """What a `config.json` holds."""
+
+    config: RunFacts = RunFacts()
 
 
 class SeedResults(BaseModel, protected_namespaces=()):
@@ -135,7 +141,7 @@ def read_run(folder: str | Path) -> Row | None:
     seeds = in_numeric_order(path for path in folder.glob("seed_*") if path.is_dir())
     if not seeds or not (folder / "config.json").is_file():
         return None
-    config = _read(folder / "config.json", RunFacts)
+    config = _read(folder / "config.json", RunManifest).config
     paths = {path.name.removeprefix("seed_"): path / "results.json" for path in seeds}
     results = {seed: _read(path, SeedResults) for seed, path in paths.items() if path.is_file()}
     finished = {seed: result for seed, result in results.items() if result.is_finished}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 def write_run(root, name, finals, **facts):
     """A run folder; a final accuracy of None stands for a seed that has only begun."""
     (root / name).mkdir(parents=True)
-    (root / name / "config.json").write_text(json.dumps({"model_name": "wa", "dataset": "digits"}))
+    (root / name / "config.json").write_text(json.dumps({"config": {"model_name": "wa", "dataset": "digits"}}))
     for seed, final in finals.items():
         folder = root / name / f"seed_{seed}"
         folder.mkdir()
@@ -141,7 +141,7 @@ FOREIGN_RESULTS = [
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("config.json", content) for content in [*DAMAGED, b'{"synth": 3}']]
+    [("config.json", content) for content in [*DAMAGED, b'{"config": {"synth": 3}}']]
     + [("seed_1/results.json", content) for content in DAMAGED + FOREIGN_RESULTS],
 )
 def test_a_damaged_or_foreign_file_is_named_in_one_line_with_what_to_do(tmp_path, capsys, file, content):
