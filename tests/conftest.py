@@ -25,9 +25,15 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def no_handler_outlives_its_test() -> Iterator[None]:
-    """A handler keeps the standard output that it was made with, which pytest closes after the test."""
+    """A handler keeps the standard output that it was made with, which pytest closes after the test.
+
+    Nor must a command's silence outlive it: pytest hands a logger that does not propagate a handler of its own, and
+    whoever lets it propagate again then reads every line twice.
+    """
     yield
-    logging.getLogger("reprise").handlers.clear()
+    log = logging.getLogger("reprise")
+    log.handlers.clear()
+    log.propagate = True
 
 
 @pytest.fixture(scope="session")
