@@ -290,6 +290,7 @@ def test_a_training_without_the_key_keeps_none_and_the_remedy_is_named(on_disk, 
 
 def test_the_plan_says_where_sources_come_from(on_disk, capsys):
     assert fit("fitted", "synth.keep_sources=true") == 0
+    capsys.readouterr()
     assert start("second", "seed=7", "synth.source_dir=fitted", flags=["--plan"]) == 0
     planned = capsys.readouterr().out
     assert "no source is trained: each task's comes from fitted/sources" in planned and "trained 3 steps" not in planned

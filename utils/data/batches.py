@@ -34,7 +34,7 @@ class Batch:
     Attributes:
         images: float (B, C, H, W) on the device, as the network wants it; or `Mixed`.
         labels: int64 (B,), in learning order, on the device.
-        is_replay: bool (B,), True where the sample stands for an old class.
+        is_replay: bool (B,), True where the sample is replay of an old class; a kept exemplar is none.
         soft_targets: float (B, K), a distribution over classes for each sample; None: the labels are all there is.
         replay: a second batch, of old classes, that goes through the network on its own; None: there is none.
     """
