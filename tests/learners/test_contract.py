@@ -175,6 +175,9 @@ def test_finished_run_is_known_as_finished(name, tmp_path):
 # What the contract allows and no method here needs yet; each toy is one file in tests/support.
 
 
+LEFT_IN = ("after_step", "after_training")
+
+
 @pytest.fixture
 def toys(monkeypatch):
     """Register the toy learner and sources for one test."""
@@ -185,12 +188,14 @@ def toys(monkeypatch):
         monkeypatch.setitem(TINY_SOURCES, name, {"syn_per_class": 3})
 
 
-def with_a_stop(name, source, folder, monkeypatch, **keys):
-    """Results of a run, seen to be the same with a stop inside its second training and another one after it."""
+def toy_run(name, source, folder, monkeypatch, stops=(), **keys):
+    """A run and its results, seen to be the same where it is left in these hooks, if any, and taken up again."""
     keys = {"epochs": 2, "checkpoint_every": 2, **keys}
     whole = toy_experiment(name, folder / "whole", source, **keys)
     expected = whole.learn_all()
-    for stop in ("after_step", "after_training"):
+    if not stops:
+        return whole, expected
+    for stop in stops:
         interrupt(toy_experiment(name, folder / "cut", source, **keys), stop, monkeypatch)
     results = toy_experiment(name, folder / "cut", source, **keys).learn_all()
     assert without_seconds(results) == without_seconds(expected)
@@ -202,7 +207,7 @@ def test_agem_is_one_short_file(source, toys, tmp_path, monkeypatch):
     seen = []
     gradient = Step.gradient
     monkeypatch.setattr(Step, "gradient", lambda self, loss: seen.append(self.purpose) or gradient(self, loss))
-    with_a_stop("agem", source, tmp_path, monkeypatch, batch_size=2)
+    toy_run("agem", source, tmp_path, monkeypatch, LEFT_IN if source is None else (), batch_size=2)
     assert set(seen) == {"train"}
     assert len(Path(toy.__file__).with_name("toy_agem.py").read_text().splitlines()) <= 45
 
@@ -229,7 +234,7 @@ def test_agem_removes_what_raises_the_loss_on_the_past(toys, tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["finetune", "icarl", "lwf"])
 def test_features_stand_for_the_past(name, toys, tmp_path, monkeypatch):
-    whole, results = with_a_stop(name, "gaussians", tmp_path, monkeypatch)
+    whole, results = toy_run(name, "gaussians", tmp_path, monkeypatch, LEFT_IN if name == "finetune" else ())
     assert results["memory_bytes"]["source"] > 0 and results["memory_bytes"]["bank"] == 0
     past = whole.learner.past
     assert isinstance(past, FeatureSet) and past.counts(6).tolist() == [3, 3, 3, 3, 0, 0]
@@ -237,7 +242,7 @@ def test_features_stand_for_the_past(name, toys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["finetune", "replay", "wa"])
 def test_a_source_takes_the_place_of_the_present(name, toys, tmp_path, monkeypatch):
-    whole, _ = with_a_stop(name, "means", tmp_path, monkeypatch, batch_size=2)
+    whole, _ = toy_run(name, "means", tmp_path, monkeypatch, LEFT_IN if name == "replay" else (), batch_size=2)
     learner = whole.learner
     assert learner.present.counts(6).tolist() == [0, 0, 0, 0, 2, 2]  # of ten real images each
     assert learner.past.counts(6).tolist() == [2, 2, 2, 2, 0, 0]
