@@ -1,4 +1,7 @@
-"""Run an experiment file: `python main.py --config exps/cifar.json`."""
+"""Learn classes task after task, with diffusion replay: `python main.py --config exps/cifar.json`.
+
+Without --config it learns ten handwritten digits in five tasks and needs nothing but itself.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,13 @@ import argparse
 import os
 import re
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
-
-DEFAULT_CONFIG = "exps/digits.json"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py",
-        description="Reprise: class-incremental learning with diffusion replay. Without --config it learns ten "
-        "handwritten digits in five tasks and needs nothing but itself.",
-    )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment file (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__)
+    parser.add_argument("--config", default="exps/digits.json", help="experiment file (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a key; may be given many times; dots reach into synth")  # fmt: skip
     parser.add_argument("--name", help="name of the run (default: prefix and file name, with a hash for overrides)")
@@ -46,28 +43,22 @@ def start(args: argparse.Namespace) -> int:
 
         print(describe_all())
         return 0
-    from learners.run.configure import read_config
+    from learners.run.configure import build_config
+    from utils.run.errors import ConfigError
+    from utils.run.words import read_experiment
 
-    config, unused = read_config(args.config, args.overrides)
+    config, unused = build_config(read_experiment(args.config), args.overrides)
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # said in the file, it must reach the hub's own code as well
-    name = checked_name(args.name or run_name(args.config, config, args.overrides))
+    name = args.name or run_name(args.config, config, args.overrides)
+    if not re.fullmatch(r"\w[\w.+-]*", name):  # one folder below output_dir: --overwrite can never delete another
+        raise ConfigError(f"the run's name {name!r}: give --name letters, digits and _-+. alone, none of -+. first")
     if args.plan:
         from learners.run.plan import describe_run
 
-        print(describe_run(config, name))
+        print(*describe_run(config, name), sep="\n")
         return 0
     return run_seeds(config, name, unused, args.overwrite)
-
-
-def checked_name(name: str) -> str:
-    """Return a name that is one folder below output_dir, so that --overwrite can never delete anything else."""
-    from utils.run.errors import ConfigError
-
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise ConfigError(f"the run's name {name!r}: give --name with letters, digits, '_', '-', '+' and '.', "
-                          "beginning with one of the first three")  # fmt: skip
-    return name
 
 
 def run_name(path: str, config, overrides: list[str]) -> str:
@@ -80,20 +71,17 @@ def run_name(path: str, config, overrides: list[str]) -> str:
 
 
 def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
-    """Run every seed in full, then write mean and spread."""
+    """Run every seed in full, as the only process that owns the run's folder."""
     from utils.run.folder import locked
     from utils.run.log import log_to_console
 
     is_main = os.environ.get("RANK", "0") == "0"
     log_to_console(is_main)
     folder = Path(config.output_dir) / name
-    with ExitStack() as owned:
-        known = folder.exists()
-        if known:  # who owns it is said at once
-            owned.enter_context(locked(folder, is_main))
+    # Who owns a folder that is there is said at once; for a new one nothing is written before all is checked.
+    with locked(folder, is_main) if folder.exists() else nullcontext():
         experiments = check_seeds(config, name, unused, overwrite)
-        if not known:
-            owned.enter_context(locked(folder, is_main))
+    with locked(folder, is_main):
         return learn_seeds(experiments, folder, overwrite)
 
 

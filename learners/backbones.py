@@ -10,14 +10,14 @@ from utils.run.config import RunConfig
 
 
 def weight_options(config: RunConfig) -> BackboneOptions:
-    """Where the backbone's weights come from, as far as the config alone can say."""
+    """Return where the backbone's weights come from, as far as the config alone can say."""
     return BackboneOptions(
         pretrained=config.pretrained, weights=config.backbone_weights, offline=config.offline, args=config.backbone_args
     )
 
 
 def backbone_options(config: RunConfig, dataset: Dataset) -> BackboneOptions:
-    """How the backbone of a run is built; the stem follows PyCIL where the config leaves it open."""
+    """Return how the backbone of a run is built; the stem follows PyCIL where the config leaves it open."""
     stem = config.stem
     if stem == "auto" and dataset.in_memory:
         stem = "cifar"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learners.backbones import backbone_options
-from learners.memory import handed_exemplars, herding, keep_exemplars, make_memory
+from learners.memory import handed_exemplars, keep_exemplars, make_memory
 from models.heads import HEADS
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone
@@ -44,8 +44,7 @@ class Learner(ABC):
         replay: how the past comes back; its ``source`` is None where it does not.
     """
 
-    class Config(RunConfig):
-        pass
+    Config = RunConfig
 
     accepts: frozenset[str] = frozenset({"images", "features"})  # kinds of samples that it can replay
     needs_source = False
@@ -62,7 +61,7 @@ class Learner(ABC):
         self.old_network: IncrementalNet | None = None
         self.present: Samples = ImageSet()
         self.past: Samples = ImageSet()
-        self.choices: dict[int, list[int]] = {}  # new class -> its exemplars, best first
+        self.choices: dict[int, list[int]] = {}  # new class -> its exemplars among its images, best first
         self.class_means: dict[int, Tensor] = {}
 
     # ------------------------------------------------------------------ the fixed order
@@ -176,17 +175,6 @@ class Learner(ABC):
         return {"cnn": logits, "nme": -torch.cdist(unit, means).square()}
 
     # ------------------------------------------------------------------ parts for hooks to use
-
-    def choose(self, task: Task, label: int, own: ImageSet) -> list[int]:
-        """Return positions of a new class's exemplars among its images, ``own``, best first.
-
-        A class is herded once per task, by the network as it is at the first call: the first picks stay images, the
-        next ones are handed to the source.
-        """
-        if label not in self.choices:
-            count = (self.memory.budget(task.num_seen) if self.uses_exemplars else 0) + self.memory.handed
-            self.choices[label] = herding(self.extract_features(own), count)
-        return self.choices[label]
 
     @torch.no_grad()
     def extract_features(self, images: ImageSet) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from learners.backbones import backbone_options, weight_options
+from learners.backbones import backbone_options
 from learners.base import Learner
 from models.frozen import Frozen
 from models.heads import CosineHead, LinearHead
@@ -49,20 +50,23 @@ class FrozenBackboneLearner(Learner):
 
     def build_transform(self) -> ClassifierTransform:
         """Normalise as the backbone's weights want it."""
-        mean, std = NORMALIZE.get(self.config.normalize, (None, None))
-        return classifier_transform(self.data.dataset, self.config.replay_resize, mean=mean, std=std)
+        dataset = self.data.dataset
+        mean, std = NORMALIZE.get(self.config.normalize, (dataset.mean, dataset.std))
+        return classifier_transform(replace(dataset, mean=mean, std=std), self.config.replay_resize)
 
     def build_network(self) -> IncrementalNet:
         seeding.seed_everything(self.run.seed, "network")
-        network = build_backbone(self.config.convnet_type, backbone_options(self.config, self.data.dataset))
-        self.frozen = Frozen(network.to(self.run.device), learned=self.learns_backbone)
+        name, options = self.config.convnet_type, backbone_options(self.config, self.data.dataset)
+        network = build_backbone(name, options).to(self.run.device)
+        # Checkpoints hold weights that are nowhere else: trained here or drawn at random.
+        self.frozen = Frozen(network, learned=self.config.pretrain_epochs > 0 or not has_weights(name, options))
         if not self.config.pretrain_epochs:
             self.frozen.freeze(self.run.runtime.bf16)
         backbone = self.build_backbone(self.frozen)
         return IncrementalNet(backbone, CosineHead(backbone.num_features)).to(self.run.device).eval()
 
     def build_backbone(self, frozen: Frozen) -> torch.nn.Module:
-        """What stands before the head; the default is the frozen network itself."""
+        """Return what stands before the head; default: the frozen network itself."""
         return frozen
 
     def before_training(self, task: Task) -> None:
@@ -75,9 +79,8 @@ class FrozenBackboneLearner(Learner):
     def pretrain(self, task: Task) -> None:
         """Train the backbone with a linear head on the task's real images, then freeze it."""
         config, backbone = self.config, self.frozen.network.requires_grad_(True)
-        head = LinearHead(backbone.num_features)
-        head.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "pretrain-head"))
-        module = IncrementalNet(backbone, head).to(self.run.device)
+        module = IncrementalNet(backbone, LinearHead(backbone.num_features)).to(self.run.device)
+        module.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "pretrain-head"))
         loading = self.run.loading(self.transform, config.pretrain_batch_size, task.index, "pretrain")
         batches = ImageBatches(self.present, None, loading)
         train_config = TrainConfig(
@@ -88,15 +91,10 @@ class FrozenBackboneLearner(Learner):
             fit(module, batches, partial(_classify, module), train_config, Training(self.run, task, "pretrain"))
         self.frozen.freeze(self.run.runtime.bf16)
 
-    @property
-    def learns_backbone(self) -> bool:
-        """Whether its weights are nowhere else, trained here or drawn at random, so that checkpoints hold them."""
-        return self.config.pretrain_epochs > 0 or not has_weights(self.config.convnet_type, weight_options(self.config))
-
     def carried(self) -> list[Carried]:
         """Name the backbone apart unless it was learned here."""
-        nbytes = 0 if self.frozen.learned else self.frozen.nbytes()
-        return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
+        frozen = Carried("frozen", nbytes=0 if self.frozen.learned else self.frozen.nbytes(), frozen=True)
+        return [*super().carried(), frozen]
 
     @torch.no_grad()
     def set_prototypes(self, images: ImageSet) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -34,8 +33,7 @@ class GenerativeReplay(PyCILLearner):
         logits = self.network(batch.images)  # (B, num_seen)
         terms = {"cross_entropy": F.cross_entropy(logits, batch.labels)}
         if self.config.w_kd and self.old_network is not None and batch.is_replay.any():
-            with torch.no_grad():
-                old_logits = self.old_network(batch.images[batch.is_replay])  # (R, num_old)
-            student = logits[batch.is_replay, : task.num_old]
-            terms["distill"] = self.config.w_kd * distillation_loss(student, old_logits, self.config.T)
+            old_logits = self.old_network(batch.images[batch.is_replay])  # (R, num_old)
+            distill = distillation_loss(logits[batch.is_replay, : task.num_old], old_logits, self.config.T)
+            terms["distill"] = self.config.w_kd * distill
         return terms

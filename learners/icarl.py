@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from learners import LEARNERS
 from learners.losses import distillation_loss
-from learners.memory import keep_exemplars, update_class_means
+from learners.memory import keep_exemplars
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
@@ -30,14 +29,11 @@ class ICaRL(PyCILLearner):
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         logits = self.network(batch.images)  # (B, num_seen)
-        cross_entropy = F.cross_entropy(logits, batch.labels)
-        if self.old_network is None:
-            return {"cross_entropy": cross_entropy}
-        with torch.no_grad():
+        terms = {"cross_entropy": F.cross_entropy(logits, batch.labels)}
+        if self.old_network is not None:
             old_logits = self.old_network(batch.images)  # (B, num_old)
-        distill = distillation_loss(logits[:, : task.num_old], old_logits, self.config.T)
-        return {"cross_entropy": cross_entropy, "distill": distill}
+            terms["distill"] = distillation_loss(logits[:, : task.num_old], old_logits, self.config.T)
+        return terms
 
     def after_training(self, task: Task) -> None:
-        keep_exemplars(self, task)
-        update_class_means(self)
+        keep_exemplars(self, task, class_means=True)

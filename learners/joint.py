@@ -7,7 +7,6 @@ from pydantic import Field
 from learners import LEARNERS
 from learners.pycil import PyCILLearner
 from utils.data.manager import Task
-from utils.training import seeding
 from utils.training.schedule import TrainConfig
 
 
@@ -24,8 +23,8 @@ class Joint(PyCILLearner):
     def grow_network(self, task: Task) -> None:
         if not self.config.warm_start:
             self.network = self.build_network()
-        self.network.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "grow"))
+        super().grow_network(task)
 
     def train_config(self, task: Task) -> TrainConfig:
-        """A new network takes the first task's schedule every time."""
-        return self.schedule(first=task.num_old == 0 or not self.config.warm_start)
+        """Return the first task's schedule for every new network."""
+        return super().train_config(task if self.config.warm_start else self.data.task(0))

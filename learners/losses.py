@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) -> Tensor:
-    """Soft cross-entropy with the old network (Hinton et al. 2015, arXiv:1503.02531), as PyCIL uses it.
+    """Compute the soft cross-entropy with the old network (Hinton et al. 2015, arXiv:1503.02531), as PyCIL uses it.
 
     Mean over the batch of -sum_k softmax(old / T)_k log softmax(new / T)_k, without the factor T^2.
 
@@ -22,17 +22,23 @@ def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) ->
 
 
 def cross_entropy_from(first: int, logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy among the classes from ``first`` on: logits (B, num_seen), labels (B,) in [first, num_seen)."""
+    """Compute cross-entropy among the classes from ``first`` on.
+
+    Args:
+        first: class, 0 for all.
+        logits: (B, num_seen).
+        labels: (B,), in [first, num_seen).
+    """
     return F.cross_entropy(logits[:, first:], labels - first)
 
 
 def old_as_one_class(labels: Tensor, num_old: int) -> Tensor:
-    """Labels of DER's auxiliary loss (arXiv:2103.16788, section 3.2): old classes become 0, new ones 1, 2, ..."""
+    """Return DER's auxiliary labels (arXiv:2103.16788, section 3.2): old classes are 0, new ones 1, 2, ..."""
     return (labels - num_old + 1).clamp(min=0)
 
 
 def supervised_contrastive(z: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """Supervised contrastive loss on one view (Khosla et al. 2020, arXiv:2004.11362, Eq. 2).
+    """Compute the supervised contrastive loss on one view (Khosla et al. 2020, arXiv:2004.11362, Eq. 2).
 
     An image without another of its class adds 0 and still counts in the mean, so a batch of one image gives 0.
 
@@ -51,7 +57,7 @@ def supervised_contrastive(z: Tensor, labels: Tensor, temperature: float = 0.07)
 
 
 def anchor_loss(features: Tensor, labels: Tensor, anchors: Tensor, anchor_labels: Tensor) -> Tensor:
-    """How far images are from the anchors of their classes (arXiv:2403.09857): a mean of 1 - cos.
+    """Compute how far images are from the anchors of their classes (arXiv:2403.09857): a mean of 1 - cos.
 
     Each anchor of class k is compared with all images of class k in the batch; anchors count by the number of images
     that their class has, divided among the anchors of the class. Anchors get no gradient.
@@ -70,7 +76,7 @@ def anchor_loss(features: Tensor, labels: Tensor, anchors: Tensor, anchor_labels
 
 
 def standard_normal_kl(mu: Tensor, sigma: Tensor, weights: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, I)), summed over dimensions, weighted mean over rows.
+    """Compute KL(N(mu, sigma^2) || N(0, I)), summed over dimensions, weighted mean over rows.
 
     Args:
         mu, sigma: (R, K), sigma > 0.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from synth.replay import Replay
@@ -22,7 +24,7 @@ log = logging.getLogger("reprise")
 
 
 def herding(features: Tensor, num_picks: int) -> list[int]:
-    """Greedy choice whose running mean stays closest to the class mean (iCaRL, Rebuffi et al. 2017, Algorithm 4).
+    """Pick images whose running mean stays closest to the class mean (iCaRL, Rebuffi et al. 2017, Algorithm 4).
 
     Args:
         features: (N, D) of one class, un-augmented; rows are brought to length 1 here.
@@ -33,42 +35,37 @@ def herding(features: Tensor, num_picks: int) -> list[int]:
     """
     unit = features.double() / (features.double().norm(dim=1, keepdim=True) + 1e-8)
     mean, total = unit.mean(0), unit.new_zeros(unit.shape[1])
-    free = torch.ones(len(unit), dtype=torch.bool)
     picks: list[int] = []
     for count in range(1, min(num_picks, len(unit)) + 1):
         distance = (mean - (unit + total) / count).norm(dim=1)
-        pick = int(distance.masked_fill(~free, torch.inf).argmin())
-        picks.append(pick)
-        free[pick] = False
-        total += unit[pick]
+        distance[picks] = torch.inf
+        picks.append(int(distance.argmin()))
+        total += unit[picks[-1]]
     return picks
 
 
 def class_mean(features: Tensor) -> Tensor:
-    """Mean direction of one class, (D,) of length 1, from features (N, D) of any length."""
+    """Compute the mean direction of one class, (D,) of length 1, from features (N, D) of any length."""
     unit = features / (features.norm(dim=1, keepdim=True) + 1e-8)
-    mean = unit.mean(0)
-    return mean / mean.norm().clamp_min(1e-12)
+    return F.normalize(unit.mean(0), dim=0)
 
 
-def reservoir_slots(num_seen: int, num_new: int, capacity: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    """Reservoir sampling (Vitter 1985): which new items go where so that every item seen is kept equally likely.
+def reservoir_slots(num_seen: int, num_new: int, size: int, generator: torch.Generator) -> Iterator[tuple[int, int]]:
+    """Say which new items go where so that every item seen is kept equally likely (reservoir, Vitter 1985).
 
     Args:
         num_seen: items offered before.
         num_new: items offered now, in order.
-        capacity: slots.
+        size: slots in all.
 
-    Returns:
+    Yields:
         (item, slot) pairs in order; a later pair overwrites an earlier one of its slot.
     """
-    slots = []
     for item in range(num_new):
         count = num_seen + item
-        slot = count if count < capacity else int(torch.randint(count + 1, (1,), generator=generator))
-        if slot < capacity:
-            slots.append((item, slot))
-    return slots
+        slot = count if count < size else int(torch.randint(count + 1, (1,), generator=generator))
+        if slot < size:
+            yield item, slot
 
 
 class ExemplarMemory:
@@ -90,11 +87,6 @@ class ExemplarMemory:
         """Return the exemplars of each class when ``num_seen`` classes are known."""
         return self.per_class if self.fixed else self.size // num_seen
 
-    def trim(self, budget: int) -> None:
-        """Keep the first ``budget`` of every class."""
-        kept = [self.images.select([label]).take(range(min(budget, count))) for label, count in self.counts().items()]
-        self.images = sum(kept, ImageSet())
-
     def counts(self) -> dict[int, int]:
         """Count the exemplars of every class that has some."""
         return {label: int((self.images.labels == label).sum()) for label in self.images.classes}
@@ -106,10 +98,6 @@ class ExemplarMemory:
         self.images = self.images.take((torch.arange(len(self.images)) != position).nonzero().flatten())
         return freed
 
-    def add(self, images: ImageSet) -> None:
-        """Append images of new classes, best first."""
-        self.images = self.images + images
-
     def state(self, data_dir: str) -> tuple[dict[str, Tensor], list]:
         """Return pixels and labels as tensors, and file paths as JSON, in few parts, for each has a header on disk.
 
@@ -118,28 +106,24 @@ class ExemplarMemory:
         """
         tensors, layout = {}, []
         for index, part in enumerate(self.images.merged().parts):
-            tensors |= {f"labels_{index}": part.labels}
-            tensors |= {f"{name}_{index}": column for name, column in part.columns.items()}
-            if isinstance(part.images, Tensor):
-                tensors[f"images_{index}"] = part.images
-                layout.append(None)
-            else:
-                layout.append([os.path.relpath(path, data_dir) for path in part.images])
+            columns, in_memory = {"labels": part.labels, **part.columns}, isinstance(part.images, Tensor)
+            if in_memory:
+                columns["images"] = part.images
+            tensors |= {f"{name}_{index}": column for name, column in columns.items()}
+            layout.append(None if in_memory else [os.path.relpath(path, data_dir) for path in part.images])
         return tensors, layout
 
     def load(self, tensors: dict[str, Tensor], layout: list, data_dir: str) -> None:
         """Take over what ``state`` gave."""
-        self.images = ImageSet(
-            Part(
-                tensors[f"images_{index}"]
-                if paths is None
-                else tuple(os.path.normpath(os.path.join(data_dir, path)) for path in paths),
-                tensors[f"labels_{index}"],
-                {name.rpartition("_")[0]: column for name, column in tensors.items()
-                 if name.endswith(f"_{index}") and not name.startswith(("labels_", "images_"))},
-            )
-            for index, paths in enumerate(layout)
-        )  # fmt: skip
+        parts = []
+        for index, paths in enumerate(layout):
+            ending = f"_{index}"
+            columns = {name.removesuffix(ending): tensors[name] for name in tensors if name.endswith(ending)}
+            labels, images = columns.pop("labels"), columns.pop("images", None)
+            if paths is not None:
+                images = tuple(os.path.normpath(os.path.join(data_dir, path)) for path in paths)
+            parts.append(Part(images, labels, columns))
+        self.images = ImageSet(parts)
 
 
 def make_memory(config: RunConfig, data: DataManager, replay: Replay, uses_exemplars: bool) -> ExemplarMemory:
@@ -149,52 +133,56 @@ def make_memory(config: RunConfig, data: DataManager, replay: Replay, uses_exemp
         ConfigError: if the replay wants more than there is room for, or more exemplars than a class has images.
     """
     real, handed = replay.divide(config.memory_per_class if uses_exemplars else None)
-    if replay.source is None or not (handed or (uses_exemplars and real != config.memory_per_class)):
-        return ExemplarMemory(config.memory_size, config.memory_per_class, config.fixed_memory)
-    if uses_exemplars and not config.fixed_memory:
+    shared = handed or (uses_exemplars and real != config.memory_per_class)
+    if shared and uses_exemplars and not config.fixed_memory:
         raise ConfigError(
-            f"the source {config.synth.name!r} takes its share of a fixed number of exemplars per class, but "
-            "fixed_memory=false shares memory_size over all classes: set fixed_memory=true, and memory_per_class"
+            f"the source {config.synth.name!r} takes its share of memory_per_class: set it, and fixed_memory=true"
         )
-    counts = data.class_counts
-    if real + handed > min(counts):
-        label = counts.index(min(counts))
+    if shared and real + handed > min(data.class_counts):
+        count, name = min(zip(data.class_counts, data.class_names))
         raise ConfigError(
-            f"real_per_class + syn_per_class = {real} + {handed}, but class {data.class_names[label]!r} has only "
-            f"{counts[label]} training images: lower one of them"
+            f"class {name!r} has only {count} training images: lower real_per_class={real} or syn_per_class={handed}"
         )
     return ExemplarMemory(config.memory_size, real, config.fixed_memory, handed)
 
 
-def keep_exemplars(learner: Learner, task: Task) -> None:
-    """Trim old classes to their share and add the best of the new ones (PyCIL 4.1)."""
-    memory = learner.memory
-    budget = memory.budget(task.num_seen)
+def keep_exemplars(learner: Learner, task: Task, class_means: bool = False) -> None:
+    """Trim old classes to their share and add the best of the new ones (PyCIL 4.1).
+
+    Args:
+        learner: has just trained.
+        task: that it trained on.
+        class_means: also compute nearest-mean prototypes of all classes from their exemplars, by the present network.
+            A class whose exemplars a budget took has none: its old mean is of another network.
+    """
+    memory, budget = learner.memory, learner.memory.budget(task.num_seen)
     if not memory.fixed:
-        memory.trim(budget)
+        memory.images = memory.images.first_of_each(budget)
     for label in task.classes:
-        own = learner.present.select([label])
+        own, picks = _choose(learner, task, label)
         if len(own) < budget and label == task.classes[0]:
-            log.info(
-                "Class %d has %d images, fewer than its share of %d: such classes keep all", label, len(own), budget
-            )
-        memory.add(own.take(learner.choose(task, label, own)[:budget]))
+            log.info("Class %d has %d images, its share is %d: such classes keep all", label, len(own), budget)
+        memory.images += own.take(picks[:budget])
+    if class_means:
+        own = {label: memory.images.select([label]) for label in memory.images.classes}
+        learner.class_means = {label: class_mean(learner.extract_features(part)) for label, part in own.items()}
 
 
 def handed_exemplars(learner: Learner, task: Task) -> ImageSet:
     """Return the images of the new classes that the source is to keep in its own form, best first."""
-    handed, chosen = learner.memory.handed, ImageSet()
-    for label in task.classes if handed else ():
-        own = learner.present.select([label])
-        chosen = chosen + own.take(learner.choose(task, label, own)[-handed:])
-    return chosen
+    handed = learner.memory.handed
+    chosen = (_choose(learner, task, label) for label in task.classes if handed)
+    return sum((own.take(picks[-handed:]) for own, picks in chosen), ImageSet())
 
 
-def update_class_means(learner: Learner) -> None:
-    """Compute nearest-mean prototypes of all classes from their exemplars, by the present network.
+def _choose(learner: Learner, task: Task, label: int) -> tuple[ImageSet, list[int]]:
+    """Return a new class's images and the positions of its exemplars among them, best first.
 
-    A class whose exemplars a budget took has none: its old mean is of another network.
+    Unless the learner has made its choice, a class is herded once per task, by the network as it is at the first call:
+    the first picks stay images, the next ones are handed to the source.
     """
-    images = learner.memory.images
-    own = {label: images.select([label]) for label in images.classes}
-    learner.class_means = {label: class_mean(learner.extract_features(part)) for label, part in own.items()}
+    own = learner.present.select([label])
+    if label not in learner.choices:
+        count = (learner.memory.budget(task.num_seen) if learner.uses_exemplars else 0) + learner.memory.handed
+        learner.choices[label] = herding(learner.extract_features(own), count)
+    return own, learner.choices[label]

@@ -41,24 +41,17 @@ class PyCILLearner(Learner):
     def train(self, task: Task) -> None:
         """Train; the first task may also be taken from another run (`init_from`)."""
         if task.index == 0 and self.first_training is not None:
-            self.first_training(task, super().train)
-        else:
-            super().train(task)
+            return self.first_training(task, super().train)
+        super().train(task)
 
     def train_config(self, task: Task) -> TrainConfig:
         """Return the first task's schedule, or the later tasks'."""
-        return self.schedule(first=task.num_old == 0)
-
-    def schedule(self, first: bool) -> TrainConfig:
-        """Return one of the two schedules."""
-        config = self.config
+        config, first = self.config, task.num_old == 0
         return TrainConfig(
-            epochs=config.init_epoch if first else config.epochs,
-            lr=config.init_lr if first else config.lrate,
+            epochs=config.init_epoch if first else config.epochs, lr=config.init_lr if first else config.lrate,
             weight_decay=config.init_weight_decay if first else config.weight_decay,
+            schedule="step" if config.scheduler == "steplr" else config.scheduler,
             milestones=tuple(config.init_milestones if first else config.milestones),
-            lr_decay=config.init_lr_decay if first else config.lrate_decay,
-            schedule={"steplr": "step"}.get(config.scheduler, config.scheduler),
-            momentum=config.momentum,
+            lr_decay=config.init_lr_decay if first else config.lrate_decay, momentum=config.momentum,
             clip_norm=config.clip_norm,
-        )
+        )  # fmt: skip

@@ -8,9 +8,8 @@ import torch
 from pydantic import Field
 
 from learners import LEARNERS
-from learners.memory import keep_exemplars, reservoir_slots, update_class_means
+from learners.memory import keep_exemplars, reservoir_slots
 from learners.pycil import PyCILLearner
-from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.training import seeding
 
@@ -29,25 +28,18 @@ class ExperienceReplay(PyCILLearner):
         selection: Literal["herding", "reservoir"] = Field("herding", description="which images become exemplars")
 
     uses_exemplars = True
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.num_offered = 0  # images that the reservoir has seen
+    num_offered = 0  # images that the reservoir has seen
 
     def after_training(self, task: Task) -> None:
-        if self.config.selection == "reservoir" and not self.config.fixed_memory:
+        if self.config.selection == "herding":
+            keep_exemplars(self, task, class_means=True)
+        elif not self.config.fixed_memory:
             self._offer_to_reservoir(task)
-            return
-        keep_exemplars(self, task)
-        if self.config.selection == "herding":
-            update_class_means(self)
-
-    def choose(self, task: Task, label: int, own: ImageSet) -> list[int]:
-        """Herd, or with a reservoir give every image of a class the same chance."""
-        if self.config.selection == "herding":
-            return super().choose(task, label, own)
-        order = torch.randperm(len(own), generator=seeding.generator(self.run.seed, label, "reservoir")).tolist()
-        return order[: self.memory.per_class + self.memory.handed]
+        else:  # every image of a class has the same chance
+            for label, count in enumerate(self.present.counts(task.num_seen).tolist()):
+                order = torch.randperm(count, generator=seeding.generator(self.run.seed, label, "reservoir")).tolist()
+                self.choices[label] = order[: self.memory.per_class + self.memory.handed]
+            keep_exemplars(self, task)
 
     def _offer_to_reservoir(self, task: Task) -> None:
         images, memory = self.present, self.memory

@@ -26,10 +26,9 @@ class NetworkConfig(BaseConfig):
 
     def require_side(self, side: int, *keys: str) -> None:
         """Raise ConfigError unless an image can be halved between the levels whose widths these keys list."""
-        counts = {key: len(getattr(self, key)) for key in keys}
-        halvings = sum(counts.values()) - len(counts)
+        halvings = sum(len(getattr(self, key)) - 1 for key in keys)
         if side % 2**halvings:
-            levels = " and ".join(f"{count} {key}" for key, count in counts.items())
+            levels = " and ".join(f"{len(getattr(self, key))} {key}" for key in keys)
             raise ConfigError(
                 f"{levels} halve an image {halvings} times, so its side must be a multiple of {2**halvings}, not {side}"
                 ": give fewer of them"

@@ -9,6 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.training import seeding
+
+
+class FrozenModel(nn.Module):
+    """A network that is used as it is, and told from others by its weights."""
+
+    def freeze(self) -> FrozenModel:
+        """Switch to eval mode, without gradients."""
+        return self.eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """Compute the SHA-256 over all weights."""
+        return seeding.hash_tensors(self.state_dict())
+
+    def frozen_bytes(self) -> int:
+        """Count the bytes of all weights as they lie in memory."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
+
 
 class Frozen(nn.Module):
     """Holds a network outside of everything that training touches.
@@ -25,12 +43,8 @@ class Frozen(nn.Module):
         super().__init__()
         self.num_features: int = network.num_features
         self.learned = learned
-        self._held = (network,)  # a tuple hides it from parameters(), to(), train()
+        self.__dict__["network"] = network  # nn.Module does not see it: no parameters(), no to(), no train()
         self.freeze()
-
-    @property
-    def network(self) -> nn.Module:
-        return self._held[0]
 
     def freeze(self, bf16: bool = False) -> None:
         """Make it constant; with ``bf16`` its matrices are kept as autocast would round them at every call."""
@@ -41,12 +55,12 @@ class Frozen(nn.Module):
                     module.to(torch.bfloat16)
 
     def nbytes(self) -> int:
-        """Bytes of its weights in memory."""
-        return sum(value.numel() * value.element_size() for value in self.network.state_dict().values())
+        """Count the bytes of its weights in memory."""
+        return sum(value.nbytes for value in self.network.state_dict().values())
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """What the network says, without gradients."""
+        """Return what the network says, without gradients."""
         return self.network(x)
 
     def __deepcopy__(self, memo: dict) -> Frozen:
@@ -65,14 +79,11 @@ class Frozen(nn.Module):
 
 @contextmanager
 def fixed(network: nn.Module) -> Iterator[nn.Module]:
-    """The network in eval mode and its parameters without gradients; afterwards both are as they were."""
-    training, learned = network.training, [value for value in network.parameters() if value.requires_grad]
-    network.eval()
-    for value in learned:
-        value.requires_grad_(False)
+    """Hold a network in eval mode and its parameters without gradients; afterwards both are as they were."""
+    training, learned = network.training, nn.ParameterList(p for p in network.parameters() if p.requires_grad)
     try:
-        yield network
+        learned.requires_grad_(False)
+        yield network.eval()
     finally:
-        for value in learned:
-            value.requires_grad_(True)
+        learned.requires_grad_(True)
         network.train(training)

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """Class vectors as rows of ``weight``, float (num_classes, D); subclasses say how they are compared."""
+    """logits = W f with class vectors as rows of ``weight``, float (num_classes, D).
+
+    Attributes:
+        spread: new rows are uniform in +-sqrt(spread / D). Here as those of ``torch.nn.Linear``.
+    """
+
+    spread = 1
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -34,9 +40,8 @@ class Head(nn.Module):
             generator: CPU generator of the new rows; None draws from torch's global one.
         """
         assert num_classes >= self.num_classes, f"a head of {self.num_classes} classes cannot shrink to {num_classes}"
-        # Drawn on the CPU: a seed then means the same rows on every device.
-        rows = self.draw_rows(torch.empty(num_classes - self.num_classes, self.num_features), generator)
-        self.weight = nn.Parameter(torch.cat([self.weight.data, rows.to(self.weight)]))
+        rows = self._draw(num_classes - self.num_classes, self.num_features, generator)
+        self.weight = nn.Parameter(torch.cat([self.weight.data, rows]))
 
     def widen(self, num_features: int, generator: torch.Generator | None = None) -> None:
         """Take longer features: add columns up to a total of ``num_features``; the old columns keep every bit.
@@ -48,17 +53,24 @@ class Head(nn.Module):
             generator: as for `grow`.
         """
         assert num_features >= self.num_features, f"features of {self.num_features} cannot shrink to {num_features}"
-        rows = self.draw_rows(torch.empty(self.num_classes, num_features), generator).to(self.weight)
+        rows = self._draw(self.num_classes, num_features, generator)
         rows[:, : self.num_features] = self.weight.data
         self.weight = nn.Parameter(rows)
 
-    def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Fill new rows, float (R, D), in place: as ``torch.nn.Linear`` does, unless a subclass says otherwise."""
-        return _uniform(rows, 1 / math.sqrt(rows.shape[1]), generator)
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, num_classes)."""
+        return F.linear(features, self.weight)
+
+    def _draw(self, count: int, num_features: int, generator: torch.Generator | None) -> Tensor:
+        bound = math.sqrt(self.spread / num_features)
+        # Drawn on the CPU: a seed then means the same rows on every device.
+        return nn.init.uniform_(torch.empty(count, num_features), -bound, bound, generator).to(self.weight)
 
 
 class LinearHead(Head):
     """logits = W f + b; rows start Kaiming-uniform for a linear layer, biases at zero, as in PyCIL."""
+
+    spread = 3
 
     def __init__(self, num_features: int):
         super().__init__(num_features)
@@ -69,20 +81,9 @@ class LinearHead(Head):
         super().grow(num_classes, generator)
         self.bias = nn.Parameter(F.pad(self.bias.data, (0, num_classes - len(self.bias))))
 
-    def draw_rows(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _uniform(rows, math.sqrt(3 / rows.shape[1]), generator)
-
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, D) to logits (B, num_classes)."""
+        """Map features (B, D) to logits (B, num_classes)."""
         return F.linear(features, self.weight, self.bias)
-
-
-class PlainHead(Head):
-    """logits = W f without bias; rows start as those of ``torch.nn.Linear`` (Cywinski et al., arXiv:2403.03938)."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, D) to logits (B, num_classes)."""
-        return F.linear(features, self.weight)
 
 
 class CosineHead(Head):
@@ -93,12 +94,9 @@ class CosineHead(Head):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, D) of any length to logits (B, num_classes) in [-s, s]."""
+        """Map features (B, D) of any length to logits (B, num_classes) in [-s, s]."""
         return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
 
 
-HEADS = {"linear": LinearHead, "cosine": CosineHead, "plain": PlainHead}
-
-
-def _uniform(rows: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
-    return nn.init.uniform_(rows, -bound, bound, generator=generator)
+# Without a bias as in Cywinski et al. (arXiv:2403.03938).
+HEADS = {"linear": LinearHead, "cosine": CosineHead, "plain": Head}

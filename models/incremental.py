@@ -28,7 +28,7 @@ class IncrementalNet(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Classes seen so far, the width of the logits."""
+        """Number of classes seen so far, the width of the logits."""
         return self.head.num_classes
 
     def grow(self, num_classes: int, generator: torch.Generator | None = None) -> None:
@@ -45,11 +45,11 @@ class IncrementalNet(nn.Module):
         return self.backbone(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images, float (B, 3, H, W), to logits (B, num_classes)."""
+        """Map images, float (B, 3, H, W), to logits (B, num_classes)."""
         return self.head(self.features(x))
 
     def layout(self) -> dict[str, Any]:
-        """What `rebuild` needs to give a new network the shapes of this one, as JSON."""
+        """Return what `rebuild` needs to give a new network the shapes of this one, as JSON."""
         return {"num_seen": self.num_classes}
 
     def rebuild(self, layout: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class IncrementalNet(nn.Module):
         self.grow(layout["num_seen"])
 
     def numbered_state(self) -> dict[str, Tensor]:
-        """The state by place and kind of tensor: the same names, however a network is cut into modules."""
+        """Return the state by place and kind of tensor: the same names, however a network is cut into modules."""
         named = enumerate(self.state_dict().items())
         return {f"{place}.{name.rpartition('.')[2]}": value for place, (name, value) in named}
 
@@ -67,13 +67,12 @@ class IncrementalNet(nn.Module):
         self.load_state_dict({name: state[numbered] for numbered, name in names})
 
     def constant_parts(self) -> list[nn.Module]:
-        """Parts that no later task changes."""
+        """List the parts that no later task changes."""
         return []
 
     def frozen_copy(self) -> IncrementalNet:
-        """A teacher in eval mode without gradients: a deep copy that shares what is constant."""
-        shared = {id(part): part for part in self.constant_parts()}
-        teacher = copy.deepcopy(self, shared).eval().requires_grad_(False)
+        """Make a teacher in eval mode without gradients: a deep copy that shares what is constant."""
+        teacher = copy.deepcopy(self, {id(part): part for part in self.constant_parts()}).eval().requires_grad_(False)
         teacher.zero_grad(set_to_none=True)  # a deep copy also carries the last gradients
         return teacher
 

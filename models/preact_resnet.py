@@ -16,11 +16,8 @@ EPS = 1e-6  # of every normalisation
 
 
 def _unit(in_channels: int, channels: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.BatchNorm2d(in_channels, eps=EPS),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False),
-    )
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(nn.BatchNorm2d(in_channels, eps=EPS), nn.ReLU(inplace=True), conv)
 
 
 class _Block(nn.Module):

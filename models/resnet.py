@@ -24,8 +24,7 @@ class _Block(nn.Module):
         self.stride, self.extra_channels = stride, channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = F.relu(self.bn1(self.conv1(x)))
-        branch = self.bn2(self.conv2(branch))
+        branch = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1 or self.extra_channels:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
         return F.relu(x + branch)
@@ -49,8 +48,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W), mean 0 and deviation 1 per channel, to non-negative features (B, 64)."""
-        x = F.relu(self.bn(self.conv(x)))
-        return self.stages(x).mean(dim=(2, 3))
+        return self.stages(F.relu(self.bn(self.conv(x)))).mean(dim=(2, 3))
 
 
 def build_stages(block: type[nn.Module], in_channels: int, widths: Sequence[int], blocks: int) -> nn.Sequential:
@@ -62,12 +60,12 @@ def build_stages(block: type[nn.Module], in_channels: int, widths: Sequence[int]
         widths: channels of every stage.
         blocks: per stage.
     """
-    stages = []
+    stages = nn.Sequential()
     for channels in widths:
         first = block(in_channels, channels, 2 if stages else 1)
         stages.append(nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1))))
         in_channels = channels
-    return nn.Sequential(*stages)
+    return stages
 
 
 def init_conv(module: nn.Module) -> None:
@@ -76,20 +74,12 @@ def init_conv(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-@BACKBONES.register("resnet20")
-def resnet20(options: BackboneOptions) -> nn.Module:
-    """Depth 20, 64 features."""
-    return CifarResNet(blocks=3)
-
-
-@BACKBONES.register("resnet32")
-def resnet32(options: BackboneOptions) -> nn.Module:
-    """Depth 32, 64 features, 463,504 parameters: the field's network for CIFAR."""
-    return CifarResNet(blocks=5)
+def _cifar_resnet(blocks: int, options: BackboneOptions) -> nn.Module:
+    return CifarResNet(blocks)
 
 
 def _torchvision_resnet(name: str, options: BackboneOptions) -> nn.Module:
-    """torchvision's network with another stem and without its classifier; its own weight files still fit."""
+    """Give torchvision's network another stem and take its classifier away; its own weight files still fit."""
     from torchvision.models import get_model
 
     network = get_model(name, weights=None)
@@ -103,5 +93,8 @@ def _torchvision_resnet(name: str, options: BackboneOptions) -> nn.Module:
     return network
 
 
+# Depth 32, with 463,504 parameters, is the field's network for CIFAR.
+for _depth in (20, 32):
+    BACKBONES.register(f"resnet{_depth}")(partial(_cifar_resnet, _depth // 6))
 for _name in ("resnet18", "resnet34", "resnet50"):
     BACKBONES.register(_name)(partial(_torchvision_resnet, _name))

@@ -55,18 +55,15 @@ def check_backbone_name(name: str, options: BackboneOptions, fetch: bool = False
     """
     if options.weights is not None:
         check_weights_file(options.weights)
-    _check_args(name, options)
-    if name.lower() in BACKBONES:
-        return
-    import timm
+    name = _full_name(name, options)
+    if name not in BACKBONES and options.wants_published and (fetch or options.offline):
+        import timm
 
-    name = _timm_name(name, options)
-    if options.wants_published and (fetch or options.offline):
         published_weights(timm.get_pretrained_cfg(name), options.offline)
 
 
 def has_weights(name: str, options: BackboneOptions) -> bool:
-    """Whether a backbone starts from weights that somebody trained; else it starts at random."""
+    """Say whether a backbone starts from weights that somebody trained; else it starts at random."""
     return options.weights is not None or (options.pretrained and name.lower() not in BACKBONES)
 
 
@@ -82,36 +79,31 @@ def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
         ConfigError: for an unknown name or tag, a missing tag, or a size of images or arguments that do not suit it.
         WeightsError: if weights are absent, unreadable or do not fit.
     """
-    _check_args(name, options)
-    if name.lower() in BACKBONES:
-        backbone = network = BACKBONES[name.lower()](options)
-    else:
-        network = _build_timm(_timm_name(name, options), options)
-        backbone = TimmBackbone(network)
+    name = _full_name(name, options)
+    network = BACKBONES[name](options) if name in BACKBONES else _build_timm(name, options)
     if options.weights is not None:
         _load_local(network, options.weights)
-    return backbone
+    return network if name in BACKBONES else TimmBackbone(network)
 
 
-def _check_args(name: str, options: BackboneOptions) -> None:
-    given = f"backbone_args={options.args!r}"
-    if not options.args:
-        return
-    if name.lower() in BACKBONES:
-        raise ConfigError(f"{given} is for timm's models: {name} takes no arguments")
-    if options.wants_published:
+def _full_name(name: str, options: BackboneOptions) -> str:
+    """Return one of our names, or a timm name that says all that is needed."""
+    if options.args and name.lower() in BACKBONES:
+        raise ConfigError(f"backbone_args={options.args!r} is for timm's models: {name} takes no arguments")
+    if options.args and options.wants_published:
         raise ConfigError(
-            f"{given} builds another network than the published weights of {name} are for: say pretrained=false to "
-            "train it from scratch, or name a file that fits with backbone_weights"
+            f"backbone_args={options.args!r} builds another network than the published weights of {name} are for: "
+            "pretrained=false trains it from scratch, backbone_weights names a file that fits"
         )
     if taken := sorted(set(options.args) & set(OURS_TO_SAY)):
         raise ConfigError(f"backbone_args.{taken[0]} follows from the data and other keys: leave it out")
+    return name.lower() if name.lower() in BACKBONES else _timm_name(name.lower(), options)
 
 
 def _timm_name(name: str, options: BackboneOptions) -> str:
     import timm
 
-    name = PILOT_ALIASES.get(name.lower(), name.lower())
+    name = PILOT_ALIASES.get(name, name)
     base, _, tag = name.partition(".")
     if base not in timm.list_models():
         known = [*BACKBONES.names(), *PILOT_ALIASES, *timm.list_models(), *timm.list_pretrained()]
@@ -131,7 +123,7 @@ def _timm_name(name: str, options: BackboneOptions) -> str:
 def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
     import timm
 
-    cfg = timm.get_pretrained_cfg(name)
+    cfg, images = timm.get_pretrained_cfg(name), f"images of {options.image_size} px"
     arguments: dict = {"num_classes": 0, **options.args}
     if cfg is not None and cfg.fixed_input_size:
         # Also with published weights: timm then interpolates the positions.
@@ -144,14 +136,10 @@ def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
     try:
         network = timm.create_model(name, **arguments)
     except REFUSALS as error:
-        given = f" with backbone_args={options.args!r}" if options.args else ""
-        raise ConfigError(
-            f"timm cannot build {name} for images of {options.image_size} px{given}: {error or type(error).__name__}"
-        ) from error
+        given, reason = f"backbone_args={options.args!r}", error or type(error).__name__
+        raise ConfigError(f"timm cannot build {name} for {images} with {given}: {reason}") from error
     if 0 in getattr(getattr(network, "patch_embed", None), "grid_size", ()):
-        raise ConfigError(
-            f"images of {options.image_size} px are smaller than one patch of {name}: use larger images or a ResNet"
-        )
+        raise ConfigError(f"{images} are smaller than one patch of {name}: use larger images or a ResNet")
     return network
 
 

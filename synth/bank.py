@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ from synth.requests import Requests
 from utils.data.images import ImageSet
 from utils.data.manager import DataManager
 from utils.run.errors import BankError
-from utils.run.files import file_hash
 from utils.run.folder import replay_manifest
+from utils.run.log import log
 from utils.run.manifest import shorten
 
-log = logging.getLogger("reprise")
 LABEL_FIELDS = ("dataset", "class_order", "classes")  # what must fit of images that this run does not draw itself
 REMEDY = "Give another --name or syn_image_path, or delete the folder"
-REDRAW = "redraw_"  # folders of images that were drawn again for a later task
 
 
 class Bank:
@@ -44,20 +41,37 @@ class Bank:
 
     # ------------------------------------------------------------------ drawing and reading
 
-    def fill(self, index: int) -> None:
-        """Bring `task_<t>` to its full count: draw what is missing, or see that given images are enough.
+    def fill(self, index: int, later: int | None = None) -> ImageFolder:
+        """Bring a folder of a task to its full count: draw what is missing, or see that given images are enough.
+
+        Args:
+            index: of the task; the folder is `task_<t>`.
+            later: a task that asks for images of its own, in `task_<t>/redraw_<later>`.
 
         Raises:
             BankError: if the folder holds images of another run, or given ones are too few or of unknown classes.
         """
-        self._fill(self._folder(index), index, index)
+        folder = self._folder(index) if later is None else self._folder(index) / f"redraw_{later}"
+        if folder in self.folders:
+            return self.folders[folder]
+        self.claim_root()
+        classes, key = self.classes_of(index), (self.run.seed, self.config.name, index if later is None else later)
+        per_class = self.per_class(classes[0])
+        place = self.place(folder, index, key, per_class=per_class)
+        adopted = self._adopt(place)
+        place.claim(LABEL_FIELDS if adopted else None)
+        if not adopted and place.draw(self.source, [Requests.of_classes(classes, per_class, key)]):
+            place.write_preview([self._read(place, label) for label in classes])
+        self.folders[folder] = place
+        return place
 
     def redraw(self, index: int) -> ImageSet:
-        """Draw all classes before a task anew from the source as it is, into `task_<t of the class>/redraw_<index>`."""
+        """Draw all classes before a task anew from the source as it is."""
         images = ImageSet()
         for earlier in range(index):
-            place = self._fill(self._folder(earlier) / f"{REDRAW}{index}", earlier, index)
-            images = images + self._read(place, self.classes_of(earlier))
+            place = self.fill(earlier, index)
+            drawn = (self._read(place, label) for label in self.classes_of(earlier))
+            images = images + sum(drawn, ImageSet()).merged()
         return images
 
     def stored(self, classes: Iterable[int]) -> ImageSet:
@@ -66,8 +80,7 @@ class Bank:
         Raises:
             BankError: if a class has none, or images are missing or damaged.
         """
-        wanted = [label for label in classes if self.kept.get(label) != 0]
-        return sum((self._read(self._open(self.task_of[label]), [label]) for label in wanted), ImageSet())
+        return sum((self._read(self._open(self.task_of[label]), label) for label in classes), ImageSet())
 
     def holds(self, index: int) -> bool:
         """Whether there are images of a task."""
@@ -75,91 +88,61 @@ class Bank:
 
     def newest(self, label: int) -> list[str]:
         """Return paths of the last images drawn of a class; empty if none were."""
-        own = self._folder(self.task_of[label])
-        redrawn = [path for path in self.folders if path.parent == own]
-        for path in [*sorted(redrawn, key=lambda path: int(path.name.removeprefix(REDRAW)), reverse=True), own]:
-            if path in self.folders and (images := self.folders[path].of_class(label)):
-                return list(map(str, images))
-        return []
-
-    def _fill(self, folder: Path, index: int, drawn_for: int) -> ImageFolder:
-        """Fill a folder with a task's classes; images are drawn in the name of the task that asks for them."""
-        given, classes = not self.config.need_syn_imgs, self.classes_of(index)
-        if given and folder in self.folders:
-            return self.folders[folder]
-        if not given:
-            self.claim_root()
-        per_class = self.per_class(classes[0])
-        place = self.place(folder, index, self.key(drawn_for), per_class=per_class)
-        adopted = self._adopt(place)
-        place.claim(LABEL_FIELDS if adopted else None)
-        self.folders[folder] = place
-        requests = Requests.of_classes(classes, per_class, self.key(drawn_for))
-        if not adopted and place.lacks([requests]):
-            place.draw(self.source, [requests])
-            place.write_preview([self._read(place, [label]) for label in classes])
-        return place
+        drawn = (place.of_class(label) for place in reversed(self.folders.values()))
+        return next((list(map(str, images)) for images in drawn if images), [])
 
     def _adopt(self, place: ImageFolder) -> bool:
         """Take over images that another run or program left, where they are to be used; whether they are such."""
-        given, may_adopt, known = not self.config.need_syn_imgs, self.config.adopt_syn_images, place.manifest.exists
-        if known and not given:
-            return bool(place.manifest.read().get("adopted"))
-        found = list(place.manifest.files()) or found_images(place.folder)
+        manifest, given, may_adopt = place.manifest, not self.config.need_syn_imgs, self.config.adopt_syn_images
+        if (known := manifest.exists) and not given:
+            return bool(manifest.read().get("adopted"))
+        found = list(manifest.files()) or found_images(place.folder)
         if not given and not (may_adopt and found):
             return False
-        wanted, own = place.manifest.identity["per_class"], place.manifest.identity["classes"]
-        counts = {label: sum(name.startswith(f"{label}/") for name in found) for label in own}
+        wanted = manifest.identity["per_class"]
+        counts = {label: sum(name.startswith(f"{label}/") for name in found) for label in manifest.identity["classes"]}
         if min(counts.values()) < wanted:
             key = "need_syn_imgs=false" if given else "adopt_syn_images=true"
-            raise BankError(
-                f"{key}, but {place.folder} has {shorten(counts)} images per class, {wanted} are wanted: name another "
-                f"folder with syn_image_path, lower syn_per_class, or leave {key} out"
-            )
+            remedy = f"name another folder with syn_image_path, lower syn_per_class, or leave {key} out"
+            there = f"{place.folder} has {shorten(counts)} images per class"
+            raise BankError(f"{key}, but {there}, {wanted} are wanted: {remedy}")
         if not known and not may_adopt:
-            raise BankError(
-                f"{place.folder} holds images but no manifest.json, so nobody knows whose classes they are: set "
-                "synth.adopt_syn_images=true if they are of this data set, in this class order, or name another folder"
-            )
+            remedy = "name another folder, or set synth.adopt_syn_images=true if they are of this data set and order"
+            raise BankError(f"{place.folder} holds images, but no manifest.json says of which classes: {remedy}")
         if not known:
             log.info("Adopted %d images in %s, taken to be in this run's class order", len(found), place.folder)
             with self.run.runtime.accelerator.main_process_first():
                 if self.run.runtime.is_main:
-                    hashes = {name: file_hash(place.folder / name) for name in found}
-                    place.manifest.store(hashes, weights=None, adopted=True)
+                    manifest.seal(found, weights=None, adopted=True)
         return True
 
     def _folder(self, index: int) -> Path:
         return self.root / f"task_{index}"
 
     def _open(self, index: int) -> ImageFolder:
-        """Return the folder of a task; one that an earlier process filled must be whole."""
+        """Return the folder of a task, empty if nothing was drawn; one that an earlier process filled must be whole."""
         folder = self._folder(index)
-        if folder not in self.folders:
-            place = self.place(folder, index, self.key(index))
+        if folder in self.folders:
+            return self.folders[folder]
+        if not self.config.need_syn_imgs and self.holds(index):
+            return self.fill(index)
+        # Whose it is was seen when it was filled; saying it again would hash a generator for every class.
+        place = ImageFolder(folder, self.run, {}, REMEDY)
+        if place.manifest.files():
             place.files = place.manifest.verify()["files"]
             self.folders[folder] = place
-        return self.folders[folder]
+        return place
 
-    def _read(self, place: ImageFolder, classes: list[int]) -> ImageSet:
-        """Return the first images of every class, as many as are wanted; a folder of another run may hold more."""
-        images = ImageSet()
-        for label in classes:
-            wanted = self.kept.get(label, self.per_class(label))
-            found = place.images(label, wanted)
-            if len(found) < wanted:
-                raise BankError(
-                    f"{place.folder} has {len(found)} of {wanted} replay images of class {label}: a later "
-                    "checkpoint gave the others up, or they were drawn for another run; begin anew with --overwrite"
-                )
-            images = images + found
-        return images.merged()
+    def _read(self, place: ImageFolder, label: int) -> ImageSet:
+        """Return the first images of a class, as many as are wanted; a folder of another run may hold more."""
+        wanted = self.kept.get(label, self.per_class(label))
+        found = place.images(label, wanted)
+        if len(found) < wanted:
+            why = "a later checkpoint gave the others up, or they are of another run; begin anew with --overwrite"
+            raise BankError(f"{place.folder} has {len(found)} of {wanted} replay images of class {label}: {why}")
+        return found
 
     # ------------------------------------------------------------------ whose they are
-
-    def key(self, index: int) -> tuple[int | str, ...]:
-        """Return the random key of images that are drawn in the name of a task."""
-        return self.run.seed, self.config.name, index
 
     def place(self, folder: Path, index: int, key: tuple[int | str, ...], **also: Any) -> ImageFolder:
         """Return a folder of a task's images, neither claimed nor looked at yet.
@@ -171,16 +154,13 @@ class Bank:
             also: JSON that must be equal too for images to belong to this run.
         """
         order = self.data.class_order
-        identity = {
-            **identify(self.source, order),
-            "sample_key": list(key),
-            "classes": name_classes(self.source, order, self.classes_of(index)),
-        }
-        return ImageFolder(folder, self.run, identity | also, REMEDY)
+        classes = name_classes(self.source, order, self.classes_of(index))
+        identity = {**identify(self.source, order), "sample_key": list(key), "classes": classes, **also}
+        return ImageFolder(folder, self.run, identity, REMEDY)
 
     def claim_root(self) -> None:
         """Make the folder of all images this project's, so that --overwrite may delete it; not one the user named."""
-        if self.config.syn_image_path is None and self.run.runtime.is_main:
+        if self.config.need_syn_imgs and self.config.syn_image_path is None and self.run.runtime.is_main:
             replay_manifest(self.root).claim()
 
     def classes_of(self, index: int) -> list[int]:
@@ -214,16 +194,8 @@ class Bank:
     def prune(self) -> None:
         """Delete what was given up, once a checkpoint knows it: until then, a killed run repeats its task with all."""
         for label, count in self.kept.items():
-            if place := self._claimed(label):
-                place.forget(place.of_class(label)[count:])
-
-    def _claimed(self, label: int) -> ImageFolder | None:
-        """Return the folder of a class; None if nothing was drawn into it."""
-        index = self.task_of[label]
-        folder = self._folder(index)
-        there = folder in self.folders or self.place(folder, index, self.key(index)).manifest.files()
-        return self._open(index) if there else None
+            place = self._open(self.task_of[label])
+            place.forget(place.of_class(label)[count:])
 
     def _images(self, label: int) -> list[Path]:
-        place = self._claimed(label)
-        return [] if place is None else place.of_class(label)[: self.kept.get(label)]
+        return self._open(self.task_of[label]).of_class(label)[: self.kept.get(label)]

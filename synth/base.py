@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,9 +17,8 @@ from utils.data.manager import Task
 from utils.run.carried import Carried
 from utils.run.config import SourceConfig
 from utils.run.errors import NotFittedError, WeightsError
+from utils.run.log import log
 from utils.training.run import Run
-
-log = logging.getLogger("reprise")
 
 
 class ReplaySource(ABC):
@@ -33,9 +32,7 @@ class ReplaySource(ABC):
         dataset: for image size, channels and augmentation; its images are not touched.
     """
 
-    class Config(SourceConfig):
-        pass
-
+    Config: type[SourceConfig] = SourceConfig
     usual_replay: type | None = None  # kind of `synth.replay.Replay` that it needs; None: what its config says
     samples = "images"  # or "features": what `generate` makes
     wants_past = False  # whether `fit_after` looks at the samples of the past
@@ -99,12 +96,9 @@ class ReplaySource(ABC):
 
     def require_fitted(self, labels: Tensor) -> None:
         """Raise NotFittedError if a label was never learned."""
-        unknown = sorted(set(labels.tolist()) - self.fitted_classes)
-        if unknown:
-            raise NotFittedError(
-                f"cannot generate classes {unknown}: this source has learned {sorted(self.fitted_classes)}; "
-                "fit it on their task first"
-            )
+        if unknown := sorted(set(labels.tolist()) - self.fitted_classes):
+            known = f"this source has learned {sorted(self.fitted_classes)}"
+            raise NotFittedError(f"cannot generate classes {unknown}: {known}; fit it on their task first")
 
     def in_chunks(self, requests: Requests, draw: Callable[[Requests], Sequence[Tensor]]) -> list[Tensor]:
         """Draw chunk by chunk, in order; where the device runs out of memory, go on in chunks of half the size.
@@ -120,30 +114,17 @@ class ReplaySource(ABC):
             torch.OutOfMemoryError: if a single request is too many.
         """
         samples: list[Tensor] = []
-        done = 0
-        while done < len(requests):
-            chunk = requests.take(torch.arange(done, min(done + self.chunk_size, len(requests))))
-            drawn = _if_it_fits(draw, chunk)
-            if drawn is not None:
-                samples += drawn
-                done += len(chunk)
-                continue
-            self.chunk_size = len(chunk) // 2
-            log.warning(
-                "Too little memory to draw %d images at once: going on with %d at a time, which may move a pixel by a "
-                "grey level; synth.sample_batch=%d says so from the start", len(chunk), *[self.chunk_size] * 2,
-            )  # fmt: skip
+        while len(samples) < len(requests):
+            chunk = requests.take(torch.arange(len(samples), len(requests))[: self.chunk_size])
+            try:
+                samples += draw(chunk)
+            except torch.OutOfMemoryError:  # leaving this block, before the next draw, frees what the failed one held
+                if len(chunk) == 1:
+                    raise
+                self.chunk_size = len(chunk) // 2
+                log.warning("Too little memory to draw %d images at once: going on with %d at a time, which may move a "
+                            "pixel by a grey level (synth.sample_batch)", len(chunk), self.chunk_size)  # fmt: skip
         return samples
-
-
-def _if_it_fits(draw: Callable[[Requests], Sequence[Tensor]], chunk: Requests) -> Sequence[Tensor] | None:
-    """Return the drawn samples, or None where memory ran out; leaving this frame frees what the failed draw held."""
-    try:
-        return draw(chunk)
-    except torch.OutOfMemoryError:
-        if len(chunk) == 1:
-            raise
-        return None
 
 
 def show_progress(source: ReplaySource, task: Task, epoch: int, before: int = 0) -> None:
@@ -163,15 +144,9 @@ def show_progress(source: ReplaySource, task: Task, epoch: int, before: int = 0)
         source.watcher(before + epoch)
 
 
-def learns_after(source: ReplaySource) -> bool:
-    """Whether a source learns a task once the classifier has trained; else it does before."""
-    return type(source).fit_after is not ReplaySource.fit_after
-
-
 def weights_place(source: ReplaySource) -> str:
     """Say whether the weights that a source starts from are on this machine."""
-    try:
+    with suppress(WeightsError):
         source.check_weights(source.config, offline=True)
-    except WeightsError:
-        return "not yet on this machine"
-    return "on this machine"
+        return "on this machine"
+    return "not yet on this machine"

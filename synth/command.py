@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import Field, SerializeAsAny
 
 from synth import SOURCES, build_source_config
-from utils.data.datasets import Dataset
+from synth.base import ReplaySource
+from utils.data.datasets import Dataset, load_dataset
+from utils.data.manager import DataManager, cut_tasks
 from utils.run.config import NOT_IDENTITY, RunConfig, SourceConfig
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.files import read_json
@@ -21,9 +23,9 @@ from utils.run.manifest import MANIFEST, Manifest
 from utils.run.registry import nearest
 from utils.run.words import ALIASES, apply_overrides, flat_keys, read_experiment, translate
 from utils.training.checkpoint import Checkpoints
+from utils.training.run import Run
 
 FITTED = "fitted.json"  # manifest of a folder that synth.train has finished
-SECTION = "reprise"  # of a CompVis YAML: what such a file does not say, the data and the source
 # What an experiment file says of the classifier, its memory and the run's name: nothing that a source could see.
 OF_THE_CLASSIFIER = {
     "prefix", "model_name", "memory_size", "memory_per_class", "fixed_memory", "convnet_type", "stem", "pretrained",
@@ -73,18 +75,17 @@ def command_parser(name: str, text: str) -> argparse.ArgumentParser:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Read the keys of an experiment file, or of a CompVis YAML's section `reprise`.
+    """Read the keys of an experiment file, or of a CompVis YAML's section `reprise`: its data and its source.
 
     A YAML without that section describes a model and nothing else: the source "ldm" then reads it.
 
     Raises:
         ConfigError: if the file is absent, broken, or holds no object.
     """
-    keys: Any
-    if Path(path).suffix in (".yaml", ".yml"):
-        keys = read_experiment(path, yaml.safe_load).get(SECTION, {"synth": {"name": "ldm", "yaml": str(path)}})
-    else:
-        keys = read_experiment(path)
+    is_yaml = Path(path).suffix in (".yaml", ".yml")
+    keys = read_experiment(path, yaml.safe_load if is_yaml else json.loads)
+    if is_yaml:
+        keys = keys.get("reprise", {"synth": {"name": "ldm", "yaml": str(path)}})
     if not isinstance(keys, dict) or not isinstance(keys.get("synth") or {}, dict):
         raise ConfigError(f"{path}: must hold keys such as dataset and synth, and synth an object with a name")
     return keys
@@ -108,24 +109,29 @@ def build_fit_config(raw: dict[str, Any], args: argparse.Namespace) -> FitConfig
             raise ConfigError(f"--set {override}: unknown key {key!r}{nearest(key, FitConfig.model_fields)}")
     raw = translate(apply_overrides(raw, args.overrides))
     raw |= {key: value for key, value in vars(args).items() if key in FitConfig.model_fields and value is not None}
-    if raw.get("synth") is None:
-        raise ConfigError('no replay source is named: add "synth": {"name": ...} to the file, or --set synth.name=ddpm')
+    source = build_source_config(raw.get("synth")).model_copy(update=OWN_FOLDERS)
     if raw.get("dataset") is None:
         raise ConfigError("the file does not say which data: give --dataset")
     if raw.get("model_name"):
-        _require_class_order(raw)
+        # Learners have defaults of their own for these keys; a guess would give the classes other labels than the run.
+        for key in ["shuffle", "few_shot_draw"] if raw.get("kshot") else ["shuffle"]:
+            if raw.get(key) is None:
+                why = f"the file leaves {key!r} to the learner {raw['model_name']!r}, whose default is not known here"
+                raise ConfigError(f"{why}: give --set {key}=..., so that classes and images are those of the run")
         raw = {key: value for key, value in raw.items() if key in FitConfig.model_fields}
-    return FitConfig.build({**raw, "synth": build_source_config(raw["synth"]).model_copy(update=OWN_FOLDERS)})
+    return FitConfig.build({**raw, "synth": source})
 
 
-def _require_class_order(raw: dict[str, Any]) -> None:
-    """Learners have defaults of their own for these keys; a guess would give the classes other labels than the run."""
-    for key in ["shuffle", "few_shot_draw"] if raw.get("kshot") else ["shuffle"]:
-        if raw.get(key) is None:
-            raise ConfigError(
-                f"the file leaves {key!r} to the learner {raw['model_name']!r}, whose default is not known here: "
-                f"give --set {key}=..., so that classes and images are those of the run"
-            )
+def cut_data(config: FitConfig) -> tuple[FitConfig, DataManager]:
+    """Read the data set and cut its tasks; return the config with them."""
+    dataset = load_dataset(config.data_name, config.data_dir, config.offline)
+    config = config.scheduled(dataset.num_classes)
+    return config, cut_tasks(config, config.seed[0], dataset)
+
+
+def make_source(config: FitConfig, run: Run, data: DataManager | FittedSource) -> ReplaySource:
+    """Build the source of a config, which has learned nothing yet."""
+    return SOURCES[config.synth.name](config.synth, run, len(data.class_names), data.class_names, data.dataset)
 
 
 def pick_classes(wanted: Iterable[int | str], class_names: list[str], known: Iterable[int], what: str) -> list[int]:
@@ -140,20 +146,17 @@ def pick_classes(wanted: Iterable[int | str], class_names: list[str], known: Ite
     Raises:
         ConfigError: if one is unknown; the nearest known name is named.
     """
-    known, picked = sorted(known), set()
+    known, texts = sorted(known), [str(item).strip() for item in wanted]
     by_name = {class_names[label].lower(): label for label in known}
-    for item in map(str, wanted):
-        text = item.strip()
-        label = int(text) if text.isdigit() else by_name.get(text.lower(), -1)
+    labels = [int(text) if text.isdigit() else by_name.get(text.lower(), -1) for text in texts]
+    for text, label in zip(texts, labels):
         if label not in known:
             shown = ", ".join(f"{label} ({class_names[label]})" for label in known[:10]) + ", ..." * (len(known) > 10)
             raise ConfigError(f"{what} {text!r}: no such class{nearest(text.lower(), by_name) or '.'} Known: {shown}")
-        picked.add(label)
-    return sorted(picked) or known
+    return sorted(set(labels)) or known
 
 
-@dataclass(frozen=True)
-class FittedSource:
+class FittedSource(NamedTuple):
     """A source on disk, fitted by `synth.train` or by a run.
 
     Attributes:
@@ -184,8 +187,7 @@ def find_fitted(path: Path) -> FittedSource | None:
     Raises:
         CheckpointError: if the source is damaged, or nothing says what it was fitted on.
     """
-    folder = _source_folder(path.absolute())
-    if folder is None:
+    if (folder := _source_folder(path.absolute())) is None:
         return None
     home = next((parent for parent in (folder, *folder.parents) if (parent / DESCRIPTION).exists()), None)
     if home is None:
@@ -202,15 +204,12 @@ def _source_folder(path: Path) -> Path | None:
     if (path / FITTED).exists():
         fitted_manifest(path).verify()
         return path
-    folder = path if path.name == "source" else path / "source"
-    if folder.is_dir():
-        remedy = "name another checkpoint, or repeat the run that wrote it"
-        kind = read_json(folder.parent / MANIFEST, remedy).get("kind")
-        Manifest(folder.parent, "source" if kind == "source" else "checkpoint", remedy=remedy).verify()
-        return folder
     checkpoints = Checkpoints(path / "checkpoints", "task")  # of a training or a run that goes on
-    for number in checkpoints.numbers():
-        if (checkpoints.path(number) / "source").is_dir():
-            checkpoints.manifest(number).verify()
-            return checkpoints.path(number) / "source"
-    return None
+    homes = [path.parent if path.name == "source" else path, *map(checkpoints.path, checkpoints.numbers())]
+    home = next((home for home in homes if (home / "source").is_dir()), None)
+    if home is None:
+        return None
+    remedy = "name another checkpoint, or repeat the run that wrote it"
+    kind = read_json(home / MANIFEST, remedy).get("kind")
+    Manifest(home, "source" if kind == "source" else "checkpoint", remedy=remedy).verify()
+    return home / "source"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,12 +38,12 @@ class Process:
 
     @property
     def alpha_bar_prev(self) -> Tensor:
-        """alpha_bar one step earlier, 1 before the first."""
+        """Return alpha_bar one step earlier, 1 before the first."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
 
     @property
     def betas(self) -> Tensor:
-        """The noise variances between kept steps."""
+        """Return the noise variances between kept steps."""
         return 1 - self.alpha_bar / self.alpha_bar_prev
 
 
@@ -66,22 +67,17 @@ def respace(process: Process, spacing: str | int) -> Process:
     Raises:
         ConfigError: if no integer stride gives N steps, or N is not in 1..T.
     """
-    total = len(process)
-    text = str(spacing)
-    count = int(text.removeprefix("ddim")) if text.removeprefix("ddim").isdigit() else 0
+    total, text = len(process), str(spacing)
+    digits = text.removeprefix("ddim")
+    count = int(digits) if digits.isdigit() else 0
     if not 1 <= count <= total:
         raise ConfigError(f"timestep_respacing={text!r}: use 1 to {total}, or ddimN with such an N")
+    kept = np.linspace(0, total - 1, count).round().astype(int)
     if text.startswith("ddim"):
-        strides = [stride for stride in range(1, total + 1) if -(-total // stride) == count]
-        if not strides:
-            raise ConfigError(
-                f"timestep_respacing={text!r}: no integer stride through {total} steps gives {count} of them; "
-                f"use {count} without ddim"
-            )
-        kept = torch.arange(0, total, strides[0])
-    else:
-        stride = (total - 1) / max(count - 1, 1)
-        kept = torch.tensor([round(index * stride) for index in range(count)])
+        kept = np.arange(0, total, -(-total // count))  # the smallest stride that gives no more than N
+        if len(kept) < count:
+            why = f"no integer stride through {total} steps gives {count} of them"
+            raise ConfigError(f"timestep_respacing={text!r}: {why}; use {count} without ddim")
     return Process(process.alpha_bar[kept], process.timesteps[kept])
 
 
@@ -91,13 +87,13 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(process: Process, x0: Tensor, index: Tensor, eps: Tensor) -> Tensor:
-    """xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (DDPM, Eq. 4); ``index`` (B,) counts kept steps."""
+    """Return xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (DDPM, Eq. 4); ``index`` (B,) counts kept steps."""
     alpha_bar = process.alpha_bar[index.cpu()]
     return _rows(alpha_bar.sqrt(), x0) * x0 + _rows((1 - alpha_bar).sqrt(), x0) * eps
 
 
 def noise_prediction_loss(model: Model, process: Process, x0: Tensor) -> Tensor:
-    """Mean squared error of the predicted noise at uniform times (DDPM, Eq. 14); a scalar.
+    """Compute the mean squared error of the predicted noise at uniform times (DDPM, Eq. 14); a scalar.
 
     Draws from the global random generators of x0's device.
     """
@@ -108,17 +104,17 @@ def noise_prediction_loss(model: Model, process: Process, x0: Tensor) -> Tensor:
 
 
 def predict_x0(xt: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
-    """The clean image that noise eps implies."""
+    """Return the clean image that noise eps implies."""
     return (xt - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
 
 
 def predict_eps(xt: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
-    """The noise that a clean image x0 implies."""
+    """Return the noise that a clean image x0 implies."""
     return (xt - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
 
 
 def classifier_free(conditional: Model, unconditional: Model, guidance: float) -> Model:
-    """eps_u + g (eps_c - eps_u) (Ho and Salimans 2022, arXiv:2207.12598, in the g = 1 + w convention)."""
+    """Predict eps_u + g (eps_c - eps_u) (Ho and Salimans 2022, arXiv:2207.12598, in the g = 1 + w convention)."""
     if guidance in (0, 1):  # one of the two is all there is to compute
         return conditional if guidance else unconditional
 
@@ -151,10 +147,8 @@ def sample_ddim(model: Model, xt: Tensor, process: Process, bend: Bend | None = 
     return xt
 
 
-def sample_ddpm(
-    model: Model, xt: Tensor, process: Process, step_noise: Callable[[], Tensor], bend: Bend | None = None,
-    clip: bool = True,
-) -> Tensor:  # fmt: skip
+def sample_ddpm(model: Model, xt: Tensor, process: Process, step_noise: Callable[[], Tensor],
+                bend: Bend | None = None, clip: bool = True) -> Tensor:  # fmt: skip
     """Sample by ancestors, with variance beta (DDPM, Algorithm 2).
 
     Args:
@@ -167,10 +161,9 @@ def sample_ddpm(
     for t, alpha_bar, alpha_bar_prev in _backwards(process):
         x0, shift = _denoise(model, xt, t, alpha_bar, bend, clip)
         beta = 1 - alpha_bar / alpha_bar_prev
-        xt = (
-            alpha_bar_prev**0.5 * beta / (1 - alpha_bar) * x0
-            + (1 - beta) ** 0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt
-        )
+        of_x0 = alpha_bar_prev**0.5 * beta / (1 - alpha_bar)  # Eq. 7
+        of_xt = (1 - beta) ** 0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        xt = of_x0 * x0 + of_xt * xt
         if shift is not None:
             xt = xt + (beta if alpha_bar_prev < 1 else _last_variance(process)) * shift
         if alpha_bar_prev < 1:
@@ -178,9 +171,8 @@ def sample_ddpm(
     return xt
 
 
-def _denoise(
-    model: Model, xt: Tensor, t: Tensor, alpha_bar: float, bend: Bend | None, clip: bool
-) -> tuple[Tensor, Tensor | None]:
+def _denoise(model: Model, xt: Tensor, t: Tensor, alpha_bar: float, bend: Bend | None,
+             clip: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Predict x0 and, where sampling is bent, the gradient of ``bend`` with respect to xt.
 
     The graph is that of this one step: xt itself has none.
@@ -204,5 +196,4 @@ def _last_variance(process: Process) -> float:
 
 def _backwards(process: Process) -> Iterator[tuple[Tensor, float, float]]:
     """(t, alpha_bar, alpha_bar before it) from the noisiest step to the first."""
-    rows = zip(process.timesteps, process.alpha_bar.tolist(), process.alpha_bar_prev.tolist())
-    return reversed(list(rows))
+    return reversed(list(zip(process.timesteps, process.alpha_bar.tolist(), process.alpha_bar_prev.tolist())))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.utils import make_grid
 
 from synth.base import ReplaySource
 from synth.requests import Requests
@@ -18,11 +20,11 @@ from utils.data.images import ImageSet, encode_image
 from utils.data.transforms import stack_images
 from utils.run.config import SourceConfig
 from utils.run.errors import BankError
-from utils.run.files import atomic_write, file_hash
+from utils.run.files import atomic_write, file_hash, in_numeric_order
+from utils.run.log import log
 from utils.run.manifest import Manifest
 from utils.training.run import Run
 
-log = logging.getLogger("reprise")
 # Copies of an item carry its number in hexadecimal and their own behind it.
 NAME = re.compile(r"(?P<label>\d+)/(?P=label)-(?P<number>\d+|(?P<item>[0-9a-f]{12})_seed\d+)\.(png|jpe?g)")
 LARGEST_PNG = 64  # pixels; larger images are stored as JPEG
@@ -64,12 +66,9 @@ class ImageFolder:
         is_main = self.run.runtime.is_main
         with self.run.runtime.accelerator.main_process_first():  # the main process lays the manifest, others find it
             if not self.manifest.exists and not self._journals() and any(found_images(self.folder)):
-                raise BankError(
-                    f"{self.folder} holds images but no manifest.json, so nobody knows whose: {self.manifest.remedy}"
-                )
+                raise BankError(f"{self.folder} holds images, but no manifest.json says whose: {self.manifest.remedy}")
             content = self.manifest.claim(fields, write=is_main, **notes)
-            self.files = dict(content["files"])
-            damaged = [name for name, digest in self.files.items() if not self.manifest.holds(name, digest)]
+            self.files, damaged = dict(content["files"]), self.manifest.damaged()
             for name in damaged:
                 log.warning("%s is missing or damaged: its chunk is drawn again", self.folder / name)
                 del self.files[name]
@@ -77,46 +76,47 @@ class ImageFolder:
                 self.manifest.store(self.files)
         return content
 
-    def draw(self, source: ReplaySource, requests: list[Requests], **notes: Any) -> None:
+    def draw(self, source: ReplaySource, requests: list[Requests], **notes: Any) -> bool:
         """Draw every chunk of which an image is missing; several processes share the chunks of each of ``requests``.
 
         Args:
             source: draws them.
             requests: each is cut into chunks of its own.
             notes: for readers of the manifest.
+
+        Returns:
+            Whether an image was missing in the manifest.
         """
-        if not self.lacks(requests):
-            return
-        run = self.run
-        rank, world = run.runtime.shard
-        done = self.files | self._noted()
-        stems = {_stem(name) for name in done}
-        bar = run.bar(sum(map(len, requests)), f"drawing {self.folder.name}")
-        for asked in requests:
-            for chunk in list(asked.chunks(source.config.sample_batch))[rank::world]:
-                # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
-                if not stems.issuperset(stems_of(chunk)):
-                    self._note(self._save(source.generate(chunk), stems_of(chunk), source.config))
-                bar.update(len(chunk))
-        bar.close()
-        run.runtime.accelerator.wait_for_everyone()
+        if all(self.by_stem.keys() >= set(stems_of(asked)) for asked in requests):
+            return False
         self.files |= self._noted()
-        run.runtime.accelerator.wait_for_everyone()  # all have read the journals
-        if run.runtime.is_main:
+        runtime, there = self.run.runtime, self.by_stem.keys()
+        rank, world = runtime.shard
+        with self.run.bar(sum(map(len, requests)), f"drawing {self.folder.name}") as bar:
+            for asked in requests:
+                for chunk in list(asked.chunks(source.config.sample_batch))[rank::world]:
+                    # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
+                    if not there >= set(stems_of(chunk)):
+                        self._save(source.generate(chunk), stems_of(chunk), source.config)
+                    bar.update(len(chunk))
+        runtime.accelerator.wait_for_everyone()
+        self.files |= self._noted()
+        runtime.accelerator.wait_for_everyone()  # all have read the journals
+        if runtime.is_main:
             self.manifest.store(self.files, **notes)
             for journal in self._journals():
                 journal.unlink()
-        run.runtime.accelerator.wait_for_everyone()
+        runtime.accelerator.wait_for_everyone()
+        return True
 
-    def lacks(self, requests: list[Requests]) -> bool:
-        """Whether an image that is asked for is not in the manifest."""
-        there = {_stem(name) for name in self.files}
-        return any(not there.issuperset(stems_of(asked)) for asked in requests)
+    @property
+    def by_stem(self) -> dict[str, str]:
+        """The listed images by their names without suffixes."""
+        return {name.rpartition(".")[0]: name for name in self.files}
 
     def of_class(self, label: int) -> list[Path]:
         """Return the listed images of a class, in the order of their numbers."""
-        own = [name for name in self.files if name.startswith(f"{label}/")]
-        return [self.folder / name for name in sorted(own, key=number_of)]
+        return in_numeric_order(self.folder / name for name in self.files if name.startswith(f"{label}/"))
 
     def images(self, label: int, most: int | None = None) -> ImageSet:
         """Return the first listed images of a class, as files; ``most`` of them, or all."""
@@ -125,58 +125,50 @@ class ImageFolder:
 
     def paths(self, requests: Requests) -> list[str]:
         """Return the listed images that are asked for, in the order of the requests."""
-        by_stem = {_stem(name): name for name in self.files}
+        by_stem = self.by_stem
         return [str(self.folder / by_stem[stem]) for stem in stems_of(requests)]
 
     def forget(self, paths: list[Path]) -> None:
         """Delete listed images; the folder stays as whole as it was."""
+        for path in paths:
+            del self.files[path.relative_to(self.folder).as_posix()]
         if paths:
-            for path in paths:
-                self.files.pop(path.relative_to(self.folder).as_posix(), None)
             self.manifest.store(self.files)  # first: a file that nobody knows does less harm than one that is missed
-            for path in paths:
-                path.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     def write_preview(self, rows: list[ImageSet]) -> None:
         """Lay a picture of the first images of every class beside them."""
         if self.run.runtime.is_main and any(map(len, rows)):
-            image = preview([row for row in rows if len(row)])
-            atomic_write(self.folder / "preview.png", encode_image(image, ".png"))
+            atomic_write(self.folder / "preview.png", encode_image(preview([row for row in rows if len(row)]), ".png"))
 
-    def _save(self, drawn: ImageSet, stems: list[str], config: SourceConfig) -> dict[str, str]:
-        names = [save_image(self.folder / stem, drawn.image(i), config) for i, stem in enumerate(stems)]
-        return {path.relative_to(self.folder).as_posix(): file_hash(path) for path in names}
+    def _save(self, drawn: ImageSet, stems: list[str], config: SourceConfig) -> None:
+        """Write images and note them in this process's journal."""
+        paths = [save_image(self.folder / stem, drawn.image(i), config) for i, stem in enumerate(stems)]
+        hashes = {path.relative_to(self.folder).as_posix(): file_hash(path) for path in paths}
+        with open(self.folder / f".drawn_{self.run.runtime.shard[0]}.jsonl", "a") as file:
+            file.write("\n" + json.dumps(hashes))  # a new line first: the last one may have been cut off by a kill
 
     def _journals(self) -> list[Path]:
         return sorted(self.folder.glob(".drawn_*.jsonl"))
-
-    def _note(self, files: dict[str, str]) -> None:
-        with open(self.folder / f".drawn_{self.run.runtime.shard[0]}.jsonl", "a") as file:
-            file.write("\n" + json.dumps(files))  # a new line first: the last one may have been cut off by a kill
 
     def _noted(self) -> dict[str, str]:
         """Return the images of all journals that are whole; a line that a kill cut off counts nothing."""
         noted: dict[str, str] = {}
         for journal in self._journals():
             for line in journal.read_bytes().decode(errors="replace").splitlines():
-                try:
+                with suppress(ValueError, TypeError):
                     noted |= json.loads(line)
-                except (ValueError, TypeError):
-                    continue
-        ours = {name: digest for name, digest in noted.items() if NAME.fullmatch(name)}
-        return {name: digest for name, digest in ours.items() if self.manifest.holds(name, digest)}
+        return {name: noted[name] for name in filter(NAME.fullmatch, noted) if self.manifest.holds(name, noted[name])}
 
 
 def identify(source: ReplaySource, class_order: list[int]) -> dict[str, Any]:
     """Say what must agree between images that lie in one folder, as JSON; ``class_order`` holds original ids."""
     return {
-        "dataset": source.dataset.name,
-        "class_order": class_order,
-        "source": source.config.name,
-        "settings": source.config.sample_settings(),
-        "run_seed": source.run.seed,
+        "dataset": source.dataset.name, "class_order": class_order, "source": source.config.name,
+        "settings": source.config.sample_settings(), "run_seed": source.run.seed,
         "weights": source.fingerprint() if source.config.need_syn_imgs else None,
-    }
+    }  # fmt: skip
 
 
 def name_classes(source: ReplaySource, class_order: list[int], labels: Iterable[int]) -> dict[str, Any]:
@@ -191,39 +183,24 @@ def stems_of(requests: Requests) -> list[str]:
     return [f"{label}/{label}-{number}" for label, number in numbers]
 
 
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def number_of(name: str) -> tuple[int, str]:
-    """Return what orders the images of a class: their number, or the words behind their item."""
-    number = NAME.fullmatch(name)["number"]
-    return (int(number), "") if number.isdigit() else (0, number)
-
-
 def found_images(folder: Path) -> list[str]:
     """Return the names of all files below a folder that are called as drawn images are."""
-    found = (path.relative_to(folder).as_posix() for path in Path(folder).glob("*/*"))
-    return sorted(filter(NAME.fullmatch, found), key=lambda name: (name.split("/")[0], number_of(name)))
+    return sorted(filter(NAME.fullmatch, (path.relative_to(folder).as_posix() for path in folder.glob("*/*"))))
 
 
 def save_image(path: Path, image: Tensor, config: SourceConfig) -> Path:
     """Write one image, uint8 (C, H, W), in the format that the source asks for, which gives the path its suffix."""
     auto = "png" if max(image.shape[-2:]) <= LARGEST_PNG else "jpg"
-    suffix = "." + (auto if config.image_format == "auto" else config.image_format)
-    path = path.parent / (path.name + suffix)
-    atomic_write(path, encode_image(image, suffix), sync=False)
+    path = path.with_name(f"{path.name}.{auto if config.image_format == 'auto' else config.image_format}")
+    atomic_write(path, encode_image(image, path.suffix), sync=False)
     return path
 
 
 def preview(rows: list[ImageSet]) -> Tensor:
     """Lay the first images of every class in rows, uint8 (C, H, W); small images are enlarged, large ones shrunk."""
-    lines, side = [], min(rows[0].image(0).shape[-1], LARGEST_PREVIEW)
+    tiles, side = [], min(rows[0].image(0).shape[-1], LARGEST_PREVIEW)
     for images in rows:
         picked = stack_images(images.take(range(min(PREVIEW_COLUMNS, len(images)))), side)
-        blank = torch.zeros(PREVIEW_COLUMNS - len(picked), *picked.shape[1:], dtype=torch.uint8)
-        lines.append(torch.cat([picked, blank]))
-    scale = max(1, 64 // lines[0].shape[-1])
-    tiles = torch.stack(lines).repeat_interleave(scale, -1).repeat_interleave(scale, -2)  # (R, K, C, H, W)
-    tiles = torch.nn.functional.pad(tiles, (2, 2, 2, 2), value=255)
-    return tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+        tiles += [*picked, *picked.new_zeros(PREVIEW_COLUMNS - len(picked), *picked.shape[1:])]
+    enlarged = F.interpolate(torch.stack(tiles), scale_factor=max(1, 64 // side))
+    return make_grid(enlarged, PREVIEW_COLUMNS, padding=4, pad_value=255)

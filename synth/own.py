@@ -40,15 +40,11 @@ class OwnGenerator:
     def require_channels(self, channels: int) -> None:
         """Raise ConfigError if the network from elsewhere draws images of other channels than the data set's."""
         if channels != self.dataset.channels:
-            raise ConfigError(
-                f"synth.weights={self.config.weights!r} draws images of {channels} channels, but {self.dataset.name} "
-                f"has {self.dataset.channels}: name a model that was trained on such images"
-            )
+            there, here = f"synth.weights={self.config.weights!r}", f"{self.dataset.name} has {self.dataset.channels}"
+            raise ConfigError(f"{there} draws images of {channels} channels, but {here}: name a model of such images")
 
-    def train_part(
-        self, part: nn.Module, batches: Batches, loss: LossFunction, length: tuple[int, float], training: Training,
-        hooks: Hooks | None = None,
-    ) -> None:  # fmt: skip
+    def train_part(self, part: nn.Module, batches: Batches, loss: LossFunction, length: tuple[int, float],
+                   training: Training, hooks: Hooks | None = None) -> None:  # fmt: skip
         """Train a part of the network; what is kept is the moving average of its weights, if there is one.
 
         Args:
@@ -68,8 +64,7 @@ class OwnGenerator:
     def describe_model(self, model: OwnModel, steps: str) -> str:
         """Say how large the network is, and how long it is trained or where it comes from."""
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        weights = self.config.weights
-        origin = f"of {weights}" if weights else f"trained on the first task, {steps}"
+        origin = f"of {self.config.weights}" if self.config.weights else f"trained on the first task, {steps}"
         return f"{millions:.1f} M parameters, {origin}"
 
 

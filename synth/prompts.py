@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
+from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 from models.latent.contract import PLACEHOLDER
 from utils.run.errors import ConfigError
+from utils.run.files import read_json
 
 _PICTURES = ("a photo", "an illustration", "a depiction")
 _DETERMINERS = (
@@ -30,7 +30,7 @@ TRAIN_TEMPLATES = tuple(
 
 
 def class_words(class_names: list[str], table: str | None, verbatim: bool = False) -> list[str]:
-    """Words for every class: of the table where it has the name, else those that the name stands for.
+    """Find words for every class: of the table where it has the name, else those that the name stands for.
 
     Args:
         class_names: as the data set's folders are called.
@@ -40,17 +40,16 @@ def class_words(class_names: list[str], table: str | None, verbatim: bool = Fals
     Raises:
         ConfigError: if the table is absent, is not such an object, or has none of the names.
     """
-    words = {} if table is None else _read_table(Path(table), class_names)
+    words = {} if table is None else _read_table(table, class_names)
     return [words.get(name, name if verbatim else _say(name)) for name in class_names]
 
 
 def _say(name: str) -> str:
     if not re.fullmatch(r"n\d{8}", name):
         return name.replace("_", " ")
-    try:
+    with suppress(KeyError):
         return _wordnet().label_name_to_description(name)
-    except KeyError:
-        return name
+    return name
 
 
 @cache
@@ -60,14 +59,11 @@ def _wordnet():
     return ImageNetInfo("imagenet-1k")  # its table has all of ImageNet's ids, not those of the 1,000 classes alone
 
 
-def _read_table(path: Path, class_names: list[str]) -> dict[str, str]:
-    try:
-        words = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"synth.class_prompts={str(path)!r}: cannot be read ({error})") from error
-    if not isinstance(words, dict) or not all(isinstance(text, str) for text in words.values()):
-        raise ConfigError(f"synth.class_prompts={str(path)!r}: must be one JSON object, folder name -> words")
+def _read_table(path: str, class_names: list[str]) -> dict[str, str]:
+    remedy = "synth.class_prompts must be one JSON object, folder name -> words"
+    words = read_json(path, remedy, ConfigError)
+    if not all(isinstance(text, str) for text in words.values()):
+        raise ConfigError(f"{path} is damaged (not all words are text): {remedy}")
     if not words.keys() & set(class_names):
-        names = ", ".join(class_names[:3])
-        raise ConfigError(f"synth.class_prompts={str(path)!r}: has none of the classes' names, such as {names}")
+        raise ConfigError(f"{path} has none of the classes' names, such as {', '.join(class_names[:3])}: {remedy}")
     return words

@@ -37,8 +37,8 @@ class Replay:
     def __init__(self, config: RunConfig, source: ReplaySource | None, data: DataManager, run: Run, folder: Path):
         self.run_config, self.source, self.data, self.run, self.folder = config, source, data, run, Path(folder)
         self.config: SourceConfig | None = None if source is None else source.config
-        takes_stored = source is not None and source.config.source_dir is not None
-        self.pupil = StoredSources(source, data) if takes_stored else source  # what is told to learn
+        trains = source is None or source.config.source_dir is None
+        self.pupil = source if trains else StoredSources(source, data)  # what is told to learn
         self.learns = source is not None and source.config.need_syn_imgs
 
     @classmethod
@@ -113,9 +113,8 @@ class Replay:
 
     def old_samples(self) -> list[int]:
         """Count the samples of old classes that each task replays."""
-        wanted, tasks = self.config.syn_per_class, map(self.data.task, range(self.data.num_tasks))
-        counts = [count if wanted is None else wanted for count in self.data.class_counts]
-        return [sum(counts[: task.num_old]) for task in tasks]
+        counts = [self.config.syn_per_class or count for count in self.data.class_counts]
+        return [sum(counts[: self.data.task(index).num_old]) for index in range(self.data.num_tasks)]
 
     def carried(self) -> list[Carried]:
         """Name what it keeps between tasks."""
@@ -202,15 +201,9 @@ class Given(Stored):
         for index in range(self.data.num_tasks - 1):
             self.bank.fill(index)
 
-    def past(self, task: Task) -> ImageSet:
-        for index in range(task.index):
-            self.bank.fill(index)
-        return super().past(task)
-
     def drawn_of_new(self, task: Task) -> ImageSet:
         if task.num_seen == self.data.num_classes and not self.bank.holds(task.index):
             return ImageSet()  # of a source that learned only what was to be replayed
-        self.bank.fill(task.index)
         return self.bank.stored(task.classes)
 
 
@@ -221,11 +214,10 @@ class Features(Replay):
     """
 
     def past(self, task: Task) -> FeatureSet:
-        wanted, key = self.config.syn_per_class, (self.run.seed, self.config.name, task.index)
+        key, made = (self.run.seed, self.config.name, task.index), FeatureSet()
         with self.run.timed("generate"):
-            made = FeatureSet()
-            for label in range(task.num_old):
-                asked = Requests.of_classes([label], wanted or self.data.class_counts[label], key)
+            for label, count in enumerate(self.data.class_counts[: task.num_old]):
+                asked = Requests.of_classes([label], self.config.syn_per_class or count, key)
                 made = made + self.source.generate(asked)
         return made
 
@@ -237,8 +229,8 @@ def replay_kind(config: RunConfig, source: type[ReplaySource] | None, own: type[
     """Pick how a source enters a training: in the learner's own way, the source's usual one, or as its config says."""
     if source is None:
         return Replay
-    if own is not None or source.usual_replay is not None:
-        return own or source.usual_replay
+    if usual := own or source.usual_replay:
+        return usual
     if source.samples == "features":
         return Features
     if not config.synth.need_syn_imgs:

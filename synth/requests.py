@@ -30,39 +30,42 @@ class Requests:
 
     @classmethod
     def of_classes(cls, classes: list[int], per_class: int, key: tuple[int | str, ...]) -> Requests:
-        """The same number of samples of every class, class by class."""
+        """Ask for the same number of samples of every class, class by class."""
         labels = torch.tensor(classes, dtype=torch.int64).repeat_interleave(per_class)
         return cls(labels, torch.full_like(labels, -1), torch.arange(per_class).repeat(len(classes)), key)
 
     @classmethod
     def of_labels(cls, labels: Tensor, key: tuple[int | str, ...]) -> Requests:
-        """One sample per label, int64 (N,), all told apart by their numbers."""
+        """Ask for one sample per label, int64 (N,), all told apart by their numbers."""
         return cls(labels, torch.full_like(labels, -1), torch.arange(len(labels)), key)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, positions: Tensor) -> Requests:
-        """Only these requests, in this order."""
+        """Return only these requests, in this order."""
         return Requests(self.labels[positions], self.item[positions], self.copy[positions], self.key)
 
     def chunks(self, size: int) -> Iterator[Requests]:
-        """Pieces of ``size`` requests, cut by position: the same ones on one process and on many."""
+        """Cut into pieces of ``size`` requests by position: the same ones on one process and on many."""
         yield from (self.take(positions) for positions in torch.arange(len(self)).split(size))
 
     def generators(self) -> list[torch.Generator]:
-        """One CPU generator per sample."""
+        """Make one CPU generator per sample."""
         rows = zip(self.labels.tolist(), self.item.tolist(), self.copy.tolist())
         return [seeding.generator(*self.key, *row) for row in rows]
 
 
 def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, (N, *shape), each row from its own generator; on the CPU, so that a seed is a seed."""
+    """Draw standard normal noise, (N, *shape), each row from its own generator.
+
+    It is drawn on the CPU, so that a seed means the same noise on every device.
+    """
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def draw_labels(classes: list[int], count: int, generator: torch.Generator, balanced: bool) -> Tensor:
-    """Labels to ask for, int64 (count,).
+    """Draw labels to ask for, int64 (count,).
 
     Args:
         classes: at least one.

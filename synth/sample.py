@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,17 @@ from synth.command import (
     FittedSource,
     build_fit_config,
     command_parser,
+    cut_data,
     find_fitted,
+    make_source,
     pick_classes,
     read_file,
 )  # fmt: skip
 from synth.drawing import ImageFolder, identify, name_classes
 from synth.requests import Requests
 from utils.data import subsets
-from utils.data.datasets import Dataset, load_dataset
 from utils.data.images import ImageSet
-from utils.data.manager import Task, cut_tasks
+from utils.data.manager import DataManager, Task
 from utils.run.command import exit_code
 from utils.run.errors import ConfigError
 from utils.run.log import log, log_to_console
@@ -53,49 +53,33 @@ from utils.training.runtime import Runtime
 EMBEDDINGS = "class_embeddings.safetensors"  # what class inversion saves
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A source that is ready to draw.
+def find_source(args: argparse.Namespace) -> tuple[FitConfig, DataManager | FittedSource, Path | None]:
+    """Find what --ckpt stands for: its config, its classes, and what it loads, with --embeddings or those beside it.
 
-    Attributes:
-        source: with its classes, their names, and the run's seed.
-        config: tasks and settings.
-        class_order: original ids in learning order.
+    A published model for which no embeddings are found loads none: it draws from the names of the classes.
     """
-
-    source: ReplaySource
-    config: FitConfig
-    class_order: list[int]
-
-    def requests(self, classes: list[int], per_class: int) -> list[Requests]:
-        """Those of a run with these tasks and this seed, so that its images are drawn again.
-
-        A source that makes copies takes its exemplars in turn instead, under other seeds than a run's.
-        """
-        sizes = subsets.task_sizes(len(self.class_order), self.config.init_cls, self.config.increment)
-        tasks = np.repeat(range(len(sizes)), sizes).tolist()  # of every class
-        # With `redraw`, a run draws all old classes in the name of the task that comes next.
-        keep, coming = self.config.synth.replay == "keep", 1 + max(tasks[label] for label in self.source.fitted_classes)
-        asked = []
-        for index, own in groupby(classes, tasks.__getitem__):  # classes ascend, and so do their tasks
-            key = (self.source.run.seed, self.config.synth.name, index if keep else coming)
-            asked.append(Requests.of_classes(list(own), per_class, key))
-        return asked
-
-
-def open_source(args: argparse.Namespace) -> Opened:
-    """The source that --ckpt stands for, with the embeddings of --embeddings or beside it."""
-    fitted = find_fitted(Path(args.ckpt))
-    if fitted is None:
-        return _open_foreign(args)
-    if args.embeddings is not None:
-        raise ConfigError(f"--ckpt {args.ckpt} has embeddings of its own: --embeddings goes with a foreign checkpoint")
-    return _open_fitted(fitted, args)
-
-
-def _open_fitted(fitted: FittedSource, args: argparse.Namespace, **synth: Any) -> Opened:
-    """As it was fitted, but for what --config and --set say of the drawing."""
     given = {} if args.config is None else translate(read_file(args.config))
+    if fitted := find_fitted(Path(args.ckpt)):
+        if args.embeddings is not None:
+            raise ConfigError(f"--ckpt {args.ckpt} has its own embeddings: --embeddings goes with a foreign checkpoint")
+        return _config_of(fitted, given, args), fitted, fitted.folder
+    raw = given if args.config else {"synth": {"name": "ldm"}}
+    says_what = args.config is not None or args.dataset is not None
+    if not says_what or "ldm_ckpt" not in type(build_source_config(raw.get("synth"))).model_fields:
+        raise ConfigError(
+            f"--ckpt {args.ckpt} holds no fitted source: give a folder that `python -m synth.train` wrote, or a run's "
+            "outputs/<run>/seed_<s>/checkpoints/task_<t>/source; for a published model, which the source ldm reads, "
+            "say with --config or --dataset what to draw"
+        )
+    embeddings = _find_embeddings(args)
+    if embeddings is not None and (fitted := find_fitted(embeddings)):
+        return _config_of(fitted, given, args, ldm_ckpt=args.ckpt), fitted, fitted.folder
+    found = {"ldm_ckpt": args.ckpt, "inversion": embeddings is not None}
+    return *cut_data(build_fit_config({**raw, "synth": {**raw["synth"], **found}}, args)), embeddings
+
+
+def _config_of(fitted: FittedSource, given: dict[str, Any], args: argparse.Namespace, **synth: Any) -> FitConfig:
+    """Take the config that a source was fitted with, but for what --config and --set say of the drawing."""
     raw = {**fitted.raw, "synth": {**fitted.raw["synth"], **(given.get("synth") or {}), **synth}}
     raw = apply_overrides({**raw, "dataset": args.dataset or given.get("dataset") or raw["dataset"]}, args.overrides)
     name = raw["synth"].get("name") if isinstance(raw["synth"], dict) else raw["synth"]
@@ -103,75 +87,56 @@ def _open_fitted(fitted: FittedSource, args: argparse.Namespace, **synth: Any) -
     for what, (there, here) in both.items():
         if str(there).lower() != str(here).lower():
             raise ConfigError(f"{fitted.folder} was fitted with {what}={there!r}, not with {here!r}: leave that out")
-    config = build_fit_config(raw, args)
-    source = _build(args, config, fitted.dataset, fitted.class_names)
-    source.load(fitted.folder)
-    return Opened(source, config.scheduled(len(fitted.class_names)), fitted.class_order)
-
-
-def _open_foreign(args: argparse.Namespace) -> Opened:
-    """A published model: with embeddings that were found for it, or drawing from the names of the classes."""
-    if args.config is None and args.dataset is None:
-        raise ConfigError(f"{_no_source(args.ckpt)}; for a published model say with --config or --dataset what to draw")
-    raw = {"synth": {"name": "ldm"}} if args.config is None else translate(read_file(args.config))
-    if "ldm_ckpt" not in type(build_source_config(raw.get("synth"))).model_fields:
-        raise ConfigError(_no_source(args.ckpt))
-    embeddings = _find_embeddings(args)
-    fitted = None if embeddings is None else find_fitted(embeddings)
-    if fitted is not None:
-        return _open_fitted(fitted, args, ldm_ckpt=args.ckpt)
-    found = {"ldm_ckpt": args.ckpt, "inversion": embeddings is not None}
-    config = build_fit_config({**raw, "synth": {**raw["synth"], **found}}, args)
-    dataset = load_dataset(config.data_name, config.data_dir, config.offline)
-    config = config.scheduled(dataset.num_classes)
-    data = cut_tasks(config, config.seed[0], dataset)
-    source = _build(args, config, data.dataset, data.class_names)
-    if embeddings is not None:
-        source.load(embeddings)
-    else:
-        log.info("No %s: the names of the classes are the prompts (--embeddings FILE names some)", EMBEDDINGS)
-        source.fit_before(Task(0, range(data.num_classes), tuple(data.class_names)), ImageSet())
-    return Opened(source, config, data.class_order)
-
-
-def _no_source(ckpt: str) -> str:
-    return (
-        f"--ckpt {ckpt} holds no fitted source: give a folder that `python -m synth.train` wrote, or a run's "
-        "outputs/<run>/seed_<s>/checkpoints/task_<t>/source"
-    )
+    return build_fit_config(raw, args).scheduled(len(fitted.class_names))
 
 
 def _find_embeddings(args: argparse.Namespace) -> Path | None:
-    """The folder of the class embeddings, or None where none are named and none lie beside the checkpoint."""
+    """Find the folder of the class embeddings; None where none are named and none lie beside the checkpoint."""
     path = Path(args.embeddings or args.ckpt)
     folder = path if path.is_dir() else path.parent
-    if all((folder / name).exists() for name in (EMBEDDINGS, "source.json")):
-        return folder
-    if args.embeddings is None:
-        return None
-    raise ConfigError(
-        f"--embeddings {path}: {folder} lacks {EMBEDDINGS} or the source.json that `python -m synth.train` writes "
-        "beside it"
-    )
+    found = all((folder / name).exists() for name in (EMBEDDINGS, "source.json"))
+    if args.embeddings is not None and not found:
+        lacks = f"lacks {EMBEDDINGS} or the source.json that `python -m synth.train` writes beside it"
+        raise ConfigError(f"--embeddings {path}: {folder} {lacks}")
+    return folder if found else None
 
 
-def _build(args: argparse.Namespace, config: FitConfig, dataset: Dataset, class_names: list[str]) -> ReplaySource:
-    run = Run(Path(args.output_dir), config.train_seed(config.seed[0]), Runtime(config.device, config.precision))
-    return SOURCES[config.synth.name](config.synth, run, len(class_names), class_names, dataset)
+def load_source(config: FitConfig, run: Run, data: DataManager | FittedSource, folder: Path | None) -> ReplaySource:
+    """Build a source and load it; without a folder, the names of the classes are all that it learns."""
+    source = make_source(config, run, data)
+    if folder is not None:
+        source.load(folder)
+    else:
+        log.info("No %s: the names of the classes are the prompts (--embeddings FILE names some)", EMBEDDINGS)
+        source.fit_before(Task(0, range(source.num_classes), tuple(data.class_names)), ImageSet())
+    return source
 
 
-def draw(opened: Opened, classes: list[int], per_class: int, folder: Path) -> None:
-    """Bring a folder to ``per_class`` images of every class; images that are there are left alone.
+def ask(source: ReplaySource, config: FitConfig, classes: list[int], per_class: int) -> list[Requests]:
+    """Ask as a run with these tasks and this seed does, so that its images are drawn again.
+
+    A source that makes copies takes its exemplars in turn instead, under other seeds than a run's.
+    """
+    sizes = subsets.task_sizes(source.num_classes, config.init_cls, config.increment)
+    tasks = np.repeat(range(len(sizes)), sizes).tolist()  # of every class
+    # With `redraw`, a run draws all old classes in the name of the task that comes next.
+    keep, coming = config.synth.replay == "keep", 1 + max(tasks[label] for label in source.fitted_classes)
+    by_task, key = groupby(classes, tasks.__getitem__), (source.run.seed, config.synth.name)  # classes ascend
+    return [Requests.of_classes(list(own), per_class, (*key, i if keep else coming)) for i, own in by_task]
+
+
+def draw(source: ReplaySource, class_order: list[int], requests: list[Requests], folder: Path) -> None:
+    """Bring a folder to the images that are asked for; those that are there are left alone.
 
     Raises:
         BankError: if the folder holds images of other settings, or images without a manifest.
     """
     remedy = "Give another --output_dir, or delete the folder"
-    source, order = opened.source, opened.class_order
-    place = ImageFolder(folder, source.run, identify(source, order), remedy)
-    known = place.claim(classes={}).get("classes", {})
-    names = known | name_classes(source, order, classes)  # earlier commands' too
-    place.draw(source, opened.requests(classes, per_class), classes=names)
+    place = ImageFolder(folder, source.run, identify(source, class_order), remedy)
+    known = place.claim(classes={}).get("classes", {})  # earlier commands' too
+    classes = [label for asked in requests for label in asked.labels.unique().tolist()]
+    names = known | name_classes(source, class_order, classes)
+    place.draw(source, requests, classes=names)
     place.write_preview([place.images(label) for label in sorted(map(int, names))])
 
 
@@ -181,19 +146,21 @@ def start(args: argparse.Namespace) -> int:
     if args.num_samples < 1:
         raise ConfigError(f"--num_samples {args.num_samples}: use a whole number of at least 1")
     SOURCES.names()  # every room registers its words
-    opened, folder = open_source(args), Path(args.output_dir)
-    if not opened.source.fitted_classes:
+    config, data, found = find_source(args)
+    folder, seed = Path(args.output_dir), config.train_seed(config.seed[0])
+    source = load_source(config, Run(folder, seed, Runtime(config.device, config.precision)), data, found)
+    names, fitted = source.class_names, source.fitted_classes
+    if not fitted:
         raise ConfigError(f"--ckpt {args.ckpt}: this source keeps no class yet, so there is nothing that it could draw")
-    names = opened.source.class_names
-    wanted = args.cond_class.split(",") if args.cond_class else []
-    classes = pick_classes(wanted, names, opened.source.fitted_classes, "--cond_class")
+    classes = pick_classes(args.cond_class.split(",") if args.cond_class else [], names, fitted, "--cond_class")
     log.info("Drawing %d images of each class: %s", args.num_samples, ", ".join(f"{i} ({names[i]})" for i in classes))
-    draw(opened, classes, args.num_samples, folder)
+    draw(source, data.class_order, ask(source, config, classes, args.num_samples), folder)
     log.info("The images lie in %s", folder)
     return 0
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
     parser = command_parser("sample", __doc__)
     parser.add_argument("--ckpt", required=True, help="fitted source, checkpoint of a run or published model")
     parser.add_argument("--config", help="experiment file or YAML")
@@ -201,12 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=10, help="images per class (default: %(default)s)")
     parser.add_argument("--cond_class", help="ids in learning order or names, with commas (default: all fitted ones)")
     parser.add_argument("--embeddings", metavar="FILE", help=f"{EMBEDDINGS} for a published model")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
-    return exit_code(start, parse_args(argv))
+    return exit_code(start, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from synth.base import ReplaySource, learns_after
+from synth.base import ReplaySource
 from utils.data.images import ImageSet, Samples
 from utils.data.manager import DataManager, Task
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.files import whole_folder
+from utils.run.log import log
 from utils.run.manifest import Manifest
-
-log = logging.getLogger("reprise")
 
 SOURCES_FOLDER = "sources"
 REMEDY = (
@@ -38,13 +36,16 @@ def keep_source(source: ReplaySource, data: DataManager, task: Task, folder: Pat
     """
     if not source.fitted_classes.issuperset(task.classes):
         return
-    target, notes = folder / SOURCES_FOLDER / f"task_{task.index}", {"weights": source.fingerprint()}
-    if _is_whole(_manifest(target, source, data, sorted(source.fitted_classes)), notes):
-        return
+    target, classes = folder / SOURCES_FOLDER / f"task_{task.index}", sorted(source.fitted_classes)
+    notes = {"weights": source.fingerprint(), "task": task.index, "run_seed": source.run.seed}
+    with suppress(CheckpointError):  # what is damaged or another's is written anew
+        manifest = _manifest(target, source, data, classes)
+        manifest.claim(write=False)
+        if manifest.verify().get("weights") == notes["weights"]:
+            return
     with whole_folder(target) as temporary:
         save_source(source, temporary)
-        notes |= {"task": task.index, "run_seed": source.run.seed}
-        _manifest(temporary, source, data, sorted(source.fitted_classes)).seal(**notes)
+        _manifest(temporary, source, data, classes).seal(**notes)
 
 
 def _manifest(folder: Path, source: ReplaySource, data: DataManager, classes: list[int]) -> Manifest:
@@ -52,22 +53,12 @@ def _manifest(folder: Path, source: ReplaySource, data: DataManager, classes: li
     identity = {
         "dataset": data.dataset.name,
         "class_order": {str(place): original for place, original in enumerate(data.class_order)},  # differs by place
-        "source": source.config.name,
-        "settings": source.config.training_settings(),
-        "fitted_classes": classes,
+        "source": source.config.name, "settings": source.config.training_settings(), "fitted_classes": classes,
         # Of another share of the same data, a source may have seen what this run holds out.
         "class_counts": [data.class_counts[label] for label in classes],
         "images": data.images_hash(classes),
-    }
+    }  # fmt: skip
     return Manifest(folder, "source", identity, remedy=REMEDY)
-
-
-def _is_whole(manifest: Manifest, notes: dict[str, Any]) -> bool:
-    try:
-        content = manifest.verify()
-    except CheckpointError:
-        return False  # it is written anew
-    return all(content.get(key) == value for key, value in {**manifest.identity, **notes}.items())
 
 
 class StoredSources:
@@ -84,15 +75,16 @@ class StoredSources:
     def __init__(self, source: ReplaySource, data: DataManager):
         self.source, self.data = source, data
         self.folder = find_sources(source.config.source_dir, source.run.folder.name)
+        self.learns_after = type(source).fit_after is not ReplaySource.fit_after  # once the classifier has trained
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Load a source that learns before the classifier."""
-        if not learns_after(self.source):
+        if not self.learns_after:
             self._load(task)
 
     def fit_after(self, task: Task, images: ImageSet, past: Samples, exemplars: ImageSet, encoder: nn.Module) -> None:
         """Load a source that learns after the classifier."""
-        if learns_after(self.source):
+        if self.learns_after:
             self._load(task)
 
     def require(self) -> None:
@@ -102,7 +94,7 @@ class StoredSources:
             CheckpointError: at the first one that is absent, lacks a file, or has learned something else.
         """
         # What learns after the classifier is not asked for its last task.
-        unused = learns_after(self.source) and not self.source.config.fit_after_last_task
+        unused = self.learns_after and not self.source.config.fit_after_last_task
         for index in range(self.data.num_tasks - unused):
             manifest = self._find(self.data.task(index))
             for name in manifest.files():
@@ -145,10 +137,8 @@ def find_sources(source_dir: str, seed_folder: str) -> Path:
     """
     given = Path(source_dir)
     if not given.is_dir():
-        raise ConfigError(
-            f"synth.source_dir={source_dir!r}: no such folder; name that of a run, of its seed or of "
-            "`python -m synth.train`, made with synth.keep_sources=true"
-        )
+        known = "a run, of its seed or of `python -m synth.train`, made with synth.keep_sources=true"
+        raise ConfigError(f"synth.source_dir={source_dir!r}: no such folder; name that of {known}")
     if given.name == SOURCES_FOLDER or any(given.glob("task_*")):
         return given
     return (given / seed_folder if any(given.glob("seed_*")) else given) / SOURCES_FOLDER

@@ -22,23 +22,22 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from synth import SOURCES
-from synth.base import learns_after
 from synth.command import (
     FITTED,
     FitConfig,
     build_fit_config,
     command_parser,
+    cut_data,
     fitted_manifest,
+    make_source,
     pick_classes,
     read_file,
 )
 from synth.replay import Replay, replay_kind
 from synth.requests import Requests
 from synth.stored import keep_source, save_source
-from utils.data.datasets import load_dataset
 from utils.data.images import ImageSet, encode_image
-from utils.data.manager import DataManager, Task, cut_tasks
+from utils.data.manager import DataManager, Task
 from utils.run.command import exit_code
 from utils.run.errors import ConfigError
 from utils.run.files import atomic_write
@@ -63,10 +62,9 @@ class Fitting:
 
     def __init__(self, config: FitConfig, data: DataManager, tasks: list[Task], run: Run, preview_every: int):
         self.config, self.data, self.tasks, self.run, self.preview_every = config, data, tasks, run, preview_every
-        kind = SOURCES[config.synth.name]
-        self.source = kind(config.synth, run, data.num_classes, data.class_names, data.dataset)
+        self.source = make_source(config, run, data)
         # Only what rehearses looks at the past; of any other source nobody would see the images.
-        way = replay_kind(config, kind, None) if self.source.wants_past else Replay
+        way = replay_kind(config, type(self.source), None) if self.source.wants_past else Replay
         self.replay = way(config, self.source, data, run, run.folder / "replay")
         if self.source.wants_past:
             self.replay.bank.task_of = {label: task.index for task in tasks for label in task.classes}
@@ -89,14 +87,12 @@ class Fitting:
 
     def _learn(self, task: Task) -> None:
         real, self.epoch = self.data.train_images(task), 0
-        self.source.watcher = lambda epoch: self._watch(task, epoch)
+        self.source.watcher = partial(self._watch, task)
         self.source.fit_before(task, real)
-        if learns_after(self.source):
-            wanted = self.source.wants_past and self.source.fitted_classes
-            past = self.replay.past(task) if wanted else ImageSet()
-            self.source.fit_after(task, real, past, ImageSet(), None)
-            if task is not self.tasks[-1]:
-                self.replay.learned(task)
+        past = self.replay.past(task) if self.source.fitted_classes else ImageSet()
+        self.source.fit_after(task, real, past, ImageSet(), None)
+        if task is not self.tasks[-1]:
+            self.replay.learned(task)
         self._preview(task)
 
     def _watch(self, task: Task, epoch: int) -> None:
@@ -106,8 +102,8 @@ class Fitting:
 
     def _preview(self, task: Task) -> None:
         """Draw one image of each class that it knows of the task's, the one that would be drawn first."""
-        key, known = (self.run.seed, self.config.synth.name, task.index), self.source.fitted_classes
-        classes = [label for label in task.classes if label in known]
+        key = (self.run.seed, self.config.synth.name, task.index)
+        classes = sorted(self.source.fitted_classes.intersection(task.classes))
         images = self.source.generate(Requests.of_classes(classes, 1, key)) if classes else ImageSet()
         for position, label in enumerate(classes if self.run.runtime.is_main else ()):
             path = self.run.folder / "previews" / f"sample_epoch{self.epoch:02d}_class{label:02d}.png"
@@ -116,8 +112,7 @@ class Fitting:
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; return the place of the next task."""
         checkpoints = self.run.checkpoints("task")
-        found = checkpoints.load_newest(log)
-        if found is None:
+        if (found := checkpoints.load_newest(log)) is None:
             return 0
         self.source.load(checkpoints.path(found[0]) / "source")
         log.info("Task %d was learned before: continuing after it", found[0])
@@ -125,13 +120,13 @@ class Fitting:
 
     def _publish(self) -> None:
         """Write the source into the folder itself; the checkpoints are then no longer needed."""
-        folder, newest = self.run.folder, self.run.checkpoints("task")
-        self.source.save(folder)
-        stored = newest.path(self.tasks[-1].index) / "source"
+        self.source.save(self.run.folder)
+        checkpoints = self.run.checkpoints("task")
+        stored = checkpoints.path(self.tasks[-1].index) / "source"
         files = [path.relative_to(stored).as_posix() for path in stored.rglob("*") if path.is_file()]
         names = {str(label): self.data.class_names[label] for label in sorted(self.source.fitted_classes)}
-        fitted_manifest(folder).seal(files, classes=names)
-        newest.clear()
+        fitted_manifest(self.run.folder).seal(files, classes=names)
+        checkpoints.clear()
 
 
 def choose_tasks(config: FitConfig, data: DataManager) -> list[Task]:
@@ -141,11 +136,10 @@ def choose_tasks(config: FitConfig, data: DataManager) -> list[Task]:
     """
     if config.task is not None and config.classes:
         raise ConfigError("--task and --classes both choose what to fit: give one of them")
+    if config.task is not None and config.task >= data.num_tasks:
+        raise ConfigError(f"--task {config.task}: the schedule has tasks 0 to {data.num_tasks - 1}")
     if not config.classes:
-        tasks = [data.task(index) for index in range(data.num_tasks)]
-        if config.task is not None and config.task >= len(tasks):
-            raise ConfigError(f"--task {config.task}: the schedule has tasks 0 to {len(tasks) - 1}")
-        return tasks if config.task is None else [tasks[config.task]]
+        return [data.task(index) for index in range(data.num_tasks) if config.task in (None, index)]
     names = data.class_names
     labels = pick_classes(config.classes, names, range(data.num_classes), "--classes")
     runs = [[label for _, label in run] for _, run in groupby(enumerate(labels), lambda item: item[1] - item[0])]
@@ -159,9 +153,7 @@ def start(args: argparse.Namespace) -> int:
     log_to_console(is_main)
     runtime = Runtime(config.device, config.precision)
     with runtime.accelerator.main_process_first():  # one process downloads
-        dataset = load_dataset(config.data_name, config.data_dir, config.offline)
-    config = config.scheduled(dataset.num_classes)
-    data = cut_tasks(config, config.seed[0], dataset)
+        config, data = cut_data(config)
     run = Run(folder, config.train_seed(config.seed[0]), runtime, num_workers=config.num_workers,
               checkpoint_every=config.checkpoint_every)  # fmt: skip
     fitting = Fitting(config, data, choose_tasks(config, data), run, args.preview_every)
@@ -177,7 +169,7 @@ def start(args: argparse.Namespace) -> int:
             return 0
         with log_to_file(folder / "log.txt") if runtime.is_main else nullcontext():
             claim_data(folder, data, runtime.is_main)
-            log.info("Data: %s", dataset.source)
+            log.info("Data: %s", data.dataset.source)
             log.info("Seed %d, class order: %s", config.seed[0], data.class_order)
             log.info("Source %s: %s", config.synth.name, fitting.source.describe())
             fitting.learn_all()
@@ -185,7 +177,8 @@ def start(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
     parser = command_parser("train", __doc__)
     parser.add_argument("--config", required=True, help="experiment file, or YAML")
     parser.add_argument("--ckpt_save_dir", default="outputs/diffusion_model", help="to fill (default: %(default)s)")
@@ -193,12 +186,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", type=int, help="fit the classes of this task of the file's schedule alone")
     parser.add_argument("--preview_every", type=int, default=0, metavar="K", help="epochs; 0: at the end alone")
     parser.add_argument("--overwrite", action="store_true", help="delete what was fitted in the folder and start anew")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
-    return exit_code(start, parse_args(argv))
+    return exit_code(start, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

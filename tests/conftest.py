@@ -36,6 +36,13 @@ def no_handler_outlives_its_test() -> Iterator[None]:
     log.propagate = True
 
 
+@pytest.fixture
+def warnings(caplog, monkeypatch) -> pytest.LogCaptureFixture:
+    """What our log says, also where a command has silenced it for others."""
+    monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
+    return caplog
+
+
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
     """A data_dir with CIFAR-100 photographs in class folders: 100 training and 25 test images per class."""

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from learners.run.configure import build_config
-from tests.structure import FILES, ROOT, broken_rules, code_lines, long_signatures, methods_named, upward_imports
+from tests import structure
+from tests.structure import FILES, ROOT
 from utils.run.words import read_experiment
 
 EXPERIMENTS = sorted((ROOT / "exps").rglob("*.json"))
@@ -36,7 +37,7 @@ def _word(node: ast.expr) -> str:
 
 
 def test_no_rule_of_the_house_is_broken():
-    assert list(broken_rules()) == []
+    assert list(structure.broken_rules()) == []
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_no_rule_of_the_house_is_broken():
     ],
 )
 def test_an_import_of_an_upper_layer_is_found_wherever_it_stands(layer, code, found):
-    assert upward_imports(layer, code) == found
+    assert structure.upward_imports(layer, code) == found
 
 
 def test_the_project_has_one_training_loop():
@@ -85,18 +86,31 @@ def test_a_chain_of_ifs_over_names_is_found(code, lines):
     ],
 )
 def test_a_method_that_is_named_is_found(code, words):
-    assert methods_named(code) == words
+    assert structure.methods_named(code) == words
 
 
 def test_only_lines_that_do_something_are_counted():
     code = '"""Doc."""\n\nimport os\n\n# why\ndef f(\n    x,\n):\n    """Doc\n    more."""\n    return x\n'
-    assert code_lines(code) == 4
+    assert structure.code_lines(code) == 4
+
+
+def test_constructors_and_methods_of_the_class_count_as_methods():
+    class Kind:
+        def __init__(self): ...
+
+        @classmethod
+        def of(cls): ...
+
+        @property
+        def name(self): ...
+
+    assert structure.num_methods(Kind) == 2
 
 
 def test_long_public_signatures_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.structure.ROOT", tmp_path)
+    monkeypatch.setattr(structure, "ROOT", tmp_path)
     (tmp_path / "a.py").write_text("def f(self, a, b, c, d, e, f, g): ...\ndef g(a, b, c, d, e, f, g, *, h): ...\n")
-    assert long_signatures(tmp_path / "a.py") == ["a.py:2 g"]
+    assert structure.long_signatures(tmp_path / "a.py") == ["a.py:2 g"]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

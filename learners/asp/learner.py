@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from learners import LEARNERS
 from learners.asp.network import PromptViT
-from learners.asp.queries import QueryCache
+from learners.asp.queries import remembered
 from learners.dddr.separate_replay import SeparateReplay
 from learners.frozen_backbone import FrozenBackboneLearner
-from learners.losses import anchor_loss, standard_normal_kl, supervised_contrastive
+from learners.losses import anchor_loss, standard_normal_kl
 from models.frozen import Frozen
 from utils.data.batches import Batch, test_batches
 from utils.data.images import ImageSet
@@ -47,9 +47,7 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
         perturb_var: float = Field(1.0, ge=0, description="factor of the prompts' standard deviation in training")
         anchor_lambda: float = Field(0.1, ge=0, description="weight of the anchor loss")
         kl_weight: float = Field(1e-3, ge=0, description="weight of the prompts' KL divergence, a sum over dimensions")
-        deduplicate_anchors: bool = Field(
-            False, description="one anchor per class of a batch, weighted by count; false: one per image"
-        )
+        deduplicate_anchors: bool = Field(False, description="one anchor per class of a batch, not one per image")
         optimizer: Literal["sgd", "adam"] = Field("sgd", description="adam means AdamW, as in the original")
         momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
         init_lr: float = Field(0.01, gt=0, description="rate of the base session, with cosine decay per epoch")
@@ -59,13 +57,9 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
         fs_epoch: int = Field(0, ge=0, description="epochs of later sessions; 0: they train nothing")
         fs_lr: float = Field(1e-3, gt=0, description="rate of later sessions")
         fs_batch_size: int = Field(16, ge=1, description="current images per step of later sessions")
-        prototypes: Literal["trained", "real", "mixed"] = Field(
-            "real", description="class vectors after a session that trained: as trained, or class means anew, of the "
-            "real images or of real and generated ones"
-        )  # fmt: skip
-        refresh_old_prototypes: bool = Field(
-            False, description="after a session that trained: old class vectors anew from replayed images"
-        )
+        # After a session that trained: as trained, or class means anew, of the real images or of generated ones, too.
+        prototypes: Literal["trained", "real", "mixed"] = Field("real", description="what later class vectors are")
+        refresh_old_prototypes: bool = Field(False, description="after fs_epoch, old class vectors anew from replay")
 
         @field_validator("refresh_old_prototypes")
         @classmethod
@@ -74,24 +68,15 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
                 raise ValueError("it needs generated images of the old classes: add a synth")
             return value
 
-    accepts = frozenset({"images"})
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.queries = QueryCache()
-        self.base_images: ImageSet | None = None
-        self.anchors: Tensor | None = None
+    anchors: Tensor | None = None  # of the running epoch of the base session; see `use_anchors`
 
     def build_backbone(self, frozen: Frozen) -> PromptViT:
-        config = self.config
-        return PromptViT(frozen, config.prompt_token_num, config.avg_alpha, config.TIP_init)
-
-    @property
-    def backbone(self) -> PromptViT:
-        return self.network.backbone
+        self.backbone = PromptViT(frozen, self.config.prompt_token_num, self.config.avg_alpha, self.config.TIP_init)
+        self.queries: dict[Hashable, Tensor] = {}  # what the bare backbone says of images; see `remembered`
+        return self.backbone
 
     def train_config(self, task: Task) -> TrainConfig:
-        """A cosine that moves once per epoch."""
+        """Return a cosine that moves once per epoch."""
         config, base = self.config, task.index == 0
         return TrainConfig(
             epochs=config.tuned_epoch if base else config.fs_epoch, lr=config.init_lr if base else config.fs_lr,
@@ -105,111 +90,89 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
     # ------------------------------------------------------------------ a session's steps
 
     def before_training(self, task: Task) -> None:
-        """First session: the backbone, if it is to be trained. Later: the average prompt moves, then come new rows."""
+        """Train the backbone first if it is to be; in later sessions move the average prompt, then add new rows."""
         super().before_training(task)
-        images = self.present
+        queries, average, beta = self.image_queries(self.present), self.backbone.average_prompt, self.config.EMA_beta
         if task.index == 0:
-            self._warn_if_replay_does_nothing()
-            self.base_images, self.base_queries = images, self.image_queries(images)
+            if self.replay.source is not None and self.config.fs_epoch == 0:
+                log.warning("Replay is on, but fs_epoch is 0: later sessions train nothing, so replay changes nothing")
+            self.base_images, self.base_queries = self.present, queries
             return
-        beta, mean = self.config.EMA_beta, self._mean_prompt(self.image_queries(images))
-        self.backbone.average_prompt.copy_(beta * self.backbone.average_prompt + (1 - beta) * mean)
-        self.set_prototypes(images)  # old rows keep the average prompt of their own session
-
-    def _warn_if_replay_does_nothing(self) -> None:
-        if self.replay.source is not None and self.config.fs_epoch == 0:
-            log.warning("Replay is on, but fs_epoch is 0: later sessions train nothing, so replay changes nothing")
+        average.copy_(beta * average + (1 - beta) * self.backbone.mean_prompt(queries))
+        self.set_prototypes(self.present)  # old rows keep the average prompt of their own session
 
     def before_epoch(self, step: Step) -> None:
-        """Choose anchors by the present features and the last average prompt, which is then renewed; base session."""
-        task = step.task
-        if task.index == 0:
+        """Choose the base session's anchors under the last average prompt, then renew it."""
+        if step.task.index == 0:
             features, labels = self.extract_features(self.base_images), self.base_images.labels
-            self.use_anchors(torch.stack([_most_central(features, labels, label) for label in task.classes]))
-            self.backbone.average_prompt.copy_(self._mean_prompt(self.base_queries))
+            self.use_anchors(torch.stack([_most_central(features, labels, label) for label in step.task.classes]))
+            self.backbone.average_prompt.copy_(self.backbone.mean_prompt(self.base_queries))
 
     def use_anchors(self, positions: Tensor) -> None:
         """Take the base images at these positions, int64 (C_0,), as the anchors of their classes."""
         self.anchors = positions
-        images = [self.base_images.take([position]) for position in positions.tolist()]
-        views = [next(test_batches(image, self.transform, 1, self.run.device)) for image in images]
+        # One by one: together they would come in the order of the images' parts.
+        views = [next(test_batches(self.base_images.take([i]), self.transform, 1, self.run.device)) for i in positions]
         self.anchor_images = torch.cat(views)  # (C_0, 3, S, S)
         self.anchor_queries = self.base_queries[positions].to(self.run.device)
 
     def after_training(self, task: Task) -> None:
+        """Compute class vectors of the present; after a session that trained, as the config says."""
         self.anchors = None  # they served the base session's loss; no checkpoint need carry them on
-        images = self.present
         if task.index == 0:
-            self.backbone.average_prompt.copy_(self._mean_prompt(self.base_queries))
-            self.set_prototypes(images)
-            return
-        if not self.config.fs_epoch:
-            return
-        if self.config.prototypes != "trained":
-            mixed = self.config.prototypes == "mixed"
-            self.set_prototypes(images + self.current_synthetic(task) if mixed else images)
-        if self.config.refresh_old_prototypes and len(self.past):
-            self.set_prototypes(self.past)
-
-    @torch.no_grad()
-    def _mean_prompt(self, queries: Tensor) -> Tensor:
-        return self.backbone.mean_prompt(queries.to(self.run.device))
+            self.backbone.average_prompt.copy_(self.backbone.mean_prompt(self.base_queries))
+            self.set_prototypes(self.present)
+        elif self.config.fs_epoch:
+            if self.config.prototypes != "trained":
+                mixed = self.config.prototypes == "mixed"
+                self.set_prototypes(self.present + self.current_synthetic(task) if mixed else self.present)
+            if self.config.refresh_old_prototypes and len(self.past):
+                self.set_prototypes(self.past)
 
     # ------------------------------------------------------------------ losses
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
-        return self.session_loss(batch, task) if task.index else self.base_loss(batch)
+        """Return the base session's loss or, later, that of `SeparateReplay` on the few real and generated images."""
+        return super().compute_loss(batch, task) if task.index else self.base_loss(batch)
 
     def base_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy, nearness to the classes' anchors, and the information bottleneck on prompts."""
-        labels, backbone = batch.labels, self.backbone
-        classes, counts = labels.unique(return_counts=True)
-        picks = classes if self.config.deduplicate_anchors else labels
+        """Return cross-entropy, nearness to the classes' anchors, and the information bottleneck on prompts."""
+        labels, backbone, config = batch.labels, self.backbone, self.config
+        picks, counts = labels, torch.ones_like(labels)  # classes whose anchors are shown, and what each counts
+        if config.deduplicate_anchors:
+            picks, counts = labels.unique(return_counts=True)
         noise = self.noise(len(labels) + len(picks))
         own, of_anchors = noise.split([len(labels) * backbone.num_layers, len(picks) * backbone.num_layers])
         features, mu, sigma = backbone.prompted(batch.images, backbone.query(batch.images), own)
         with torch.no_grad():  # the loss detaches them, so nothing would come back through the network
             anchors = backbone.prompted(self.anchor_images[picks], self.anchor_queries[picks], of_anchors)[0]
         mu, sigma = map(torch.cat, zip((mu, sigma), backbone.encode(self.anchor_queries[picks])))
-        ones = torch.ones(len(labels), device=labels.device)
-        weights = torch.cat([ones, counts.float() if self.config.deduplicate_anchors else ones])
-        with torch.autocast(features.device.type, enabled=False):
-            rows = weights.repeat_interleave(backbone.num_layers)
-            return {
-                "cross_entropy": F.cross_entropy(self.network.head(features), labels),
-                "anchor": self.config.anchor_lambda * anchor_loss(features, labels, anchors, picks),
-                "kl": self.config.kl_weight * standard_normal_kl(mu, sigma, rows),
-            }
+        rows = torch.cat([torch.ones_like(labels), counts]).float().repeat_interleave(backbone.num_layers)
+        return {
+            "cross_entropy": F.cross_entropy(self.training_logits(features), labels),
+            "anchor": config.anchor_lambda * anchor_loss(features, labels, anchors, picks),
+            "kl": config.kl_weight * standard_normal_kl(mu, sigma, rows),
+        }
 
-    def session_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
-        """Cross-entropy on the few real and the generated images; see `SeparateReplay`."""
-        features = self.training_features(batch.images)
-        with torch.autocast(features.device.type, enabled=False):
-            logits = self.network.head(features)
-        terms = self.replay_terms(logits, batch, task)
-        if self.config.w_scl:
-            scl = supervised_contrastive(F.normalize(features), batch.labels, self.config.scl_temperature)
-            terms["contrastive"] = self.config.w_scl * scl
-        return terms
+    def training_features(self, images: Tensor) -> Tensor:
+        """Return features (B, D) under noisy prompts."""
+        return self.backbone.prompted(images, self.backbone.query(images), self.noise(len(images)))[0]
 
-    def training_logits(self, images: Tensor) -> Tensor:
-        features = self.training_features(images)
+    def training_logits(self, features: Tensor) -> Tensor:
+        """Return logits (B, num_seen), in float32 in any case."""
         with torch.autocast(features.device.type, enabled=False):
             return self.network.head(features)
 
-    def training_features(self, images: Tensor) -> Tensor:
-        """Features (B, D) under noisy prompts."""
-        return self.backbone.prompted(images, self.backbone.query(images), self.noise(len(images)))[0]
-
     def noise(self, num_images: int) -> Tensor:
-        """What is multiplied with the prompts' standard deviation; `fit` seeds the generator at every step."""
-        return self.config.perturb_var * torch.randn(self.backbone.noise_shape(num_images), device=self.run.device)
+        """Draw what is multiplied with the prompts' standard deviation; `fit` seeds the generator at every step."""
+        rows = num_images * self.backbone.num_layers
+        return self.config.perturb_var * torch.randn(rows, self.backbone.tip[0].numel(), device=self.run.device)
 
     # ------------------------------------------------------------------ features
 
     def image_queries(self, images: ImageSet) -> Tensor:
-        """The bare ViT's features of un-augmented images, float32 (N, D) on the CPU; computed once per image."""
-        return self.queries.get(images, lambda missing: self._features(missing, lambda x, _: self.backbone.query(x)))
+        """Return the bare ViT's features of un-augmented images, float32 (N, D) on the CPU; computed once per image."""
+        return remembered(self.queries, images, lambda new: self._features(new, lambda x, _: self.backbone.query(x)))
 
     @torch.no_grad()
     def extract_features(self, images: ImageSet) -> Tensor:
@@ -228,15 +191,15 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
     # ------------------------------------------------------------------ what a checkpoint holds
 
     def extra_state(self) -> dict[str, Tensor]:
-        """The anchors of the running epoch: they were chosen before it, by features that are gone."""
+        """Return the anchors of the running epoch: they were chosen before it, by features that are gone."""
         return {} if self.anchors is None else {"anchors": self.anchors}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        if "anchors" in state and self.base_images is not None:
+        if "anchors" in state:
             self.use_anchors(state["anchors"])
 
 
 def _most_central(features: Tensor, labels: Tensor, label: int) -> Tensor:
-    """Position of the image of a class that has the largest cosine to the mean of its features."""
+    """Return the position of the image of a class that has the largest cosine to the mean of its features."""
     own = (labels == label).nonzero().flatten()
     return own[F.cosine_similarity(features[own], features[own].mean(0, keepdim=True)).argmax()]

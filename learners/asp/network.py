@@ -31,32 +31,31 @@ class PromptViT(nn.Module):
 
     def __init__(self, vit: Frozen, num_prompts: int = 6, alpha: float = 0.8, tip_init: str = "zero"):
         super().__init__()
-        _check_is_vit(getattr(vit.network, "network", vit.network))
-        self.vit, self.alpha = vit, alpha
+        network = getattr(vit.network, "network", vit.network)
+        _check_is_vit(network)
+        self.vit, self.alpha, self.num_layers = vit, alpha, len(network.blocks)
         self.num_features = D = vit.num_features
-        self.num_layers, self.half = len(self._timm.blocks), num_prompts // 2
-        shape = (self.num_layers, self.half, D)
+        shape = (self.num_layers, num_prompts // 2, D)
         self.tip = nn.Parameter(torch.zeros(shape) if tip_init == "zero" else torch.randn(shape))
         # No activation between the layers: both encoders are affine (the code's, not the figure's, form).
-        self.f_mu = nn.Sequential(nn.Linear(2 * D, ENCODER_WIDTH), nn.Linear(ENCODER_WIDTH, self.half * D))
-        self.f_sigma = nn.Sequential(nn.Linear(2 * D, ENCODER_WIDTH), nn.Linear(ENCODER_WIDTH, self.half * D))
+        self.f_mu = nn.Sequential(nn.Linear(2 * D, ENCODER_WIDTH), nn.Linear(ENCODER_WIDTH, num_prompts // 2 * D))
+        self.f_sigma = nn.Sequential(nn.Linear(2 * D, ENCODER_WIDTH), nn.Linear(ENCODER_WIDTH, num_prompts // 2 * D))
         self.register_buffer("average_prompt", torch.zeros(shape))
 
-    @property
-    def _timm(self) -> nn.Module:
-        return self.vit.network.network
-
     def forward(self, x: Tensor) -> Tensor:
-        """Images, float (B, 3, H, W), to features (B, D), without noise."""
+        """Map images, float (B, 3, H, W), to features (B, D), without noise."""
         return self.prompted(x, self.query(x))[0]
 
     @torch.no_grad()
     def query(self, x: Tensor) -> Tensor:
-        """The image as the bare ViT sees it, float32 (B, D). It never changes: keep it where the image stays."""
+        """Return images as the bare ViT sees them, float32 (B, D).
+
+        They never change: keep them where the images stay.
+        """
         return self._run(x, None).float()
 
     def encode(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the task-specific prompts.
+        """Return mean and spread of the task-specific prompts.
 
         Args:
             query: (B, D).
@@ -66,19 +65,19 @@ class PromptViT(nn.Module):
         """
         with torch.autocast(query.device.type, enabled=False):
             first = self.tip[:, 0].detach()  # the encoders read the first TIP token of each layer, and do not move it
-            pairs = torch.cat([first.expand(len(query), -1, -1), query.unsqueeze(1).expand(-1, len(first), -1)], dim=2)
-            u = pairs.flatten(0, 1)  # (B * L, 2D)
+            u = torch.cat([first.repeat(len(query), 1), query.repeat_interleave(len(first), dim=0)], dim=1)  # (BL, 2D)
             return self.f_mu(u), F.softplus(self.f_sigma(u) + SOFTPLUS_SHIFT)
 
-    def mean_prompt(self, query: Tensor) -> Tensor:
-        """The mean of mu over images with these queries (N, D), float32 (L, p, D).
+    @torch.no_grad()
+    def mean_prompt(self, queries: Tensor) -> Tensor:
+        """Return the mean of mu over images with these queries, (N, D) on any device: float32 (L, p, D).
 
         The encoder is affine, so the mean prompt is the prompt of the mean query.
         """
-        return self.encode(query.mean(0, keepdim=True))[0].view_as(self.tip)
+        return self.encode(queries.to(self.tip.device).mean(0, keepdim=True))[0].view_as(self.tip)
 
     def prompted(self, x: Tensor, query: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Features under prompts.
+        """Return features under prompts.
 
         Args:
             x: images, float (B, 3, H, W).
@@ -89,18 +88,13 @@ class PromptViT(nn.Module):
             Features (B, D), and mu and sigma of ``encode``.
         """
         mu, sigma = self.encode(query)
-        z = mu if noise is None else mu + noise * sigma
-        z = z.view(len(x), *self.tip.shape)  # (B, L, p, D)
+        z = (mu if noise is None else mu + noise * sigma).view(len(x), *self.tip.shape)  # (B, L, p, D)
         specific = self.alpha * self.average_prompt + (1 - self.alpha) * z
         prompts = torch.cat([self.tip.expand_as(z), specific], dim=2)  # (B, L, P, D)
         return self._run(x, prompts).float(), mu, sigma
 
-    def noise_shape(self, num_images: int) -> tuple[int, int]:
-        """Of the noise of so many images."""
-        return num_images * self.num_layers, self.half * self.num_features
-
     def _run(self, x: Tensor, prompts: Tensor | None) -> Tensor:
-        vit = self._timm
+        vit = self.vit.network.network  # timm's, within its adapter
         h = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, D)
         for layer, block in enumerate(vit.blocks):
             # Of the last block nothing but the class token (two, in a distilled ViT) is read.
@@ -111,37 +105,26 @@ class PromptViT(nn.Module):
 
 
 def run_block(block: nn.Module, h: Tensor, prompts: Tensor | None, wanted: int) -> Tensor:
-    """A timm block whose attention also looks at prompts.
+    """Run a timm block whose attention also looks at prompts.
 
-    The same as appending the prompts as tokens and cutting them off behind the block, but no prompt asks questions of
+    It equals a block that gets the prompts as further tokens and drops them behind it, but no prompt asks questions of
     its own or goes through the MLP.
 
     Args:
         block: timm's ViT block.
         h: tokens (B, N, D).
         prompts: (B, P, D); None: none.
-        wanted: the first so many tokens are computed.
+        wanted: how many of the first tokens are computed.
 
     Returns:
         (B, wanted, D).
     """
-    normed = block.norm1(h)
-    out = _attend(block.attn, normed, None if prompts is None else block.norm1(prompts), wanted)
-    h = h[:, :wanted] + block.ls1(out)
+    attn, tokens = block.attn, h if prompts is None else torch.cat([h, prompts], dim=1)
+    qkv = attn.qkv(block.norm1(tokens)).unflatten(2, (3, attn.num_heads, attn.head_dim))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N + P, d)
+    out = F.scaled_dot_product_attention(attn.q_norm(q[:, :, :wanted]), attn.k_norm(k), v)
+    h = h[:, :wanted] + block.ls1(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
     return h + block.ls2(block.mlp(block.norm2(h)))
-
-
-def _attend(attn: nn.Module, h: Tensor, prompts: Tensor | None, wanted: int) -> Tensor:
-    q, k, v = attn.qkv(h).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-    q, k = attn.q_norm(q[:, :, :wanted]), attn.k_norm(k)
-    if prompts is not None:
-        width = attn.num_heads * attn.head_dim  # rows of the queries, which prompts do not need
-        weight, bias = attn.qkv.weight[width:], None if attn.qkv.bias is None else attn.qkv.bias[width:]
-        extra = F.linear(prompts, weight, bias).unflatten(2, (2, attn.num_heads, attn.head_dim))
-        extra_k, extra_v = extra.permute(2, 0, 3, 1, 4)
-        k, v = torch.cat([k, attn.k_norm(extra_k)], dim=2), torch.cat([v, extra_v], dim=2)
-    out = F.scaled_dot_product_attention(q, k, v)
-    return attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
 
 
 def _check_is_vit(network: nn.Module) -> None:
@@ -152,8 +135,6 @@ def _check_is_vit(network: nn.Module) -> None:
             f"prompts need a vision transformer of timm, not a {type(network).__name__}: choose a convnet_type such as "
             "vit_base_patch16_224.augreg_in21k_ft_in1k"
         )
-    plain = all(type(block) is Block and type(block.attn) is Attention for block in network.blocks)
-    if not plain or any(getattr(block.attn, "gate", None) is not None for block in network.blocks):
-        raise ConfigError(
-            "prompts need plain pre-norm blocks (timm's Block with Attention), which this network does not have"
-        )
+    for block in network.blocks:
+        if type(block) is not Block or type(block.attn) is not Attention or getattr(block.attn, "gate", None):
+            raise ConfigError("prompts need plain pre-norm blocks, timm's Block with Attention: choose another ViT")

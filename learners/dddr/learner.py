@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from learners import LEARNERS
 from learners.dddr.separate_replay import SeparateReplay
-from learners.losses import supervised_contrastive
 from models.incremental import IncrementalNet
-from utils.data.batches import Batch
 from utils.data.manager import Task
 from utils.training import seeding
 from utils.training.schedule import TrainConfig
@@ -42,25 +39,16 @@ class DDDR(SeparateReplay):
     def build_network(self) -> IncrementalNet:
         network = super().build_network()
         seeding.seed_everything(self.run.seed, "contrastive-head")
-        hidden, size = self.config.scl_hidden, self.config.scl_size
-        network.projection = nn.Sequential(
-            nn.Linear(network.backbone.num_features, hidden), nn.GELU(), nn.Linear(hidden, size)
-        ).to(self.run.device)
+        num_features, hidden = network.backbone.num_features, self.config.scl_hidden
+        projection = nn.Sequential(nn.Linear(num_features, hidden), nn.GELU(), nn.Linear(hidden, self.config.scl_size))
+        network.projection = projection.to(self.run.device)
         return network
 
     def train_config(self, task: Task) -> TrainConfig:
-        """The same for every task."""
-        config = self.config
-        return TrainConfig(
-            epochs=config.com_round * config.local_ep, lr=config.lr, momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )  # fmt: skip
+        """Return the same for every task."""
+        config, epochs = self.config, self.config.com_round * self.config.local_ep
+        return TrainConfig(config.lr, epochs, momentum=config.momentum, weight_decay=config.weight_decay)
 
-    def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
-        features = self.network.features(batch.images)  # (B, D)
-        terms = self.replay_terms(self.network.head(features), batch, task)
-        if self.config.w_scl:
-            z = F.normalize(self.network.projection(features).float())
-            scl = supervised_contrastive(z, batch.labels, self.config.scl_temperature)
-            terms["contrastive"] = self.config.w_scl * scl
-        return terms
+    def contrasted(self, features: Tensor) -> Tensor:
+        """Return projections (B, scl_size)."""
+        return self.network.projection(features)

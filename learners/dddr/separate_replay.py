@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from learners.base import Learner
-from learners.losses import cross_entropy_from, distillation_loss
+from learners.losses import cross_entropy_from, distillation_loss, supervised_contrastive
 from utils.data.batches import Batch, Batches, PairedBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
@@ -32,9 +31,8 @@ class SeparateReplay(Learner):
         w_scl: float = Field(0.0, ge=0, description="weight of the supervised contrastive loss on current images")
         T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")
         scl_temperature: float = Field(0.07, gt=0, description="of the supervised contrastive loss")
-        replay_softmax: Literal["split", "joint"] = Field(
-            "split", description="split: new classes compete among themselves, old ones too; joint: all with all"
-        )
+        # split: new classes compete among themselves, and so do old ones
+        replay_softmax: Literal["split", "joint"] = Field("split", description="joint: new and old classes compete")
         base_cur_size: int = Field(0, ge=0, description="generated images per class in the first task")
         cur_size: int = Field(20, ge=0, description="generated images per new class that join later tasks' real ones")
         pre_size: int | None = Field(None, ge=1, description="replayed images per old class; null: all that were drawn")
@@ -60,26 +58,32 @@ class SeparateReplay(Learner):
         """Return the images of the present per step."""
         return self.config.batch_size
 
-    def replay_terms(self, logits: Tensor, batch: Batch, task: Task) -> dict[str, Tensor]:
-        """Cross-entropy and distillation of a task after the first.
-
-        Args:
-            logits: (B, num_seen), of the current images.
-            batch: with or without ``replay``.
-        """
-        joint = self.config.replay_softmax == "joint"
+    def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
+        """Return cross-entropy and contrast of the present, cross-entropy and distillation of replay."""
+        config, joint = self.config, self.config.replay_softmax == "joint"
+        features = self.training_features(batch.images)  # (B, D)
+        logits = self.training_logits(features)  # (B, num_seen)
         terms = {"cross_entropy": cross_entropy_from(0 if joint else task.num_old, logits, batch.labels)}
-        if batch.replay is None:
-            return terms
-        replayed = self.training_logits(batch.replay.images)  # (R, num_seen)
-        old = replayed[:, : task.num_old]
-        terms["replay"] = self.config.w_ce_pre * F.cross_entropy(replayed if joint else old, batch.replay.labels)
-        if self.config.w_kd:
-            with torch.no_grad():
-                old_logits = self.old_network(batch.replay.images)  # (R, num_old)
-            terms["distill"] = self.config.w_kd * distillation_loss(old, old_logits, self.config.T)
+        if batch.replay is not None:
+            replayed = self.training_logits(self.training_features(batch.replay.images))  # (R, num_seen)
+            old = replayed[:, : task.num_old]
+            terms["replay"] = config.w_ce_pre * F.cross_entropy(replayed if joint else old, batch.replay.labels)
+            if config.w_kd:
+                old_logits = self.old_network(batch.replay.images)  # (R, num_old), without gradients
+                terms["distill"] = config.w_kd * distillation_loss(old, old_logits, config.T)
+        if config.w_scl:
+            z = F.normalize(self.contrasted(features).float())
+            terms["contrastive"] = config.w_scl * supervised_contrastive(z, batch.labels, config.scl_temperature)
         return terms
 
-    def training_logits(self, images: Tensor) -> Tensor:
-        """Logits (B, num_seen) as the network gives them in training."""
-        return self.network(images)
+    def training_features(self, images: Tensor) -> Tensor:
+        """Return features (B, D) as the network gives them in training."""
+        return self.network.features(images)
+
+    def training_logits(self, features: Tensor) -> Tensor:
+        """Return logits (B, num_seen) of such features."""
+        return self.network.head(features)
+
+    def contrasted(self, features: Tensor) -> Tensor:
+        """Return what the contrastive loss compares, (B, any width), of features (B, D)."""
+        return features

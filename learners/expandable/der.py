@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from learners import LEARNERS
 from learners.expandable.network import ExpandableNet
 from learners.losses import old_as_one_class
-from learners.memory import keep_exemplars, update_class_means
+from learners.memory import keep_exemplars
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
@@ -33,7 +33,7 @@ class DynamicallyExpandableRepresentation(PyCILLearner):
 
     def build_network(self) -> ExpandableNet:
         network = super().build_network()
-        return ExpandableNet(nn.Identity(), network.backbone, network.head).eval()
+        return ExpandableNet(nn.Identity(), network.backbone, network.head, train_trunk=True, train_old=False).eval()
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         if task.num_old == 0:
@@ -49,8 +49,7 @@ class DynamicallyExpandableRepresentation(PyCILLearner):
         if task.num_old > 0:
             self.network.align_new_weights(task.num_old)
         self.network.auxiliary = None  # the next task has its own
-        keep_exemplars(self, task)
-        update_class_means(self)
+        keep_exemplars(self, task, class_means=True)
 
     def carried(self) -> list[Carried]:
         """Name the old branches apart from the rest of the network's file."""

@@ -10,6 +10,7 @@ from pydantic import Field
 from learners import LEARNERS
 from learners.expandable.der import DynamicallyExpandableRepresentation
 from learners.expandable.network import ExpandableNet, split_last_stage
+from utils.data.manager import Task
 from utils.training.schedule import TrainConfig
 
 
@@ -26,9 +27,7 @@ class MEMO(DynamicallyExpandableRepresentation):
     class Config(DynamicallyExpandableRepresentation.Config):
         train_base: bool = Field(True, description="the trunk learns on after the first task")
         train_adaptive: bool = Field(False, description="the last stages of earlier tasks learn on, too")
-        t_max: int | None = Field(
-            None, ge=1, description="epochs until a cosine schedule is at 0, to rise again; null: all of them"
-        )
+        t_max: int | None = Field(None, ge=1, description="epochs until a cosine is at 0, to rise again; null: all")
 
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -38,8 +37,7 @@ class MEMO(DynamicallyExpandableRepresentation):
     def build_network(self) -> ExpandableNet:
         whole = super().build_network()
         trunk, last_stage = split_last_stage(whole.backbone.branches[0])
-        config = self.config
-        return ExpandableNet(trunk, last_stage, whole.head, config.train_base, config.train_adaptive).eval()
+        return ExpandableNet(trunk, last_stage, whole.head, self.config.train_base, self.config.train_adaptive).eval()
 
-    def schedule(self, first: bool) -> TrainConfig:
-        return replace(super().schedule(first), cosine_length=self.config.t_max)
+    def train_config(self, task: Task) -> TrainConfig:
+        return replace(super().train_config(task), cosine_length=self.config.t_max)

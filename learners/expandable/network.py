@@ -32,11 +32,11 @@ class Branches(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Features of all branches together."""
+        """Count the features of all branches together."""
         return self.width * len(self.branches)
 
     def frozen(self) -> list[nn.Module]:
-        """The parts that have stopped learning; none before the second branch."""
+        """Return the parts that have stopped learning; none before the second branch."""
         *old, _ = self.branches
         return ([] if self.train_old else old) + ([] if self.train_trunk or not old else [self.trunk])
 
@@ -44,18 +44,17 @@ class Branches(nn.Module):
         """Append a branch, which starts as a copy of the newest one, and freeze what stops learning then."""
         self.branches.append(copy.deepcopy(self.branches[-1]))
         self.zero_grad(set_to_none=True)  # neither copied nor frozen parts keep the last gradients
-        for part in self.frozen():
-            part.eval().requires_grad_(False)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> Branches:
-        """As in any module, but frozen parts stay in eval mode: batches of new classes would move their BatchNorm."""
+        """Set the mode, but keep frozen parts constant: batches of new classes would move their BatchNorm."""
         super().train(mode)
         for part in self.frozen():
-            part.eval()
+            part.eval().requires_grad_(False)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images, float (B, 3, H, W), to the features of all branches side by side, oldest first."""
+        """Map images, float (B, 3, H, W), to the features of all branches side by side, oldest first."""
         shared = self.trunk(x)
         return torch.cat([branch(shared) for branch in self.branches], dim=1)
 
@@ -71,9 +70,7 @@ class ExpandableNet(IncrementalNet):
         head: built for the features of one branch; it has no class before the first `grow`.
     """
 
-    def __init__(
-        self, trunk: nn.Module, branch: nn.Module, head: LinearHead, train_trunk: bool = True, train_old: bool = False
-    ):
+    def __init__(self, trunk: nn.Module, branch: nn.Module, head: LinearHead, train_trunk: bool, train_old: bool):
         super().__init__(Branches(trunk, branch, head.num_features, train_trunk, train_old), head)
         self.auxiliary: LinearHead | None = None
 
@@ -92,7 +89,7 @@ class ExpandableNet(IncrementalNet):
         self.auxiliary.grow(1 + num_classes - num_old, generator)
 
     def both_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, float (B, 3, H, W), to logits (B, num_classes) and those of ``auxiliary`` (B, 1 + num_new)."""
+        """Map images, float (B, 3, H, W), to logits (B, num_classes) and those of ``auxiliary`` (B, 1 + num_new)."""
         features = self.features(x)
         return self.head(features), self.auxiliary(features[:, -self.backbone.width :])
 
@@ -124,14 +121,12 @@ def split_last_stage(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
     from torchvision.models import ResNet
 
     if isinstance(backbone, CifarResNet):
-        *first, last = backbone.stages
-        trunk = nn.Sequential(backbone.conv, backbone.bn, nn.ReLU(), *first)
+        layers = [backbone.conv, backbone.bn, nn.ReLU(), *backbone.stages]
     elif isinstance(backbone, ResNet):
-        first, last = (backbone.layer1, backbone.layer2, backbone.layer3), backbone.layer4
-        trunk = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool, *first)
+        layers = list(backbone.children())[:-2]  # without pool and classifier
     else:
         raise ConfigError(
             f"a {type(backbone).__name__} cannot be cut in front of its last stage: choose convnet_type="
             "resnet20, resnet32, resnet18, resnet34 or resnet50"
         )
-    return trunk, nn.Sequential(last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers[:-1]), nn.Sequential(layers[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -37,9 +37,7 @@ class RenewedBatches(ImageBatches):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the replay between two draws."""
-        if not len(self.replay):
-            return {}
-        return {"pixels": self.replay.parts[0].images, "labels": self.replay.labels}
+        return {"pixels": self.replay.parts[0].images, "labels": self.replay.labels} if len(self.replay) else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if state:

@@ -5,34 +5,24 @@ Cywinski et al., "GUIDE: Guidance-based Incremental Learning with Diffusion Mode
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from utils.run.errors import ConfigError
+if TYPE_CHECKING:
+    from learners.guide.learner import GUIDE
 
 
-class Flags(Protocol):
-    """The keys of `guide` that pick one of GUIDE's variants."""
-
-    use_old_grad: bool
-    negate_old_grad: bool
-    guid_to_new_classes: bool
-    trim_logits: bool
-
-
-def log_likelihood(flags: Flags, logits: Tensor, labels: Tensor, num_old: int, num_seen: int) -> Tensor:
-    """The variant that the flags pick, (B,), unscaled.
+def log_likelihood(flags: GUIDE.Config, logits: Tensor, labels: Tensor, num_old: int, num_seen: int) -> Tensor:
+    """Return what the variant that the flags pick follows uphill, (B,), unscaled.
 
     Args:
-        flags: see `learners.guide.learner.GUIDE.Config`.
+        flags: ``use_old_grad``, ``negate_old_grad``, ``guid_to_new_classes`` and ``trim_logits`` are read.
         logits: float (B, num_classes) of clean predictions, from the classifier before this task with
             ``use_old_grad``, else from the present one.
         labels: int64 (B,), old classes that the images are drawn for.
         num_old, num_seen: classes before and after this task.
 
-    Raises:
-        ConfigError: if the images are to be drawn toward new classes and there are none.
     """
     if flags.use_old_grad:
         toward = toward_label(logits[:, :num_old] if flags.trim_logits else logits, labels)
@@ -44,21 +34,15 @@ def log_likelihood(flags: Flags, logits: Tensor, labels: Tensor, num_old: int, n
 
 
 def toward_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p of one class per image, (B,), among the classes of ``logits``, (B, K)."""
+    """Return log p of one class per image, (B,), among the classes of ``logits``, (B, K)."""
     return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def toward_best_new(logits: Tensor, new: range) -> Tensor:
-    """log p of each image's likeliest new class, (B,), picked anew at every call.
+    """Return log p of each image's likeliest new class, (B,), picked anew at every call.
 
     Args:
         logits: (B, K), of old classes and new ones.
-        new: columns of the new ones.
-
-    Raises:
-        ConfigError: if there are none.
+        new: columns of the new ones; every task brings some.
     """
-    if not len(new):
-        raise ConfigError("guid_to_new_classes=true in a task that brings no new class: there is none to go toward")
-    best = logits[:, new.start : new.stop].argmax(1) + new.start
-    return toward_label(logits, best)
+    return toward_label(logits, logits[:, new.start : new.stop].argmax(1) + new.start)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,6 @@ from learners.guide.batches import RenewedBatches
 from learners.guide.guidance import log_likelihood
 from learners.guide.picture import picture
 from learners.guide.replay import Guided
-from models.frozen import fixed
 from synth.ddpm.words import drop_switches
 from synth.diffusion import Bend
 from synth.requests import Requests
@@ -51,30 +50,20 @@ class GUIDE(Learner):
         classifier_weight_decay: float = Field(5e-4, ge=0, description="on all parameters")
         classifier_augmentation: bool = Field(True, description="crop, rotation, flip, colours, erasing; false: none")
         use_new_grad: bool = Field(True, description="bend replay by the classifier that is being trained")
-        guid_to_new_classes: bool = Field(
-            True, description="toward the likeliest new class; false: away from its own label"
-        )
+        guid_to_new_classes: bool = Field(True, description="toward the likeliest new class; false: off its own label")
         use_old_grad: bool = Field(False, description="bend replay by the classifier of the task before, by its label")
         negate_old_grad: bool = Field(False, description="away from its own label; false: toward it")
-        classifier_scale_min_new: float | None = Field(
-            None, ge=0, description="smallest factor by the classifier in training; null: as the other"
-        )
-        classifier_scale_max_new: float | None = Field(
-            None, ge=0, description="largest factor by the classifier in training; null: as the other"
-        )
-        classifier_scale_min_old: float | None = Field(
-            None, ge=0, description="smallest factor by the previous classifier; null: as the other"
-        )
-        classifier_scale_max_old: float | None = Field(
-            None, ge=0, description="largest factor by the previous classifier; null: as the other"
-        )
+        # Each image draws its factor of the gradient between the two ends; null: the other end
+        classifier_scale_min_new: float | None = Field(None, ge=0, description="smallest factor with use_new_grad")
+        classifier_scale_max_new: float | None = Field(None, ge=0, description="largest factor with use_new_grad")
+        classifier_scale_min_old: float | None = Field(None, ge=0, description="smallest factor with use_old_grad")
+        classifier_scale_max_old: float | None = Field(None, ge=0, description="largest factor with use_old_grad")
         trim_logits: bool = Field(True, description="leave classes not seen yet out of the bending softmax")
         guid_generation_interval: int = Field(1, ge=1, description="steps from one draw of replay to the next")
         timestep_respacing: str = Field("ddim50", description="sampling steps of the replay in training")
         use_ddim: bool = Field(True, description="false: ancestral sampling of the replay in training")
-        label_draw: Literal["reference", "balanced"] = Field(
-            "reference", description="labels of replay; reference: each by chance; balanced: equally many of each"
-        )
+        # reference: each label by chance, as GUIDE has it; balanced: equally many of each
+        label_draw: Literal["reference", "balanced"] = Field("reference", description="how labels of replay are drawn")
         eval_logits: Literal["all", "seen"] = Field("all", description="all: classes not seen yet compete as well")
 
         @classmethod
@@ -99,12 +88,11 @@ class GUIDE(Learner):
                 raise ValueError("use_old_grad and use_new_grad exclude each other: set one of them to false")
             if self.negate_old_grad and not self.use_old_grad:
                 raise ValueError("negate_old_grad=true acts with use_old_grad=true alone: set both or none")
-            if self.scale is None and (self.use_old_grad or self.use_new_grad) and self.synth is not None:
-                which = "new" if self.use_new_grad else "old"
+            which, scale = "new" if self.use_new_grad else "old", self.scale
+            if scale is None and (self.use_old_grad or self.use_new_grad) and self.synth is not None:
                 raise ValueError(f"use_{which}_grad needs classifier_scale_min_{which} or classifier_scale_max_{which}")
-            if self.scale is not None and self.scale[0] > self.scale[1]:
-                which = "new" if self.use_new_grad else "old"
-                raise ValueError(f"classifier_scale_min_{which}={self.scale[0]} is above its max, {self.scale[1]}")
+            if scale is not None and scale[0] > scale[1]:
+                raise ValueError(f"classifier_scale_min_{which}={scale[0]} is above its max, {scale[1]}")
             if self.synth is not None and not self.synth.need_syn_imgs:
                 raise ValueError("synth.need_syn_imgs=false: replay of guide is drawn anew in training; set it to true")
             return self
@@ -112,9 +100,9 @@ class GUIDE(Learner):
         @property
         def scale(self) -> tuple[float, float] | None:
             """The smallest and largest factor of the gradient; None where none is given."""
-            ends = (self.classifier_scale_min_old, self.classifier_scale_max_old)
+            ends = [self.classifier_scale_min_old, self.classifier_scale_max_old]
             if self.use_new_grad:
-                ends = (self.classifier_scale_min_new, self.classifier_scale_max_new)
+                ends = [self.classifier_scale_min_new, self.classifier_scale_max_new]
             given = [end for end in ends if end is not None]
             return (given[0], given[-1]) if given else None
 
@@ -126,21 +114,19 @@ class GUIDE(Learner):
         super().__init__(config, data, run, replay)
         self.num_seen = 0
         if not self.transform.whole_batch:
-            raise ConfigError(
-                f"{config.model_name} draws replay in every few steps, for images that are kept in memory; those of "
-                f"{config.dataset!r} are files: take a data set of up to 64 pixels, such as imagenet100_64"
-            )
+            remedy = "take a data set of up to 64 pixels, such as imagenet100_64"
+            raise ConfigError(f"{config.model_name} keeps images in memory, {config.dataset!r} is in files: {remedy}")
         if replay.source is not None:
+            replay.network = self.network
             replay.bender = self.bend if config.use_new_grad or config.use_old_grad else None
-            replay.drawing = self.fixed_network
 
     # ------------------------------------------------------------------ network and training
 
     def build_transform(self) -> ClassifierTransform:
         """Take the generator's range, [-1, 1], and GUIDE's augmentation, whatever the data set is used to."""
         augmentation = "strong" if self.config.classifier_augmentation else "none"
-        middle = (0.5,) * 3
-        return classifier_transform(self.data.dataset, self.config.replay_resize, augmentation, middle, middle)
+        dataset = replace(self.data.dataset, augmentation=augmentation, mean=(0.5,) * 3, std=(0.5,) * 3)
+        return classifier_transform(dataset, self.config.replay_resize)
 
     def grow_network(self, task: Task) -> None:
         """Add all outputs in the first task."""
@@ -148,29 +134,26 @@ class GUIDE(Learner):
         self.network.grow(self.data.num_classes, seeding.generator(self.run.seed, "grow"))
 
     def train_config(self, task: Task) -> TrainConfig:
-        config, first = self.config, task.index == 0
-        counts = self.data.class_counts
-        num_real = sum(counts[: task.num_seen] if self.upper_bound else [counts[label] for label in task.classes])
-        return TrainConfig(
-            steps=config.disjoint_classifier_init_num_steps if first else config.disjoint_classifier_num_steps,
-            lr=config.classifier_init_lr if first else config.classifier_lr,
-            weight_decay=config.classifier_weight_decay, schedule="linear",
-            hold=max(1, num_real // config.batch_size),  # its epochs, in which the rate stays
-        )  # fmt: skip
+        config = self.config
+        steps, lr = config.disjoint_classifier_num_steps, config.classifier_lr
+        if task.index == 0:
+            steps, lr = config.disjoint_classifier_init_num_steps, config.classifier_init_lr
+        num_real = sum(self.data.class_counts[0 if self.upper_bound else task.num_old : task.num_seen])
+        hold = max(1, num_real // config.batch_size)  # steps of its epochs, in which the rate stays
+        decay = config.classifier_weight_decay
+        return TrainConfig(steps=steps, lr=lr, weight_decay=decay, schedule="linear", hold=hold)
 
     def batches(self, task: Task) -> RenewedBatches:
         """Take a share 1 / (task + 1) of real images, and replay of the others."""
-        replays = self.replay.source is not None and task.index > 0
-        batch_size = self.config.batch_size // (task.index + 1) if replays else self.config.batch_size
+        draw, batch_size = None, self.config.batch_size
+        if self.replay.source is not None and task.index > 0:
+            draw, batch_size = partial(self.replay.draw_step, task), batch_size // (task.index + 1)
         loading = self.run.loading(self.transform, batch_size, task.index, "train")
-        if self.replay.source is None:
-            return RenewedBatches(self.present, None, 1, loading)
-        self.training_batches = self.replay.batches(self.present, self.past, loading)
+        self.training_batches = RenewedBatches(self.present, draw, self.config.guid_generation_interval, loading)
         return self.training_batches
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
-        logits = self.network(batch.images)[:, : task.num_seen]
-        return {"cross_entropy": F.cross_entropy(logits, batch.labels)}
+        return {"cross_entropy": F.cross_entropy(self.network(batch.images)[:, : task.num_seen], batch.labels)}
 
     def logits(self, images: ImageSet) -> Tensor:
         """Compute logits of all classes, (N, num_classes), on the CPU."""
@@ -188,13 +171,6 @@ class GUIDE(Learner):
 
     # ------------------------------------------------------------------ what bends the replay
 
-    @contextmanager
-    def fixed_network(self) -> Iterator[None]:
-        """Hold the network still while replay is drawn, the same in every process."""
-        self.run.runtime.share_buffers(self.network)  # BatchNorm's, which every process has its own of
-        with fixed(self.network):
-            yield
-
     def bend(self, task: Task, requests: Requests) -> Bend:
         """Return what sampling of these requests follows uphill: see `synth.diffusion`."""
         labels, scales = requests.labels.to(self.run.device), self.scales(requests).to(self.run.device)
@@ -209,16 +185,12 @@ class GUIDE(Learner):
     def scales(self, requests: Requests) -> Tensor:
         """Draw one factor for each image, (N,), the same in all of its denoising steps."""
         low, high = self.config.scale
-        if low == high:
-            return torch.full((len(requests),), low)
-        rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
-        chances = [torch.rand((), generator=seeding.generator(*requests.key, "scale", *row)) for row in rows]
-        return low + (high - low) * torch.stack(chances)
+        generators = replace(requests, key=(*requests.key, "scale")).generators()
+        return low + (high - low) * torch.stack([torch.rand((), generator=generator) for generator in generators])
 
     def after_training(self, task: Task) -> None:
         """Lay out the last replay, and what bending does to some images."""
-        if self.replay.source is None or task.index == 0:
-            return
-        self.replay.show(task, self.training_batches.replay)
-        if self.replay.bender is not None:
-            self.run.panels.write(f"guidance_{task.index}", picture(self, task))
+        if self.replay.source is not None and task.index > 0:
+            self.replay.show(task, self.training_batches.replay)
+            if self.replay.bender is not None:
+                self.run.panels.write(f"guidance_{task.index}", picture(self, task))

@@ -11,10 +11,7 @@ from utils.data.manager import Task
 from utils.results.panels import Cell, Panel, PanelRow
 
 PICTURED = 8  # replay images of a task
-NOTE = (
-    "Replay from the same noise without and with the classifier's gradient, and how sure the trained classifier then "
-    "is of the class that was asked for and of the likeliest new one."
-)
+NOTE = "Replay from the same noise, and how sure the trained classifier is of its class and of the likeliest new one."
 
 
 def picture(learner: Learner, task: Task) -> Panel:
@@ -24,11 +21,9 @@ def picture(learner: Learner, task: Task) -> Panel:
     columns = []
     for guided in (False, True):
         images = learner.replay.draw(task, requests, guided)
-        probabilities = learner.logits(images)[:, : task.num_seen].softmax(1)
-        columns.append([
-            Cell(images.image(position), caption(names, label, task.num_old, row))
-            for position, (label, row) in enumerate(zip(labels.tolist(), probabilities))
-        ])  # fmt: skip
+        chances = learner.logits(images)[:, : task.num_seen].softmax(1)
+        captions = [caption(names, label, task.num_old, row) for label, row in zip(labels.tolist(), chances)]
+        columns.append([Cell(images.image(position), words) for position, words in enumerate(captions)])
     rows = [PanelRow(names[label], cells) for label, cells in zip(labels, zip(*columns))]
     return Panel("Guidance", NOTE, ["unguided", "guided"], rows, f"Task {task.index}")
 

@@ -3,72 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 
-from learners.guide.batches import RenewedBatches
+from models.frozen import fixed
+from models.incremental import IncrementalNet
 from synth import SOURCES
 from synth.base import ReplaySource
 from synth.ddpm.source import DDPM, Sampling
 from synth.diffusion import Bend, respace
-from synth.drawing import number_of, preview, save_image
+from synth.drawing import preview, save_image
 from synth.replay import Replay
 from synth.requests import Requests, draw_labels
-from utils.data.batches import Loading
 from utils.data.images import ImageSet, encode_image
 from utils.data.manager import Task
 from utils.run.config import RunConfig
 from utils.run.errors import BankError, ConfigError
-from utils.run.files import atomic_write
+from utils.run.files import atomic_write, in_numeric_order
 from utils.run.folder import replay_manifest
 from utils.run.manifest import Manifest
 from utils.training import seeding
-
-Bender = Callable[[Task, Requests], Bend]
 
 
 class Guided(Replay):
     """GUIDE's replay (Cywinski et al., 2024, arXiv:2403.03938): nothing is stored, every draw is bent by its moment.
 
-    The learner says in ``bender`` what bends it, and gives in ``drawing`` a context in which its network holds still.
+    The learner says in ``bender`` what bends it, and in ``network`` what must hold still meanwhile.
     """
 
     source: DDPM
-    bender: Bender | None = None
-    drawing: Callable[[], AbstractContextManager[None]]
+    network: IncrementalNet
+    bender: Callable[[Task, Requests], Bend] | None = None
 
     @classmethod
     def check(cls, config: RunConfig, source: type[ReplaySource]) -> None:
         if not issubclass(source, DDPM):
             able = ", ".join(name for name in SOURCES.names() if issubclass(SOURCES[name], DDPM))
-            raise ConfigError(
-                f"the learner {config.model_name!r} guides the denoising of its source, which {config.synth.name!r} "
-                f"does not allow: choose synth.name={able}"
-            )
+            refused = f"{config.model_name!r} guides the denoising, which {config.synth.name!r} does not allow"
+            raise ConfigError(f"{refused}: choose synth.name={able}")
 
     def require(self) -> None:
         super().require()
         respace(self.source.process, self.run_config.timestep_respacing)
-        if self.run_config.batch_size < self.data.num_tasks:
-            raise ConfigError(
-                f"batch_size={self.run_config.batch_size}: the last of {self.data.num_tasks} tasks gets no real image"
-            )
-
-    def past(self, task: Task) -> ImageSet:
-        """Return nothing: what stands for old classes is drawn in ``batches``."""
-        self.task = task
-        return ImageSet()
-
-    def batches(self, present: ImageSet, past: ImageSet, loading: Loading) -> RenewedBatches:
-        """Take a share 1 / (task + 1) of real images, as ``loading`` says, and replay of the others."""
-        draw = None if loading.key[1] == 0 else partial(self.draw_step, self.task)
-        return RenewedBatches(present, draw, self.run_config.guid_generation_interval, loading)
+        if (batch_size := self.run_config.batch_size) < (num_tasks := self.data.num_tasks):
+            raise ConfigError(f"{batch_size=}: the last of {num_tasks} tasks gets no real image")
 
     def draw_step(self, task: Task, step: int) -> ImageSet:
         """Draw all replay of one step and of those up to the next draw, bent by the network as it is now."""
-        count = self.num_replayed(task.index)
+        count, balanced = self.num_replayed(task.index), self.run_config.label_draw == "balanced"
         chance = seeding.generator(self.run.seed, task.index, "replay labels", step)
-        balanced = self.run_config.label_draw == "balanced"
         labels = draw_labels(list(range(task.num_old)), count, chance, balanced)
         return self.draw(task, Requests.of_labels(labels, (self.run.seed, "guide", task.index, step)))
 
@@ -77,12 +59,13 @@ class Guided(Replay):
 
         The chunks are shared by all processes; each gets every sample, with the bits of one process.
         """
-        config = self.run_config
-        sampling = Sampling(config.timestep_respacing, "ddim" if config.use_ddim else "ddpm")
+        runtime, sampler = self.run.runtime, "ddim" if self.run_config.use_ddim else "ddpm"
+        sampling = Sampling(self.run_config.timestep_respacing, sampler)
         bend = partial(self.bender, task) if guided and self.bender is not None else None
         chunks = list(requests.chunks(self.config.sample_batch))
-        with self.run.timed("generate"), self.drawing():
-            drawn = self.run.runtime.share(chunks, lambda chunk: self.source.draw(chunk, sampling, bend))
+        runtime.share_buffers(self.network)  # BatchNorm's, which every process has its own of
+        with self.run.timed("generate"), fixed(self.network):
+            drawn = runtime.share(chunks, lambda chunk: self.source.draw(chunk, sampling, bend))
         return sum(drawn, ImageSet())
 
     def num_replayed(self, index: int) -> int:
@@ -90,8 +73,7 @@ class Guided(Replay):
         return self.run_config.batch_size // (index + 1) * index
 
     def expected(self) -> int:
-        config = self.run_config
-        draws = -(-config.disjoint_classifier_num_steps // config.guid_generation_interval)
+        draws = -(-self.run_config.disjoint_classifier_num_steps // self.run_config.guid_generation_interval)
         return draws * sum(map(self.num_replayed, range(self.data.num_tasks)))
 
     def show(self, task: Task, images: ImageSet) -> None:
@@ -101,21 +83,20 @@ class Guided(Replay):
         if self.config.syn_image_path is None:
             replay_manifest(self.folder).claim()
         manifest = self._shown(task.index)
-        folder = manifest.folder
-        if folder.exists():
+        if manifest.folder.exists():
             manifest.delete()
-        rows = {label: images.select([label]) for label in images.classes}
-        for label, row in rows.items():
+        rows = [images.select([label]) for label in images.classes]
+        for label, row in zip(images.classes, rows):
             for copy in range(len(row)):
-                save_image(folder / str(label) / f"{label}-{copy}", row.image(copy), self.config)
-        atomic_write(folder / "preview.png", encode_image(preview(list(rows.values())), ".png"))
+                save_image(manifest.folder / f"{label}" / f"{label}-{copy}", row.image(copy), self.config)
+        atomic_write(manifest.folder / "preview.png", encode_image(preview(rows), ".png"))
         manifest.seal(task=task.index)
 
     def newest(self, label: int) -> list[str]:
         for index in reversed(range(self.data.num_tasks)):
             shown = self._shown(index)
             if found := [name for name in shown.files() if name.startswith(f"{label}/")]:
-                return [str(shown.folder / name) for name in sorted(found, key=number_of)]
+                return list(map(str, in_numeric_order(shown.folder / name for name in found)))
         return []
 
     def _shown(self, index: int) -> Manifest:

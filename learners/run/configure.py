@@ -11,12 +11,7 @@ from synth.replay import replay_kind
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
 from utils.run.registry import nearest
-from utils.run.words import apply_overrides, read_experiment, translate, unread_keys
-
-
-def read_config(path: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
-    """Read an experiment file under overrides; see ``build_config``."""
-    return build_config(read_experiment(path), overrides)
+from utils.run.words import apply_overrides, translate, unread_keys
 
 
 def build_config(raw: dict[str, Any], overrides: list[str] = ()) -> tuple[RunConfig, list[str]]:
@@ -33,21 +28,20 @@ def build_config(raw: dict[str, Any], overrides: list[str] = ()) -> tuple[RunCon
         ConfigError: for an unknown learner, source or key, for a wrong value, and for a learner and a source that
             do not go together.
     """
-    learners = {name: LEARNERS[name] for name in LEARNERS.names()}
+    names = LEARNERS.names()
     SOURCES.names()  # every room registers its words
     raw = translate(apply_overrides(raw, list(overrides)))
-    name = raw.get("model_name")
-    if name is None:
-        raise ConfigError(f"the key 'model_name' is missing: choose one of {', '.join(learners)}")
-    learner = LEARNERS[str(name).lower()]
-    raw = learner.Config.translate({**raw, "model_name": str(name).lower()})
-    known_elsewhere = {key for other in learners.values() for key in other.Config.model_fields}
-    unread = (known_elsewhere | unread_keys()) - set(learner.Config.model_fields)
-    unused = sorted(unread & raw.keys())
+    if raw.get("model_name") is None:
+        raise ConfigError(f"the key 'model_name' is missing: choose one of {', '.join(names)}")
+    raw["model_name"] = str(raw["model_name"]).lower()
+    learner = LEARNERS[raw["model_name"]]
+    raw, own = learner.Config.translate(raw), learner.Config.model_fields
+    known = {key for name in names for key in LEARNERS[name].Config.model_fields}
+    unused = sorted(((known | unread_keys()) - own.keys()) & raw.keys())
     used = {key: value for key, value in raw.items() if key not in unused}
     for key in used:
-        if key not in learner.Config.model_fields:
-            raise ConfigError(f"unknown key {key!r}{nearest(key, known_elsewhere)}")
+        if key not in own:
+            raise ConfigError(f"unknown key {key!r}{nearest(key, known)}")
     if used.get("synth") is not None:
         used["synth"] = build_source_config(used["synth"])
     config = learner.Config.build(used)
@@ -56,28 +50,27 @@ def build_config(raw: dict[str, Any], overrides: list[str] = ()) -> tuple[RunCon
 
 
 def _check_pair(learner: type[Learner], config: RunConfig) -> None:
-    if config.synth is None:
+    synth = config.synth
+    if synth is None:
         if learner.needs_source:
             raise ConfigError(
-                f"the learner {config.model_name!r} replays generated images and needs a source: add "
-                f'"synth": {{"name": ...}} with one of {", ".join(SOURCES.names())}'
+                f'{config.model_name!r} needs a source: add "synth": {{"name": one of {", ".join(SOURCES.names())}}}'
             )
         return
-    if config.synth.syn_image_path is not None and len(config.seed) > 1:
+    if synth.syn_image_path is not None and len(config.seed) > 1:
         raise ConfigError(
-            f"synth.syn_image_path={config.synth.syn_image_path!r} is one folder, but {len(config.seed)} seeds draw "
-            "different images: run one seed at a time, each with its own folder, or leave the key out"
+            f"synth.syn_image_path={synth.syn_image_path!r} is one folder, but {len(config.seed)} seeds draw different "
+            "images: run one seed at a time, each with its own folder, or leave the key out"
         )
-    if config.synth.source_dir is not None and not config.synth.need_syn_imgs:
+    if synth.source_dir is not None and not synth.need_syn_imgs:
         raise ConfigError(
-            f"synth.source_dir={config.synth.source_dir!r}: with need_syn_imgs=false the images are there and no "
-            "source is used; keep one of the two"
+            f"synth.source_dir={synth.source_dir!r}: no source is used where need_syn_imgs=false: keep one of the two"
         )
-    source = SOURCES[config.synth.name]
+    source = SOURCES[synth.name]
     if source.samples not in learner.accepts:
         can_use = f"it can use {' or '.join(sorted(learner.accepts))}" if learner.accepts else "it uses no source"
         raise ConfigError(
-            f"the source {config.synth.name!r} makes {source.samples}, which the learner {config.model_name!r} cannot "
+            f"the source {synth.name!r} makes {source.samples}, which the learner {config.model_name!r} cannot "
             f"replay ({can_use}): choose another source or another learner"
         )
     replay_kind(config, source, learner.replay_kind).check(config, source)

@@ -24,7 +24,7 @@ from synth import SOURCES
 from synth.replay import replay_kind
 from synth.stored import keep_source
 from utils.data.datasets import Dataset, load_dataset
-from utils.data.manager import DataManager, Task, cut_tasks
+from utils.data.manager import Task, cut_tasks
 from utils.results.gallery import GalleryRow
 from utils.results.report import write_report
 from utils.results.results import Results
@@ -33,17 +33,11 @@ from utils.run.errors import DataError, WeightsError
 from utils.run.files import write_json
 from utils.run.folder import RESULTS, claim_data, read_environment, read_results, replay_folder
 from utils.run.log import log_to_file
-from utils.training.checkpoint import Checkpoints
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
 log = logging.getLogger("reprise")
 GALLERY_IMAGES = 8
-
-
-def make_data(config: RunConfig, seed: int, dataset: Dataset) -> DataManager:
-    """Cut the tasks of one seed."""
-    return cut_tasks(config, seed, dataset, LEARNERS[config.model_name].upper_bound)
 
 
 def find_needs(config: RunConfig) -> Dataset:
@@ -71,18 +65,6 @@ def missing_weights(config: RunConfig, offline: bool) -> list[str]:
     return what_is_missing(checks)
 
 
-def make_learner(config: RunConfig, name: str, seed: int, data: DataManager, run: Run) -> Learner:
-    """Build the learner of this run with its source and its replay."""
-    kind, source = LEARNERS[config.model_name], None
-    if config.synth is not None:
-        source = SOURCES[config.synth.name](config.synth, run, data.num_classes, data.class_names, data.dataset)
-    way = replay_kind(config, None if source is None else type(source), kind.replay_kind)
-    learner = kind(config, data, run, way(config, source, data, run, replay_folder(config, name, seed)))
-    if isinstance(learner, PyCILLearner):
-        learner.first_training = partial(train_or_take, learner)
-    return learner
-
-
 class Experiment:
     """The run of one seed: learn, evaluate, write, checkpoint, task after task.
 
@@ -99,8 +81,11 @@ class Experiment:
         self, config: RunConfig, name: str, seed: int, dataset: Dataset, runtime: Runtime, unused: Sequence[str] = ()
     ):
         self.config, self.name, self.seed, self.runtime, self.unused = config, name, seed, runtime, unused
-        self.data = make_data(config, seed, dataset)
+        self.data = cut_tasks(config, seed, dataset, LEARNERS[config.model_name].upper_bound)
         self.folder = Path(config.output_dir) / name / config.seed_tag(seed)
+        workers, every = config.num_workers, config.checkpoint_every
+        self.run = Run(self.folder, config.train_seed(seed), runtime, num_workers=workers, checkpoint_every=every)
+        self.checkpoints = self.run.checkpoints("task")
 
     def check(self, anew: bool = False) -> Learner:
         """Build network and source once, so that whatever does not fit is said before anything is written.
@@ -110,18 +95,24 @@ class Experiment:
         """
         if not anew:
             claim_data(self.folder, self.data, write=False)
-        learner = make_learner(self.config, self.name, self.seed, self.data, self._make_run())
+        learner = self._make_learner()
         learner.replay.require()
         if self.config.init_from is not None:
             require_initial(learner)
         check_budget(learner)
         return learner
 
-    def _make_run(self) -> Run:
-        return Run(
-            self.folder, self.config.train_seed(self.seed), self.runtime, num_workers=self.config.num_workers,
-            checkpoint_every=self.config.checkpoint_every,
-        )  # fmt: skip
+    def _make_learner(self) -> Learner:
+        """Build the learner with its source and its replay."""
+        config, data, run, source = self.config, self.data, self.run, None
+        if config.synth is not None:
+            source = SOURCES[config.synth.name](config.synth, run, data.num_classes, data.class_names, data.dataset)
+        kind = LEARNERS[config.model_name]
+        way = replay_kind(config, None if source is None else type(source), kind.replay_kind)
+        learner = kind(config, data, run, way(config, source, data, run, replay_folder(config, self.name, self.seed)))
+        if isinstance(learner, PyCILLearner):
+            learner.first_training = partial(train_or_take, learner)
+        return learner
 
     def finished(self) -> dict[str, Any] | None:
         """Return the results of a run that has ended before, or None."""
@@ -131,13 +122,10 @@ class Experiment:
         """Learn all tasks that are not learned yet and return the content of `results.json`."""
         with log_to_file(self.folder / "log.txt") if self.runtime.is_main else nullcontext():
             self._log_header()
-            self.run = self._make_run()
             self.run.track(self.config.log_with, f"{self.name}/{self.folder.name}", self.config.model_dump(mode="json"))
-            self.learner = make_learner(self.config, self.name, self.seed, self.data, self.run)
+            self.learner = self._make_learner()
             claim_data(self.folder, self.data, self.runtime.is_main)
-            self.results = Results(
-                self._header(), self.data, few_shot=self.config.kshot > 0, long_tailed=self.config.imb_factor < 1
-            )
+            self.results = Results(self._header(), self.data)
             for task in self.data.tasks(self._restore()):
                 with self.run.timed("other"):
                     self._learn(task)
@@ -148,7 +136,8 @@ class Experiment:
             return self._write()
 
     def _learn(self, task: Task) -> None:
-        log.info("Task %d: learning on %d-%d (%s)", task.index, task.num_old, task.num_seen - 1, _names(task))
+        names = ", ".join([*task.class_names[:5], "..."][: task.num_new])  # five at most
+        log.info("Task %d: learning on %d-%d (%s)", task.index, task.num_old, task.num_seen - 1, names)
         self.learner.learn_task(task)
         with self.run.timed("evaluate"):
             seen = range(task.num_seen)
@@ -156,21 +145,16 @@ class Experiment:
             val = (self.learner.predict(held_out), held_out.labels) if len(held_out) else None
             self.results.add(task, self.learner.predict(images), images.labels, val)
 
-    @property
-    def _checkpoints(self) -> Checkpoints:
-        return self.run.checkpoints("task")
-
     def _save(self, task: Task) -> None:
         """Write everything that the next task needs, then the results so far."""
         self.runtime.accelerator.wait_for_everyone()  # until all know what a budget takes
         if self.runtime.is_main:
-            learner = self.learner
+            learner, so_far = self.learner, {"results": self.results.state(), "seconds": self.run.seconds}
             tensors, state = learner_state(learner)
-            state |= {"results": self.results.state(), "seconds": self.run.seconds}
             if learner.replay.learns and self.config.synth.keep_sources:
                 # First: what a checkpoint calls learned is not learned again.
                 keep_source(learner.replay.source, self.data, task, self.folder)
-            self._checkpoints.save(task.index, tensors, state, fill_of(learner))
+            self.checkpoints.save(task.index, tensors, {**state, **so_far}, fill_of(learner))
             self.run.forget_fits()
             learner.replay.prune()
             results = self._write()
@@ -179,13 +163,14 @@ class Experiment:
 
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; return the number of the next task."""
-        found = self._checkpoints.load_newest(log)
+        found = self.checkpoints.load_newest(log)
         if found is None:
             return 0
         index, tensors, state = found
         restore_learner(self.learner, tensors, state)
-        if self.learner.replay.learns and (self._checkpoints.path(index) / "source").exists():
-            self.learner.replay.source.load(self._checkpoints.path(index) / "source")
+        source = self.checkpoints.path(index) / "source"
+        if self.learner.replay.learns and source.exists():
+            self.learner.replay.source.load(source)
         with self.runtime.accelerator.main_process_first():
             if self.runtime.is_main:
                 self.learner.replay.prune()
@@ -196,11 +181,10 @@ class Experiment:
 
     def _write(self) -> dict[str, Any]:
         """Write `results.json` and `report.html`; return the former's content."""
-        spent = self.run.seconds
+        spent, num_learned = self.run.seconds, len(self.results.accuracy_matrix)
         seconds = {name: spent.get(name, 0.0) for name in ("train", "fit_source", "generate", "evaluate")}
         seconds["total"] = sum(spent.values())
-        done = len(self.results.accuracy_matrix) - 1
-        memory = count_bytes(self.learner, self._checkpoints.path(done))
+        memory = count_bytes(self.learner, self.checkpoints.path(num_learned - 1))
         results = self.results.to_dict(memory, count_units(self.learner, memory), seconds)
         if self.runtime.is_main:
             write_json(self.folder / RESULTS, results)
@@ -211,25 +195,22 @@ class Experiment:
 
     def _gallery(self) -> list[GalleryRow]:
         rows = []
-        for label in range(len(self.results.per_class_accuracy)):
-            real = self.data.test_images([label])
-            synthetic = self.learner.replay.newest(label)[:GALLERY_IMAGES]
-            picks = [real.image(position) for position in range(min(GALLERY_IMAGES, len(real)))]
-            task = next(task.index for task in map(self.data.task, range(self.data.num_tasks)) if label in task.classes)
-            rows.append(GalleryRow(label, self.data.class_names[label], task, picks, synthetic))
+        for task in map(self.data.task, range(len(self.results.accuracy_matrix))):
+            for label, name in zip(task.classes, task.class_names):
+                images, synthetic = self.data.test_images([label]), self.learner.replay.newest(label)[:GALLERY_IMAGES]
+                real = [images.image(position) for position in range(min(GALLERY_IMAGES, len(images)))]
+                rows.append(GalleryRow(label, name, task.index, real, synthetic))
         return rows
 
     def _header(self) -> dict[str, Any]:
+        config = self.config
         return {
-            "name": self.name,
-            "model_name": self.config.model_name,
-            "source": None if self.config.synth is None else self.config.synth.name,
-            "dataset": self.config.data_name,
-            "seed": self.seed,
-            "upper_bound": self.learner.upper_bound,
-            "eval_logits": getattr(self.config, "eval_logits", "seen"),  # of learners that score all classes
+            "name": self.name, "model_name": config.model_name,
+            "source": None if config.synth is None else config.synth.name, "dataset": config.data_name,
+            "seed": self.seed, "upper_bound": self.data.upper_bound,
+            "eval_logits": getattr(config, "eval_logits", "seen"),  # of learners that score all classes
             "command": " ".join(["python", *sys.argv]),
-        }
+        }  # fmt: skip
 
     def _log_header(self) -> None:
         for key, value in self.config.model_dump(mode="json", exclude_none=True).items():
@@ -238,10 +219,5 @@ class Experiment:
             log.info("Keys that %s does not use: %s", self.config.model_name, ", ".join(self.unused))
         log.info("Data: %s", self.data.dataset.source)
         log.info("Class order: %s", self.data.class_order)
-        if LEARNERS[self.config.model_name].upper_bound:
+        if self.data.upper_bound:
             log.info("%s is an upper bound: it sees real images of all seen classes", self.config.model_name)
-
-
-def _names(task: Task) -> str:
-    names = ", ".join(task.class_names[:5])
-    return names if task.num_new <= 5 else f"{names}, ..."

@@ -7,7 +7,6 @@ itself.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
@@ -58,9 +57,8 @@ def require_initial(learner: Learner) -> Manifest:
     manifest = _manifest(_find(learner), learner)
     if not manifest.folder.exists():
         raise CheckpointError(
-            f"no weights of a first task to start from: {manifest.folder} is not there. A run writes it when its first "
-            "task is trained, if its learner can share it (init_from in the README); one that has no such folder "
-            "must be repeated with --overwrite, and with this seed"
+            f"no weights of a first task to start from: {manifest.folder} is not there. A run whose learner can share "
+            "them (init_from in the README) writes it; an older one must be repeated with --overwrite and this seed"
         )
     manifest.verify()
     manifest.claim(write=False)
@@ -68,30 +66,24 @@ def require_initial(learner: Learner) -> Manifest:
 
 
 def recipe_of(learner: Learner) -> dict[str, Any]:
-    """List everything that the weights after the first task depend on, but for the machine, as JSON has it."""
+    """List everything that the weights after the first task depend on, but for the machine."""
     config, data, task = learner.config, learner.data, learner.data.task(0)
     options, transform = asdict(backbone_options(config, data.dataset)), learner.transform
     weights = options.pop("weights")  # its place says nothing, and neither does `offline`
     del options["offline"]
-    recipe = {
-        "dataset": data.dataset.name,
-        "init_cls": task.num_seen,
+    return {
+        "dataset": data.dataset.name, "init_cls": task.num_seen,
         "classes": dict(enumerate(task.class_names)),  # by place: a difference is then one class, not two long lists
-        "images": data.images_hash(task.classes),
-        "seed": learner.run.seed,
-        "loss": "cross_entropy",
+        "images": data.images_hash(task.classes), "seed": learner.run.seed, "loss": "cross_entropy",
         "convnet_type": config.convnet_type,
         "backbone": {**options, "weights": None if weights is None else file_hash(weights)},
-        "head": learner.head,
-        "training": asdict(learner.train_config(task)),
-        "batch_size": config.batch_size,
+        "head": learner.head, "training": asdict(learner.train_config(task)), "batch_size": config.batch_size,
         "augmentation": {
             **asdict(transform.augmentation), "size": transform.size, "resize": transform.resize,
             "mean": transform.mean.tolist(), "std": transform.std.tolist(),
         },
         "synth": learner.replay.first_task_settings(),
     }  # fmt: skip
-    return json.loads(json.dumps(recipe))
 
 
 def _manifest(folder: Path, learner: Learner) -> Manifest:
@@ -114,8 +106,7 @@ def _take(learner: Learner) -> dict[str, Any]:
     made_on, here = manifest.read()["made_on"], _machine(learner)
     log.info("Task 0: the weights are those of %s", manifest.folder)
     if made_on != here:
-        log.warning("They were made on %s, this run is on %s: to train them here may move their last bits",
-                    made_on, here)  # fmt: skip
+        log.warning("They were made on %s, this run is on %s: training here may move their last bits", made_on, here)
     return made_on
 
 
@@ -126,8 +117,8 @@ def _find(learner: Learner) -> Path:
     if not isinstance(learner, PyCILLearner):
         able = ", ".join(name for name in LEARNERS.names() if issubclass(LEARNERS[name], PyCILLearner))
         raise ConfigError(
-            f"init_from={init_from!r}: the learner {learner.config.model_name!r} trains the first task in a way of its "
-            f"own and cannot start from another run's weights; leave the key out, or choose model_name={able}"
+            f"init_from={init_from!r}: the learner {learner.config.model_name!r} trains the first task in its own way "
+            f"and cannot start from another's weights; leave the key out, or choose model_name={able}"
         )
     if not given.is_dir():
         raise ConfigError(f"init_from={init_from!r}: no such folder; name that of a run or of one of its seeds")

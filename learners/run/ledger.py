@@ -19,7 +19,6 @@ from utils.training.checkpoint import Checkpoints
 log = logging.getLogger("reprise")
 # Lines of every results.json, whether there is something of them or not.
 LINES = ("exemplars", "bank", "edge_maps", "class_embeddings", "generator", "network", "old_branches", "prototypes")
-OF_THE_SOURCE = ("edge_maps", "class_embeddings", "generator")  # and any other file of it
 
 
 def carried(learner: Learner) -> list[Carried]:
@@ -83,17 +82,13 @@ def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
     """
     kinds = [(line.items.units, sum(line.items.counts().values())) for line in carried(learner) if line.items]
     real = sum(count for units, count in kinds if units == 1)
-    compressed = sum(count for units, count in kinds if units not in (None, 1))
-    compressed_units = float(sum(count * units for units, count in kinds if units not in (None, 1)))
-    unit = unit_bytes(learner.data)
+    compressed = [(units, count) for units, count in kinds if units not in (None, 1)]
+    compressed_units, unit = float(sum(units * count for units, count in compressed)), unit_bytes(learner.data)
     return {
-        "unit_bytes": unit,
-        "real": real,
-        "compressed": compressed,
-        "compressed_units": compressed_units,
-        "nominal": real + compressed_units,
+        "unit_bytes": unit, "real": real, "compressed": sum(count for _, count in compressed),
+        "compressed_units": compressed_units, "nominal": real + compressed_units,
         "true": (memory["exemplars"] + memory["edge_maps"]) / unit,
-    }
+    }  # fmt: skip
 
 
 def unit_bytes(data: DataManager) -> float:
@@ -105,10 +100,9 @@ def unit_bytes(data: DataManager) -> float:
 def describe(memory: dict[str, int], units: dict[str, float]) -> str:
     """Write one line for the log."""
     parts = ", ".join(f"{name.replace('_', ' ')} {memory[name]}" for name in LINES if memory[name])
-    return (
-        f"Memory: {memory['total']} bytes ({parts}); {units['real']} real and {units['compressed']} compressed "
-        f"exemplars, {units['nominal']:.2f} units nominally, {units['true']:.2f} in bytes"
-    )
+    exemplars = f"{units['real']} real and {units['compressed']} compressed exemplars"
+    counted = f"{units['nominal']:.2f} units nominally, {units['true']:.2f} in bytes"
+    return f"Memory: {memory['total']} bytes ({parts}); {exemplars}, {counted}"
 
 
 # ---------------------------------------------------------------------- the budget
@@ -125,10 +119,8 @@ def least_bytes(learner: Learner) -> dict[str, int]:
 def describe_budget(learner: Learner) -> str:
     """Write one line for `--plan`: the budget and what is known to take of it."""
     parts = ", ".join(f"{name} {count / 1e6:.2f} MB" for name, count in least_bytes(learner).items())
-    return (
-        f"Memory budget: {learner.config.memory_budget_mb} MB at the end of every task, of which the first leaves at "
-        f"least {parts}; {learner.config.memory_drop} images are dropped first"
-    )
+    budget = f"Memory budget: {learner.config.memory_budget_mb} MB at the end of every task, of which the first"
+    return f"{budget} leaves at least {parts}; {learner.config.memory_drop} images are dropped first"
 
 
 def check_budget(learner: Learner) -> None:
@@ -158,7 +150,7 @@ def keep_to_budget(learner: Learner, index: int) -> None:
     if learner.config.memory_budget_mb is None:
         return
     before = memory = _foresee(learner)
-    budget, dropped = _budget_bytes(learner), {}
+    budget, dropped = round(learner.config.memory_budget_mb * 1e6), {}
     kinds = [line.items for line in carried(learner) if line.items]  # real ones first
     for items in kinds if learner.config.memory_drop == "real" else kinds[::-1]:
         # What an item frees is not exact where it shares a file with others, so each round is weighed anew.
@@ -169,10 +161,6 @@ def keep_to_budget(learner: Learner, index: int) -> None:
         words = ", ".join(f"{count} {name}" for name, count in dropped.items())
         log.info("Memory budget: dropped %s; %d bytes before, %d after", words, before["total"], memory["total"])
     _require(learner, {name: memory[name] for name in LINES}, f"after task {index} there remain")
-
-
-def _budget_bytes(learner: Learner) -> int:
-    return round(learner.config.memory_budget_mb * 1e6)
 
 
 def _foresee(learner: Learner) -> dict[str, int]:
@@ -186,22 +174,19 @@ def _foresee(learner: Learner) -> dict[str, int]:
 def _drop(items: Items, excess: int) -> int:
     """Drop items until so many bytes are freed or none is left; return their number."""
     left, freed, dropped = items.counts(), 0, 0
-    while freed < excess and left:
+    while freed < excess and any(left.values()):
         label = max(left, key=lambda label: (left[label], label))
         freed += items.drop_last(label)
-        dropped += 1
         left[label] -= 1
-        if not left[label]:
-            del left[label]
+        dropped += 1
     return dropped if freed else 0
 
 
 def _require(learner: Learner, memory: dict[str, int], when: str) -> None:
-    total, budget = sum(memory.values()), _budget_bytes(learner)
-    if total > budget:
+    given, total = learner.config.memory_budget_mb, sum(memory.values())
+    if total > (budget := round(given * 1e6)):
         parts = " + ".join(f"{name} {count}" for name, count in memory.items() if count)
         raise ConfigError(
-            f"memory_budget_mb={learner.config.memory_budget_mb} allows {budget} bytes, but {when} {parts} = {total} "
-            f"bytes that cannot be dropped: set it to at least {-(-total // 1000) / 1000}, or take a smaller network "
-            "or source"
+            f"memory_budget_mb={given} allows {budget} bytes, but {when} {parts} = {total} bytes that cannot be "
+            f"dropped: set it to at least {-(-total // 1000) / 1000}, or take a smaller network or source"
         )

@@ -19,7 +19,8 @@ from synth.replay import Replay
 from utils.data.datasets import DATASETS
 from utils.data.images import IMAGE_SUFFIXES, ImageSet, Part, decode_image
 from utils.data.transforms import match_channels
-from utils.run.errors import CheckpointError, DataError, RepriseError
+from utils.run.command import exit_code
+from utils.run.errors import CheckpointError, DataError
 from utils.run.folder import read_data, run_manifest
 from utils.run.log import log
 from utils.training.checkpoint import Checkpoints
@@ -53,19 +54,9 @@ def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner
     return learner, class_names
 
 
-def find_images(folder: Path) -> list[Path]:
-    """List all image files below a folder, sorted."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise DataError(f"no images below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
-    return found
-
-
 def classify(learner: Learner, names: list[str], paths: list[Path]) -> list[dict[str, Any]]:
     """Return one row per image: path, the best class's name and label, and its softmax probability in [0, 1]."""
-    images = _images(learner.config.data_name, paths)
-    probabilities = learner.predict(images)["cnn"].softmax(1)
-    best = probabilities.max(1)
+    best = learner.predict(_images(learner.config.data_name, paths))["cnn"].softmax(1).max(1)
     return [
         {"image": str(path), "class": names[label], "label": label, "probability": round(value, 4)}
         for path, label, value in zip(paths, best.indices.tolist(), best.values.tolist())
@@ -87,14 +78,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", required=True, type=Path, help="a run's folder, or one of its seed folders")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched with its subfolders")
     parser.add_argument("--device", help="other than the one that the run was trained on")
-    args = parser.parse_args(argv)
-    try:
-        seeds = sorted(args.run.glob("seed_*"))
-        learner, names = load_learner(seeds[0] if seeds else args.run, [args.device] if args.device else None)
-        rows = classify(learner, names, find_images(args.images))
-    except RepriseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(print_classes, parser.parse_args(argv))
+
+
+def print_classes(args: argparse.Namespace) -> int:
+    """Print a row of CSV for every image file below a folder, sorted."""
+    seeds = sorted(args.run.glob("seed_*"))
+    learner, names = load_learner(seeds[0] if seeds else args.run, [args.device] if args.device else None)
+    paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(f"no images below {args.images}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    rows = classify(learner, names, paths)
     writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -13,14 +13,11 @@ from models.frozen import Frozen
 def learner_state(learner: Learner) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Collect everything that the next task needs but the source."""
     exemplars, layout = learner.memory.state(learner.config.data_dir)
-    tensors = {
-        "network": learner.network.state_dict(),
-        "exemplars": exemplars,
-        "class_means": {str(label): mean for label, mean in learner.class_means.items()},
-        "extra": learner.extra_state(),
-    }
     frozen = [module for module in learner.network.modules() if isinstance(module, Frozen)]
-    return tensors, {
+    return {
+        "network": learner.network.state_dict(), "exemplars": exemplars, "extra": learner.extra_state(),
+        "class_means": {str(label): mean for label, mean in learner.class_means.items()},
+    }, {
         **learner.network.layout(), "exemplars": layout, "replay": learner.replay.state_dict(),
         "holds_backbone": all(module.learned for module in frozen),
     }  # fmt: skip

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from operator import getitem
+from operator import getitem, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,33 @@ from models.files.diffusers_parts import TextToImageParts, read_tokenizer
 from models.files.weights import load_exactly, read_weights
 from utils.run.errors import ConfigError, WeightsError
 
+Prefix = str | tuple[str, ...]  # one of several is enough
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 VAE_PARTS = tuple(VAE + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))  # no losses
 TEXT_HEADS = 8  # BERTEmbedder's; shapes tell heads times width alone
 # Side of the latents of text2img-large. The YAML's image_size is not read: it stands there with 8, 32 and 64.
 LATENT_SIDE = 32
 
-# What the conversion reads of the YAML, below model.params.
-NEEDED = (
-    *(f"unet_config.params.{key}" for key in (
-        "model_channels", "in_channels", "out_channels", "context_dim", "attention_resolutions", "num_res_blocks",
-        "channel_mult", "num_heads", "transformer_depth",
-    )),
-    *(f"first_stage_config.params.ddconfig.{key}" for key in (
-        "ch", "in_channels", "z_channels", "ch_mult", "num_res_blocks", "out_ch",
-    )),
-    "cond_stage_config.params.n_embed", "cond_stage_config.params.n_layer", "linear_start", "linear_end", "timesteps",
-    "scale_factor",
-)  # fmt: skip
+# What the conversion reads of the YAML, by section of model.params.
+NEEDED = {
+    "unet_config.params.": ["model_channels", "in_channels", "out_channels", "context_dim", "attention_resolutions",
+                            "num_res_blocks", "channel_mult", "num_heads", "transformer_depth"],
+    "first_stage_config.params.ddconfig.": ["ch", "in_channels", "z_channels", "ch_mult", "num_res_blocks", "out_ch"],
+    "cond_stage_config.params.": ["n_embed", "n_layer"],
+    "": ["linear_start", "linear_end", "timesteps", "scale_factor"],
+}  # fmt: skip
 SCHEDULE_KEYS = {"num_train_timesteps": "timesteps", "beta_start": "linear_start", "beta_end": "linear_end"}
-# One weight of each part, by which such a checkpoint is known.
-SHOWN = (UNET + "out.2.weight", VAE + "post_quant_conv.weight", TEXT + "token_emb.weight")
+# Numbers of the YAML that CompVis keeps beside the weights too: in which buffer, and how they are read off it.
+KEPT = {
+    "timesteps": ("betas", len), "linear_start": ("betas", itemgetter(0)), "linear_end": ("betas", itemgetter(-1)),
+    "scale_factor": ("scale_factor", float),
+}  # fmt: skip
+# Weights by which such a checkpoint is known: one of each part, and all from which a size is read.
+SHOWN = {
+    "unet": UNET + "out.2.weight", "vae": VAE + "post_quant_conv.weight", "words": TEXT + "token_emb.weight",
+    "positions": TEXT + "pos_emb.emb.weight", "queries": TEXT + "attn_layers.layers.0.1.to_q.weight",
+    "feed_forward": TEXT + "attn_layers.layers.1.1.net.0.0.weight",
+}  # fmt: skip
 # A key that gives another kind of model away.
 FOREIGN = {
     "cond_stage_model.transformer.text_model.": "Stable Diffusion 1.x",
@@ -73,22 +79,24 @@ class Checkpoint:
     wanted: str = "that the YAML describes"
     hint: str = "Use the YAML that came with the checkpoint, or fetch the checkpoint again"
 
-    def require(self, shown: Iterable[str], kind: str, advice: str) -> None:
-        """See that it holds these weights; else it is of another kind.
+    def shapes(self, shown: dict[str, str], kind: str, advice: str) -> dict[str, torch.Size]:
+        """Return the shapes of those weights by which a checkpoint is known.
 
         Raises:
-            WeightsError: if it lacks one.
+            WeightsError: if it lacks one, and so is of another kind.
         """
-        if absent := [key for key in shown if key not in self.weights]:
+        if absent := [key for key in shown.values() if key not in self.weights]:
             raise WeightsError(
                 f"{self.path} is {kind}: it has {len(self.weights)} weights, but lacks {absent[0]}. {advice}"
             )
+        return {name: self.weights[key].shape for name, key in shown.items()}
 
-    def section(self, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
-        """Return the weights whose names begin so."""
-        return {key: value for key, value in self.weights.items() if key.startswith(prefix)}
+    def section(self, prefix: Prefix, unused: Prefix = ()) -> dict[str, Tensor]:
+        """Return the weights whose names begin with a prefix, but for those that begin as an unused one."""
+        names = (key for key in self.weights if key.startswith(prefix) and not key.startswith(unused))
+        return {key: self.weights[key] for key in names}
 
-    def fill(self, network: nn.Module, convert: Callable, section: dict[str, Tensor]) -> nn.Module:
+    def fill(self, network: nn.Module, convert: Callable, prefix: Prefix, unused: Prefix = ()) -> None:
         """Put the converted weights of a section into a network; each of them must be used.
 
         diffusers' own ``from_single_file`` would not say which weights are missing, nor that some were left over, and
@@ -97,27 +105,23 @@ class Checkpoint:
         Args:
             network: takes the very tensors; build it on the meta device, so that no weight is drawn at random first.
             convert: gives diffusers' names to a section, by the network's config.
-            section: weights under CompVis' names.
+            prefix, unused: of the section, see `section`.
 
         Raises:
             WeightsError: if a weight is missing, misshapen or left over.
         """
+        section = self.section(prefix, unused)
         try:
             converted = {key: value for key, value in convert(section, network.config).items() if value is not None}
         except KeyError as error:
-            raise self.lacks(error.args[0]) from error
+            raise WeightsError(f"{self.path} lacks the weight {error.args[0]}: fetch the checkpoint again") from error
         used = {tensor.data_ptr() for tensor in converted.values()}
-        left_over = {key: tensor for key, tensor in section.items() if tensor.data_ptr() not in used}
+        converted |= {key: tensor for key, tensor in section.items() if tensor.data_ptr() not in used}
         what = f"the {type(network).__name__} {self.wanted}"
-        load_exactly(network, converted | left_over, self.path, what, self.hint, assign=True)
-        return network
-
-    def lacks(self, key: str) -> WeightsError:
-        """Return the error for a weight that was looked up in vain."""
-        return WeightsError(f"{self.path} lacks the weight {key}: fetch the checkpoint again")
+        load_exactly(network, converted, self.path, what, self.hint, assign=True)
 
 
-def check_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool, key: str = "path") -> None:
+def check_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool, key: str) -> None:
     """See that checkpoint, YAML and tokenizer are there; no weights are read.
 
     Raises:
@@ -149,24 +153,23 @@ def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) 
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as names
 
-    check_checkpoint(path, yaml, tokenizer, offline)
     params = read_yaml(yaml)
     checkpoint = Checkpoint(path, read_weights(path))
-    _check_architecture(checkpoint)
+    kinds = (kind for prefix, kind in FOREIGN.items() if checkpoint.section(prefix))
+    kind = next(kinds, "no latent diffusion model with a BERT text encoder")
+    advice = "Use text2img-large's model.ckpt here; a Stable Diffusion is read from its hub id or its diffusers folder"
+    shape = checkpoint.shapes(SHOWN, kind, advice)
     _check_buffers(params, checkpoint.weights, yaml)
     original = {"model": {"params": params}}
     unet_config = names.create_unet_diffusers_config_from_ldm(original, checkpoint.section(UNET))
     unet_config["sample_size"] = LATENT_SIDE  # the library takes every checkpoint for one of 512 pixels
     vae_config = names.create_vae_diffusers_config_from_ldm(original, checkpoint.section(VAE_PARTS))
     with torch.device("meta"):
-        networks = [
-            UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config), _text_encoder(params, checkpoint)
-        ]  # fmt: skip
-    head = TEXT + "to_logits."  # a vocabulary head that nobody uses
-    text = {key: value for key, value in checkpoint.section(TEXT).items() if not key.startswith(head)}
-    unet = checkpoint.fill(networks[0], names.convert_ldm_unet_checkpoint, checkpoint.section(UNET))
-    vae = checkpoint.fill(networks[1], names.convert_ldm_vae_checkpoint, checkpoint.section(VAE_PARTS))
-    text_encoder = checkpoint.fill(networks[2], _rename_text, text)
+        unet, vae = UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config)
+        text_encoder = _text_encoder(params["cond_stage_config"]["params"], shape)
+    checkpoint.fill(unet, names.convert_ldm_unet_checkpoint, UNET)
+    checkpoint.fill(vae, names.convert_ldm_vae_checkpoint, VAE_PARTS)
+    checkpoint.fill(text_encoder, _rename_text, TEXT, unused=TEXT + "to_logits.")  # a vocabulary head
     schedule = LDM_SCHEDULE | {name: params[key] for name, key in SCHEDULE_KEYS.items()}
     words = read_tokenizer(tokenizer, "BertTokenizerFast", offline)
     return TextToImageParts(vae, text_encoder, words, unet, schedule, LATENT_SIDE)
@@ -176,7 +179,7 @@ def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) 
 
 
 def read_yaml(path: str | None) -> dict[str, Any]:
-    """The section model.params of a CompVis YAML, with all that the conversion needs.
+    """Read the section model.params of a CompVis YAML, with all that the conversion needs.
 
     Raises:
         ConfigError: if there is no such file, or a key is missing.
@@ -186,84 +189,52 @@ def read_yaml(path: str | None) -> dict[str, Any]:
     if path is None:
         raise ConfigError("yaml is missing: a checkpoint file needs its CompVis YAML, such as the one in exps/ldm")
     try:
-        params = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["model"]["params"]
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"yaml={path!r}: there is no such file; exps/ldm holds the one of text2img-large") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"yaml={path!r} cannot be read as YAML: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"yaml={path!r} has no section model.params: is it in CompVis' form?") from error
-    for key in NEEDED:
+    for key in (f"model.params.{section}{name}" for section, names in NEEDED.items() for name in names):
         try:
-            reduce(getitem, key.split("."), params)
+            reduce(getitem, key.split("."), content)
         except (LookupError, TypeError) as error:
-            raise ConfigError(
-                f"yaml={path!r}: model.params.{key} is missing; the one in exps/ldm shows all keys"
-            ) from error
-    return params
-
-
-# ---------------------------------------------------------------------- the checkpoint against it
-
-
-def _check_architecture(checkpoint: Checkpoint) -> None:
-    kinds = (kind for prefix, kind in FOREIGN.items() if checkpoint.section(prefix))
-    checkpoint.require(
-        SHOWN,
-        next(kinds, "no latent diffusion model with a BERT text encoder"),
-        "Use text2img-large's model.ckpt here; a Stable Diffusion is read from its hub id or from its diffusers folder",
-    )
+            raise ConfigError(f"yaml={path!r}: {key} is missing; the one in exps/ldm shows all keys") from error
+    return content["model"]["params"]
 
 
 def _check_buffers(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> None:
     """Compare the YAML's numbers with those that CompVis keeps beside the weights; no shape would show a mistake."""
-    found = {}
-    if (betas := weights.get("betas")) is not None:
-        found = {
-            "timesteps": (len(betas), f"betas ({len(betas)},)"),
-            "linear_start": (betas[0].item(), "betas[0]"),
-            "linear_end": (betas[-1].item(), "betas[-1]"),
-        }
-    if "scale_factor" in weights:
-        found["scale_factor"] = (weights["scale_factor"].item(), "scale_factor")
-    for key, (there, where) in found.items():
+    found = {key: float(read(weights[buffer])) for key, (buffer, read) in KEPT.items() if buffer in weights}
+    for key, there in found.items():
         claimed = params[key]
         if not isinstance(claimed, (int, float)) or abs(claimed - there) > 1e-4 * abs(there):
             raise ConfigError(
                 f"yaml={path!r} does not belong to this checkpoint: it says model.params.{key}: {claimed}, the "
-                f"checkpoint {there:.6g} ({where})"
+                f"checkpoint {there:.6g} (in {KEPT[key][0]})"
             )
 
 
 # ---------------------------------------------------------------------- the text encoder
 
 
-def _text_encoder(params: dict[str, Any], checkpoint: Checkpoint) -> nn.Module:
-    """A text encoder of the YAML's and the weights' sizes, not yet filled."""
+def _text_encoder(sizes: dict[str, int], shape: dict[str, torch.Size]) -> nn.Module:
+    """Build a text encoder of the YAML's and the weights' sizes, not yet filled."""
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertEncoder
 
-    text = params["cond_stage_config"]["params"]
-    length = {key.removeprefix(TEXT): len(value) for key, value in checkpoint.section(TEXT).items() if value.ndim}
-    try:
-        config = LDMBertConfig(
-            vocab_size=length["token_emb.weight"], d_model=text["n_embed"], encoder_layers=text["n_layer"], dropout=0.0,
-            max_position_embeddings=length["pos_emb.emb.weight"], encoder_attention_heads=TEXT_HEADS,
-            head_dim=length["attn_layers.layers.0.1.to_q.weight"] // TEXT_HEADS,
-            encoder_ffn_dim=length["attn_layers.layers.1.1.net.0.0.weight"],
-        )  # fmt: skip
-    except KeyError as error:
-        raise checkpoint.lacks(TEXT + error.args[0]) from error
-    return LDMBertEncoder(config)
+    return LDMBertEncoder(LDMBertConfig(
+        vocab_size=shape["words"][0], max_position_embeddings=shape["positions"][0], d_model=sizes["n_embed"],
+        encoder_layers=sizes["n_layer"], encoder_attention_heads=TEXT_HEADS, head_dim=shape["queries"][0] // TEXT_HEADS,
+        encoder_ffn_dim=shape["feed_forward"][0], dropout=0.0,
+    ))  # fmt: skip
 
 
 def _rename_text(section: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    return {_text_name(key.removeprefix(TEXT)): value for key, value in section.items()}
-
-
-def _text_name(key: str) -> str:
-    layer, (name, _, kind) = "", key.rpartition(".")  # kind: weight or bias
-    if block := re.fullmatch(r"attn_layers\.layers\.(\d+)\.(.*)", name):
-        index = int(block[1])
-        layer, name = f"layers.{index // 2}.", f"{index % 2}.{block[2]}"
-    # A name that is nobody's stays; it is counted as unexpected.
-    return f"{layer}{TEXT_NAMES[name]}.{kind}" if name in TEXT_NAMES else key
+    """Give weights the names of LDMBertEncoder; one whose name is nobody's is left out."""
+    renamed = {}
+    for key, value in section.items():
+        layer, (name, _, kind) = "", key.removeprefix(TEXT).rpartition(".")  # kind: weight or bias
+        if block := re.fullmatch(r"attn_layers\.layers\.(\d+)\.(.*)", name):
+            layer, name = f"layers.{int(block[1]) // 2}.", f"{int(block[1]) % 2}.{block[2]}"
+        if name in TEXT_NAMES:
+            renamed[f"{layer}{TEXT_NAMES[name]}.{kind}"] = value
+    return renamed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -22,14 +21,12 @@ HEAD_WIDTH = 64  # of CLIP's heads
 LATENT_SIDE = 64  # of a latent of 512 pixels
 # One weight of each part: one from which a width is read, if there is one.
 SHOWN = {
-    "control": CONTROL + "input_blocks.0.0.weight",
-    "unet": UNET + "input_blocks.0.0.weight",
+    "control": CONTROL + "input_blocks.0.0.weight", "unet": UNET + "input_blocks.0.0.weight",
     "context": UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-    "vae": VAE + "encoder.conv_in.weight",
-    "words": CLIP + "embeddings.token_embedding.weight",
+    "vae": VAE + "encoder.conv_in.weight", "words": CLIP + "embeddings.token_embedding.weight",
     "positions": CLIP + "embeddings.position_embedding.weight",
     "feed_forward": CLIP + "encoder.layers.0.mlp.fc1.weight",
-}
+}  # fmt: skip
 
 
 def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[TextToImageParts, nn.Module]:
@@ -50,47 +47,37 @@ def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[Text
     from diffusers.loaders import single_file_utils as names
 
     checkpoint = Checkpoint(path, read_weights(path), wanted="of Stable Diffusion 1.x", hint="Fetch the file again")
-    checkpoint.require(
-        SHOWN.values(),
-        "no Stable Diffusion 1.x with a ControlNet",
-        "Use control_sd15_canny.pth here; other models are read from their hub id or folder",
-    )
-    shape = {name: checkpoint.weights[key].shape for name, key in SHOWN.items()}
-    unet_config = {"block_out_channels": _widths(shape["unet"][0]), "cross_attention_dim": shape["context"][1]}
-    vae_config = {
-        "block_out_channels": _widths(shape["vae"][0]), "layers_per_block": LAYERS,
-        "down_block_types": ["DownEncoderBlock2D"] * len(LEVELS), "up_block_types": ["UpDecoderBlock2D"] * len(LEVELS),
-    }  # fmt: skip
+    advice = "Use control_sd15_canny.pth here; other models are read from their hub id or folder"
+    shape = checkpoint.shapes(SHOWN, "no Stable Diffusion 1.x with a ControlNet", advice)
+    vae_widths, unet_widths = ([shape[part][0] * factor for factor in LEVELS] for part in ("vae", "unet"))
+    unet_config = {"block_out_channels": unet_widths, "cross_attention_dim": shape["context"][1]}
     with torch.device("meta"):
-        networks = AutoencoderKL(**vae_config), UNet2DConditionModel(**unet_config), ControlNetModel(**unet_config)
-    vae = checkpoint.fill(networks[0], names.convert_ldm_vae_checkpoint, checkpoint.section(VAE_PARTS))
-    unet = checkpoint.fill(networks[1], names.convert_ldm_unet_checkpoint, checkpoint.section(UNET))
-    control = checkpoint.fill(networks[2], names.convert_controlnet_checkpoint, checkpoint.section(CONTROL))
+        vae = AutoencoderKL(
+            block_out_channels=vae_widths, layers_per_block=LAYERS,
+            down_block_types=["DownEncoderBlock2D"] * len(LEVELS), up_block_types=["UpDecoderBlock2D"] * len(LEVELS),
+        )  # fmt: skip
+        unet, control = UNet2DConditionModel(**unet_config), ControlNetModel(**unet_config)
+    checkpoint.fill(vae, names.convert_ldm_vae_checkpoint, VAE_PARTS)
+    checkpoint.fill(unet, names.convert_ldm_unet_checkpoint, UNET)
+    checkpoint.fill(control, names.convert_controlnet_checkpoint, CONTROL)
     text_encoder, words = _read_text_encoder(checkpoint, shape), read_tokenizer(tokenizer, "CLIPTokenizerFast", offline)
     return TextToImageParts(vae, text_encoder, words, unet, dict(LDM_SCHEDULE), LATENT_SIDE), control
-
-
-def _widths(first: int) -> list[int]:
-    return [first * factor for factor in LEVELS]
 
 
 def _read_text_encoder(checkpoint: Checkpoint, shape: dict[str, torch.Size]) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     vocabulary, width = shape["words"]
-    section = checkpoint.section(CLIP)
-    section.pop(CLIP + "embeddings.position_ids", None)  # a constant that later versions no longer store
-    layer = re.compile(re.escape(CLIP) + r"encoder\.layers\.\d+\.layer_norm1\.weight")
-    config = CLIPTextConfig(
+    network = CLIPTextModel(CLIPTextConfig(  # on the CPU, for the sake of a constant, its position_ids
         vocab_size=vocabulary, hidden_size=width, intermediate_size=shape["feed_forward"][0],
-        num_hidden_layers=len(list(filter(layer.fullmatch, section))), num_attention_heads=width // HEAD_WIDTH,
-        max_position_embeddings=shape["positions"][0],
-    )  # fmt: skip
-    network = CLIPTextModel(config)  # on the CPU, for the sake of that constant
-    # Versions of transformers put the model's own name before its weights, or not.
+        num_hidden_layers=sum(key.endswith(".layer_norm1.weight") for key in checkpoint.section(CLIP)),
+        num_attention_heads=width // HEAD_WIDTH, max_position_embeddings=shape["positions"][0],
+    ))  # fmt: skip
+    # Versions of transformers put the model's own name before its weights, or not; some store the constant too.
     names = {CLIP + key.removeprefix("text_model."): key for key in network.state_dict()}
 
     def rename(section: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         return {names[key]: value for key, value in section.items() if key in names}
 
-    return checkpoint.fill(network, rename, section)
+    checkpoint.fill(network, rename, CLIP, unused=CLIP + "embeddings.position_ids")
+    return network

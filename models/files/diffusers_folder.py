@@ -5,29 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from models.files.weights import first_names, hub_answers
+from models.latent.contract import NOISE
 from utils.run.errors import WeightsError
 from utils.run.files import read_json
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 # Of each row one file is enough; an index stands for weights in several files.
-DIFFUSERS_WEIGHTS = [
-    f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin", "safetensors.index.json", "bin.index.json")
-]
-TRANSFORMERS_WEIGHTS = [
-    f"{name}{index}" for index in ("", ".index.json") for name in ("model.safetensors", "pytorch_model.bin")
-]
+WHOLE_OR_CUT = ("", ".index.json")
+DIFFUSERS_WEIGHTS = [f"diffusion_pytorch_model.{kind}{cut}" for cut in WHOLE_OR_CUT for kind in ("safetensors", "bin")]
+TRANSFORMERS_WEIGHTS = [f"{name}{cut}" for cut in WHOLE_OR_CUT for name in ("model.safetensors", "pytorch_model.bin")]
 VOCABULARIES = ("vocab.txt", "tokenizer.json", "merges.txt")
 # What text2img-large was trained with. Its scheduler file is of 2022 and may lack fields, so it is not read.
-LDM_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-}
+LDM_SCHEDULE = {**NOISE, "prediction_type": "epsilon"}
 
 
 @dataclass(frozen=True)
@@ -75,25 +67,20 @@ class PublishedModel:
         kind: of model.
         example: a hub id that fits.
         file: a published single file that fits as well.
-        network: one network, not a pipeline of several.
+        index: the file by which such a folder is known: that of a pipeline, or of one network.
     """
 
     key: str
     kind: str
     example: str
     file: str | None = None
-    network: bool = False
-
-    @property
-    def index(self) -> str:
-        """The file by which such a folder is known."""
-        return "config.json" if self.network else "model_index.json"
+    index: Literal["model_index.json", "config.json"] = "model_index.json"
 
     def missing(self, folder: Path) -> list[str]:
-        """Files that are absent, each by the best of its names."""
+        """List files that are absent, each by the best of its names."""
         if not (folder / self.index).is_file():
             return [self.index]
-        rows = [DIFFUSERS_WEIGHTS] if self.network else layout_of(folder).files
+        rows = [DIFFUSERS_WEIGHTS] if self.index == "config.json" else layout_of(folder).files
         return [names[0] for names in rows if not any((folder / name).is_file() for name in names)]
 
 
@@ -122,15 +109,6 @@ def check_folder(source: str, offline: bool, model: PublishedModel) -> Path | No
     return None
 
 
-def find_folder(source: str, offline: bool, model: PublishedModel) -> Path:
-    """The model's folder; a hub id is fetched into the usual cache unless it is there.
-
-    Raises:
-        WeightsError: if the model is absent, incomplete or of a kind that we do not know.
-    """
-    return check_folder(source, offline, model) or _fetch(source, model)
-
-
 def check_tokenizer(source: str, file: str, model: str, offline: bool) -> None:
     """See that a tokenizer is a folder with words, or is in the cache under its hub id, or may be fetched.
 
@@ -153,29 +131,27 @@ def check_tokenizer(source: str, file: str, model: str, offline: bool) -> None:
 
 
 def layout_of(folder: Path) -> PipelineLayout:
-    """How the pipeline in this folder is laid out; a kind that we cannot drive is refused by name."""
+    """Tell how the pipeline in this folder is laid out; a kind that we cannot drive is refused by name."""
     index = read_json(folder / "model_index.json", "fetch it again", WeightsError)
-    layout = LAYOUTS.get(str(index.get("_class_name")))
-    if layout is None:
-        raise WeightsError(
-            f"{folder} holds a {index.get('_class_name')}; use a model of one of these kinds: {', '.join(LAYOUTS)}"
-        )
-    for part, kind in layout.classes.items():
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in LAYOUTS:
+        raise WeightsError(f"{folder} holds a {pipeline}; use a model of one of these kinds: {', '.join(LAYOUTS)}")
+    for part, kind in LAYOUTS[pipeline].classes.items():
         found = (index.get(part) or [None, None])[1]
         if found != kind:
-            raise WeightsError(f"{folder / part} holds a {found}, where {index['_class_name']} is read with a {kind}")
-    return layout
+            raise WeightsError(f"{folder / part} holds a {found}, where {pipeline} is read with a {kind}")
+    return LAYOUTS[pipeline]
 
 
 def has_vocabulary(source: str) -> bool:
-    """Whether a tokenizer's words lie in this folder, or in the cache under this hub id."""
+    """Say whether a tokenizer's words lie in this folder, or in the cache under this hub id."""
     if Path(source).is_dir():
         return any((Path(source) / name).is_file() for name in VOCABULARIES)
     return any(_cached_file(source, name) for name in VOCABULARIES)
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, without the pages that libraries add to it."""
+    """Return what went wrong, without the pages that libraries add to it."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
@@ -184,8 +160,8 @@ def first_line(error: Exception) -> str:
 
 def _require_whole(folder: Path, model: PublishedModel) -> Path:
     if absent := model.missing(folder):
-        checkpoints = [path.name for path in folder.glob(f"*{Path(model.file).suffix}")] if model.file else []
-        hint = f"; or name the file itself, {model.key}={folder / checkpoints[0]}" if checkpoints else ""
+        checkpoints = list(folder.glob(f"*{Path(model.file).suffix}")) if model.file else []
+        hint = f"; or name the file itself, {model.key}={checkpoints[0]}" if checkpoints else ""
         raise WeightsError(
             f"{folder} is not a whole {model.kind} of diffusers, it lacks {first_names(absent)}: "
             f"copy the files from the published model{hint}"
@@ -212,8 +188,12 @@ def _absent(hub_id: str, why: str, model: PublishedModel) -> WeightsError:
     )
 
 
-def _fetch(hub_id: str, model: PublishedModel) -> Path:
-    """Fill the folder in the cache, which is not whole, and return it."""
+def fetch_folder(hub_id: str, model: PublishedModel) -> Path:
+    """Fill the folder in the cache, which is not whole, and return it.
+
+    Raises:
+        WeightsError: if the model cannot be fetched, or is incomplete or of a kind that we do not know.
+    """
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -221,6 +201,6 @@ def _fetch(hub_id: str, model: PublishedModel) -> Path:
         # diffusers knows which of a repository's many files one needs. What these two would add, we never call.
         folder = DiffusionPipeline.download(hub_id, safety_checker=None, feature_extractor=None)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = first_line(error.__cause__ or error)
-        raise _absent(hub_id, f"they could not be fetched ({reason})", model) from error
+        why = f"they could not be fetched ({first_line(error.__cause__ or error)})"
+        raise _absent(hub_id, why, model) from error
     return _require_whole(Path(folder), model)

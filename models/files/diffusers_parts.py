@@ -12,12 +12,12 @@ from models.files.diffusers_folder import (
     LDM_SCHEDULE,
     PublishedModel,
     check_folder,
-    find_folder,
+    fetch_folder,
     first_line,
     has_vocabulary,
     layout_of,
 )
-from models.files.weights import first_names, hub_answers
+from models.files.weights import count_keys, hub_answers
 from utils.run.errors import WeightsError
 from utils.run.files import read_json
 
@@ -71,20 +71,17 @@ def read_folder(source: str, offline: bool, model: PublishedModel) -> TextToImag
     Raises:
         WeightsError: if the model is absent, incomplete, damaged or of a kind that we do not know.
     """
-    folder = find_folder(source, offline, model)
+    folder = check_folder(source, offline, model) or fetch_folder(source, model)
     layout = layout_of(folder)
-    text_encoder = _read_network(str(folder / layout.text_encoder), layout.text_encoder_class)
-    unet = _read_network(str(folder / "unet"), "UNet2DConditionModel")
-    vae = _read_network(str(folder / layout.vae), "AutoencoderKL")
-    return TextToImageParts(
-        vae, getattr(text_encoder, "model", text_encoder),  # LDMBertModel adds a vocabulary head that nobody uses
-        read_tokenizer(str(folder / "tokenizer"), layout.tokenizer_class, offline=True), unet,
-        layout.schedule or _read_schedule(folder), unet.config.sample_size,
-    )  # fmt: skip
+    vae, text_encoder, unet = (_read_network(str(folder / part), kind) for part, kind in layout.classes.items())
+    text_encoder = getattr(text_encoder, "model", text_encoder)  # LDMBertModel adds a vocabulary head that nobody uses
+    words = read_tokenizer(str(folder / "tokenizer"), layout.tokenizer_class, offline=True)
+    schedule = layout.schedule or _read_schedule(folder)
+    return TextToImageParts(vae, text_encoder, words, unet, schedule, unet.config.sample_size)
 
 
 def read_tokenizer(source: str, kind: str, offline: bool) -> Any:
-    """A tokenizer of transformers, from a folder or a hub id.
+    """Read a tokenizer of transformers from a folder or a hub id.
 
     Raises:
         WeightsError: if it is absent or unreadable.
@@ -113,22 +110,26 @@ def read_network(source: str, kind: str, offline: bool, model: PublishedModel) -
 
 
 def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
-    """A network of which every weight is there; weights that are left over are told by the library and do no harm."""
+    """Read a network of which every weight is there.
+
+    Weights that are left over are told by the library and do no harm.
+    """
+    import diffusers
+    import transformers
+    from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion
+
+    places = (diffusers, transformers, pipeline_latent_diffusion)
     try:
         # The library would give weights that are absent or misshapen random values, with a warning; here they count.
-        network, report = _class(kind).from_pretrained(
+        network, report = next(getattr(place, kind) for place in places if hasattr(place, kind)).from_pretrained(
             source, local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{source} cannot be read as {kind}: {first_line(error)}") from error
-    problems = {
-        "missing": sorted(report["missing_keys"]),
-        "misshapen": [f"{key} {tuple(there)} instead of {tuple(wanted)}" for key, there, wanted in
-                      sorted(report["mismatched_keys"])],
-        "unexpected": sorted(report["unexpected_keys"]),
-    }  # fmt: skip
-    if problems["missing"] or problems["misshapen"]:
-        text = "; ".join(f"{len(keys)} {what}: {first_names(keys)}" for what, keys in problems.items() if keys)
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing or mismatched:
+        misshapen = [f"{key} {tuple(there)} instead of {tuple(wanted)}" for key, there, wanted in mismatched]
+        text = count_keys(missing=missing, misshapen=misshapen, unexpected=sorted(report["unexpected_keys"]))
         raise WeightsError(
             f"the weights in {source} are not those that its config.json asks for. {text}. Copy both from one "
             "and the same model"
@@ -136,19 +137,10 @@ def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
     return network
 
 
-def _class(kind: str) -> type:
-    import diffusers
-    import transformers
-    from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion
-
-    places = (diffusers, transformers, pipeline_latent_diffusion)
-    return next(getattr(place, kind) for place in places if hasattr(place, kind))
-
-
 def _read_schedule(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "scheduler" / "scheduler_config.json", "fetch it again", WeightsError)
+    config.setdefault("prediction_type", "epsilon")  # files of 2022 do not say it
     schedule = {key: config.get(key) for key in LDM_SCHEDULE}
-    schedule["prediction_type"] = schedule["prediction_type"] or "epsilon"  # files of 2022 do not say it
     absent = [key for key, value in schedule.items() if value is None]
     foreign = [key for key in ("trained_betas", "rescale_betas_zero_snr") if config.get(key)]
     if absent or foreign or schedule["prediction_type"] not in PREDICTIONS:

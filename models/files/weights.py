@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -18,7 +19,7 @@ NAMED_AT_MOST = 5  # keys in an error
 
 
 def is_weights_file(source: str | Path) -> bool:
-    """Whether a name is that of a file of weights, by its ending, and not of a folder or a model on the hub."""
+    """Say whether a name is that of a file of weights, by its ending, and not of a folder or a model on the hub."""
     return Path(source).suffix in SUFFIXES
 
 
@@ -35,7 +36,7 @@ def check_weights_file(path: str | Path, key: str = "backbone_weights") -> None:
 
 
 def what_is_missing(checks: Iterable[Callable[[], object]]) -> list[str]:
-    """The messages of those checks that raise WeightsError, so that all that is missing can be said at once."""
+    """Return the messages of those checks that raise WeightsError, so that all can be said at once."""
     missing = []
     for check in checks:
         try:
@@ -58,11 +59,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         if isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
-    return {
-        key.removeprefix("_orig_mod.").removeprefix("module."): value
-        for key, value in weights.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+    return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in tensors.items()}
 
 
 def _read_file(path: str | Path) -> dict:
@@ -87,13 +85,9 @@ def _read_file(path: str | Path) -> dict:
 
 
 def load_exactly(
-    network: nn.Module,
-    weights: dict[str, Tensor],
-    path: str | Path,
-    what: str = "this backbone",
-    hint: str = "Check convnet_type, stem and image size",
-    assign: bool = False,
-) -> None:
+    network: nn.Module, weights: dict[str, Tensor], path: str | Path, what: str = "this backbone",
+    hint: str = "Check convnet_type, stem and image size", assign: bool = False,
+) -> None:  # fmt: skip
     """Load weights of which every key is wanted, present and of the right shape.
 
     Args:
@@ -109,20 +103,24 @@ def load_exactly(
     """
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in weights.items()}
-    shared = [key for key in wanted if key in given]
-    misshapen = [f"{key} {given[key]} instead of {wanted[key]}" for key in shared if given[key] != wanted[key]]
-    problems = {
+    if problems := count_keys(
         # Files from before PyTorch 0.4.1 lack this counter, which nothing here uses.
-        "missing": [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in given if key not in wanted],
-        "misshapen": misshapen,
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{len(keys)} {kind}: {first_names(keys)}" for kind, keys in problems.items() if keys)
-        raise WeightsError(
-            f"{path} does not fit {what} ({len(shared) - len(misshapen)} of {len(wanted)} keys do). {text}. {hint}"
-        )
+        missing=[key for key in wanted if key not in given and not key.endswith("num_batches_tracked")],
+        unexpected=[key for key in given if key not in wanted],
+        misshapen=[
+            f"{key} {given[key]} instead of {wanted[key]}"
+            for key in wanted
+            if given.get(key, wanted[key]) != wanted[key]
+        ],
+    ):
+        fitting = len(wanted.items() & given.items())
+        raise WeightsError(f"{path} does not fit {what} ({fitting} of {len(wanted)} keys do). {problems}. {hint}")
     network.load_state_dict(weights, assign=assign)
+
+
+def count_keys(**problems: list[str]) -> str:
+    """Return how many keys have each problem and the first few of them, for a message; nothing if there are none."""
+    return "; ".join(f"{len(keys)} {kind}: {first_names(keys)}" for kind, keys in problems.items() if keys)
 
 
 def first_names(keys: list[str]) -> str:
@@ -131,7 +129,7 @@ def first_names(keys: list[str]) -> str:
 
 
 def published_weights(cfg, offline: bool) -> Path:
-    """The file of a timm model's weights, fetched into the usual cache unless it is there.
+    """Return the file of a timm model's weights, fetched into the usual cache unless it is there.
 
     Args:
         cfg: timm's PretrainedCfg of the model and tag.
@@ -160,16 +158,15 @@ def _from_hub(repository: str, filename: str | None, offline: bool) -> Path:
     raise _absent(repository, constants.HF_HUB_CACHE, offline, reason) from reason
 
 
-def hub_answers(seconds: float = 5.0) -> bool:
-    """Whether the hub can be reached: its own downloader repeats for most of a minute before it gives up."""
+def hub_answers() -> bool:
+    """Say whether the hub can be reached: its own downloader repeats for most of a minute before it gives up."""
     import huggingface_hub
     from huggingface_hub import constants
 
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=seconds)
-    except Exception:  # which kind it is depends on the version of its client
-        return False
-    return True
+    with suppress(Exception):  # which kind it is depends on the version of its client
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)  # seconds
+        return True
+    return False
 
 
 def _from_url(url: str, offline: bool) -> Path:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 from torch import Tensor
 
+from models.frozen import FrozenModel
+
+# The noise of latent diffusion (Rombach et al., CVPR 2022, arXiv:2112.10752).
+NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PLACEHOLDER = "*"  # stands in a prompt for the class vector; exactly one per prompt
 
 
-class LatentDiffusion(ABC):
+class LatentDiffusion(FrozenModel, ABC):
     """A frozen latent diffusion model that draws what a vector tells it.
 
     It is in eval mode, no parameter requires a gradient, and it holds its own device and number format; every tensor
@@ -18,23 +21,17 @@ class LatentDiffusion(ABC):
     ``predict`` and ``context`` back to ``vectors`` and nowhere else.
 
     Attributes:
-        image_size: side of its images in pixels.
-        image_channels: 1 or 3.
-        latent_shape: (c, h, w) of a latent.
-        vector_size: D, length of the vector that stands for one class.
-        schedule: what diffusers' schedulers need to know of the noise: num_train_timesteps, beta_start, beta_end,
-            beta_schedule, prediction_type ("epsilon" or "v_prediction").
+        image_size (int): side of its images in pixels.
+        image_channels (int): 1 or 3.
+        latent_shape (tuple[int, int, int]): (c, h, w) of a latent.
+        vector_size (int): D, length of the vector that stands for one class.
+        schedule (dict[str, Any]): what diffusers' schedulers need to know of the noise: num_train_timesteps,
+            beta_start, beta_end, beta_schedule, prediction_type ("epsilon" or "v_prediction").
     """
-
-    image_size: int
-    image_channels: int
-    latent_shape: tuple[int, int, int]
-    vector_size: int
-    schedule: dict[str, Any]
 
     @abstractmethod
     def initial_vector(self, word: str) -> Tensor:
-        """Where the search for a class starts, float32 (D,): the input embedding of one word.
+        """Return where the search for a class starts, float32 (D,): the input embedding of one word.
 
         Raises:
             ConfigError: if the word is not exactly one token of the vocabulary.
@@ -42,7 +39,7 @@ class LatentDiffusion(ABC):
 
     @abstractmethod
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation of the images' latents, already scaled, (B, 2c, h, w).
+        """Return mean and standard deviation of the images' latents, already scaled, (B, 2c, h, w).
 
         Args:
             images: float (B, C, S, S) in [-1, 1], S = ``image_size``.
@@ -50,11 +47,11 @@ class LatentDiffusion(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) to images (B, C, S, S), about [-1, 1]."""
+        """Turn latents (B, c, h, w) into images (B, C, S, S), about [-1, 1]."""
 
     @abstractmethod
     def context(self, prompts: list[str], vectors: Tensor | None = None) -> Tensor:
-        """What the noise predictor is told, (B, tokens, width).
+        """Return what the noise predictor is told, (B, tokens, width).
 
         Args:
             prompts: B texts. With ``vectors`` each holds the placeholder once, except that "" stands for no class.
@@ -67,7 +64,7 @@ class LatentDiffusion(ABC):
 
     @abstractmethod
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The noise, or the velocity (``schedule``), in noisy latents.
+        """Predict the noise, or the velocity (``schedule``), in noisy latents.
 
         Args:
             zt: (B, c, h, w), of unit scale.
@@ -77,11 +74,3 @@ class LatentDiffusion(ABC):
         Returns:
             (B, c, h, w).
         """
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """SHA-256 over all weights."""
-
-    @abstractmethod
-    def frozen_bytes(self) -> int:
-        """Bytes of all weights as they lie in memory."""

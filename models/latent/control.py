@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
 from functools import partial
 
 import torch
@@ -14,36 +14,19 @@ from models.files.diffusers_folder import PublishedModel, check_folder, check_to
 from models.files.diffusers_parts import TextToImageParts, read_folder, read_network
 from models.files.weights import check_weights_file, is_weights_file, what_is_missing
 from models.latent.text_to_image import ON_CPU, Placement, TextToImage
-from utils.data.transforms import to_uint8
 from utils.run.errors import WeightsError
 from utils.training import seeding
 
-BASE = PublishedModel(
-    "base", "text-to-image model", "stable-diffusion-v1-5/stable-diffusion-v1-5", file="control_sd15_canny.pth"
-)
-CONTROLNET = PublishedModel("controlnet", "ControlNet", "lllyasviel/sd-controlnet-canny", network=True)
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+BASE = PublishedModel("base", "text-to-image model", SD15, file="control_sd15_canny.pth")
+CONTROLNET = PublishedModel("controlnet", "ControlNet", "lllyasviel/sd-controlnet-canny", index="config.json")
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of Stable Diffusion 1.x
 # What turns the noise of training into the DDIM of ControlNet's code: 20 steps are 951, 901, ..., 1, and the last one
 # ends at the noise of step 0 instead of at none.
 DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 
 
-@dataclass(frozen=True)
-class EdgeSampling:
-    """How images are drawn along edges.
-
-    Attributes:
-        steps: of DDIM.
-        guidance: at least 1, which turns it off.
-        strength: of the control; 0 turns it off.
-    """
-
-    steps: int
-    guidance: float
-    strength: float
-
-
-class ControlNetPipeline:
+class ControlNetPipeline(TextToImage):
     """Stable Diffusion that draws along given edges, frozen (Zhang et al., ICCV 2023, arXiv:2302.05543).
 
     It is used as by Duan et al. (BMVC 2025, arXiv:2311.18266): DDIM without fresh noise, guidance away from a negative
@@ -58,19 +41,15 @@ class ControlNetPipeline:
         WeightsError: if the ControlNet is not made for this Stable Diffusion.
     """
 
-    image_channels = 3
-
     def __init__(self, parts: TextToImageParts, controlnet: nn.Module, placement: Placement = ON_CPU):
         from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 
         _require_kin(parts, controlnet)
-        control_fingerprint = seeding.hash_tensors(controlnet.state_dict())
-        self.base = TextToImage(parts, placement=placement)
-        self.device, self.vae_factor = self.base.device, parts.vae_factor
-        self._fingerprint = hashlib.sha256(f"{self.base.fingerprint()} {control_fingerprint}".encode()).hexdigest()
-        self.controlnet = controlnet.eval().requires_grad_(False)
-        # diffusers' own `to` warns of what does not concern this network.
-        nn.Module.to(controlnet, self.base.device, self.base.dtype)
+        super().__init__(parts, placement=placement)
+        both = f"{self._fingerprint} {seeding.hash_tensors(controlnet.state_dict())}"  # of the weights as they came
+        self._fingerprint = hashlib.sha256(both.encode()).hexdigest()
+        self.vae_factor, self.controlnet = parts.vae_factor, controlnet
+        self.to(self.device, self.dtype).freeze()
         # Decoding has most of the pixels: image by image, it needs no more memory than the denoising of a batch.
         parts.vae.enable_slicing()
         # Without the safety checker, which blackens some images; texts are embedded once, by `embed`.
@@ -83,12 +62,14 @@ class ControlNetPipeline:
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
-        """CLIP's last hidden state, padded to its full length: float32 (N, 77, W) on the CPU, one row per text."""
-        return self.base.context(texts).cpu()
+        """Return CLIP's last hidden state at its full length: float32 (N, 77, W) on the CPU, one row per text."""
+        return self.context(texts).cpu()
 
+    @torch.no_grad()
     def draw(
-        self, edges: Tensor, prompts: Tensor, negative: Tensor, generators: list[Generator], sampling: EdgeSampling
-    ) -> Tensor:
+        self, edges: Tensor, prompts: Tensor, negative: Tensor, generators: list[Generator],
+        steps: int, guidance: float, strength: float,
+    ) -> Tensor:  # fmt: skip
         """Draw one image per edge map by DDIM (Song et al., 2021, Eq. 12, eta = 0).
 
         Args:
@@ -96,52 +77,28 @@ class ControlNetPipeline:
             prompts: (B, 77, W), of ``embed``.
             negative: (1, 77, W), of ``embed``: what the images are guided away from.
             generators: B of the CPU. An image depends on its own alone, whatever else is drawn beside it.
-            sampling: steps and weights.
+            steps: of DDIM.
+            guidance: at least 1, which turns it off.
+            strength: of the control; 0 turns it off.
 
         Returns:
-            (B, 3, H, W) uint8 in [0, 255], on the CPU. Colours are rounded, where the reference truncates them.
+            float32 (B, 3, H, W), about [-1, 1]. The reference truncates colours; round them.
         """
-        return to_uint8(self.draw_floats(edges, prompts, negative, generators, sampling)).cpu()
-
-    @torch.no_grad()
-    def draw_floats(
-        self, edges: Tensor, prompts: Tensor, negative: Tensor, generators: list[Generator], sampling: EdgeSampling
-    ) -> Tensor:
-        """Draw as `draw` does, and return the images before rounding: float32 (B, 3, H, W), about [-1, 1]."""
         count, height, width = edges.shape
         assert len(prompts) == len(generators) == count, (len(prompts), len(generators), count)
         # diffusers would shrink other sizes without a word, and put grey pixels among the edges.
         assert height % self.vae_factor == width % self.vae_factor == 0, (height, width, self.vae_factor)
-        latents = self.pipeline(
-            image=edges[:, None].expand(-1, 3, -1, -1).float(),
-            prompt_embeds=self.base.take(prompts),
-            negative_prompt_embeds=self.base.take(negative).expand(count, -1, -1),
-            latents=self.base.take(self._noise(height, width, generators)),
-            num_inference_steps=sampling.steps,
-            guidance_scale=float(sampling.guidance),
-            controlnet_conditioning_scale=float(sampling.strength),
-            eta=0.0,
-            guess_mode=False,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        # Decoded here: in half precision, the pipeline's own step from [-1, 1] to [0, 1] would round once more.
-        return self.base.decode(latents)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all weights as they came, so that a model is itself in every number format."""
-        return self._fingerprint
-
-    def frozen_bytes(self) -> int:
-        """Bytes of all weights as they lie in memory."""
-        return self.base.frozen_bytes() + sum(value.nbytes for value in self.controlnet.state_dict().values())
-
-    # ------------------------------------------------------------------ inside
-
-    def _noise(self, height: int, width: int, generators: list[Generator]) -> Tensor:
         # Drawn by us: diffusers would draw in the number format of the weights, which gives other numbers in each.
-        shape = (self.pipeline.unet.config.in_channels, height // self.vae_factor, width // self.vae_factor)
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, c, h, w)
+        shape = (self.latent_shape[0], height // self.vae_factor, width // self.vae_factor)
+        noise = [torch.randn(shape, generator=generator) for generator in generators]
+        latents = self.pipeline(
+            image=edges[:, None].expand(-1, 3, -1, -1).float(), latents=self.take(torch.stack(noise)),
+            prompt_embeds=self.take(prompts), negative_prompt_embeds=self.take(negative).expand(count, -1, -1),
+            num_inference_steps=steps, guidance_scale=float(guidance), controlnet_conditioning_scale=float(strength),
+            eta=0.0, output_type="latent", return_dict=False,
+        )[0]  # fmt: skip
+        # Decoded here: in half precision, the pipeline's own step from [-1, 1] to [0, 1] would round once more.
+        return self.decode(latents)
 
 
 def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer: str = CLIP_TOKENIZER) -> None:
@@ -151,34 +108,25 @@ def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer
         WeightsError: for weights, a folder or a tokenizer that are absent or incomplete, and for a ControlNet beside a
             file; it names all of them, and where they go.
     """
-    checks = [
-        partial(_require_one_controlnet, base, controlnet),
-        partial(check_weights_file, base, "base"),
-        partial(check_tokenizer, tokenizer, "tokenizer.json", CLIP_TOKENIZER, offline),
-    ] if is_weights_file(base) else [
-        partial(check_folder, base, offline, BASE),
-        partial(check_folder, controlnet or CONTROLNET.example, offline, CONTROLNET),
-    ]  # fmt: skip
-    if missing := what_is_missing(checks):
-        raise WeightsError("\nerror: ".join(missing))
-
-
-def _require_one_controlnet(file: str, controlnet: str | None) -> None:
-    if controlnet is not None:
-        raise WeightsError(
-            f"controlnet={controlnet!r}, but the file base={file!r} holds a ControlNet of its own: leave controlnet "
+    if is_weights_file(base):
+        words = partial(check_tokenizer, tokenizer, "tokenizer.json", CLIP_TOKENIZER, offline)
+        wrong = what_is_missing([partial(check_weights_file, base, "base"), words])
+    else:
+        control = partial(check_folder, controlnet or CONTROLNET.example, offline, CONTROLNET)
+        wrong = what_is_missing([partial(check_folder, base, offline, BASE), control])
+    if is_weights_file(base) and controlnet is not None:
+        wrong.append(
+            f"controlnet={controlnet!r}, but the file base={base!r} holds a ControlNet of its own: leave controlnet "
             f"out, or name as base a folder or a hub id such as {BASE.example}"
         )
+    if wrong:
+        raise WeightsError("\nerror: ".join(wrong))
 
 
 def load_controlnet(
-    base: str,
-    controlnet: str | None = None,
-    *,
-    tokenizer: str = CLIP_TOKENIZER,
-    placement: Placement = ON_CPU,
+    base: str, controlnet: str | None = None, *, tokenizer: str = CLIP_TOKENIZER, placement: Placement = ON_CPU,
     offline: bool = False,
-) -> ControlNetPipeline:
+) -> ControlNetPipeline:  # fmt: skip
     """Load a published Stable Diffusion with a ControlNet.
 
     Args:
@@ -203,17 +151,12 @@ def load_controlnet(
 def _require_kin(parts: TextToImageParts, controlnet: nn.Module) -> None:
     unet, control = parts.unet.config, controlnet.config
     same = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
-    pairs = {key: (_plain(control[key]), _plain(unet[key])) for key in same}
+    pairs = {key: (json.dumps(control[key]), json.dumps(unet[key])) for key in same}  # lists and tuples are one there
     # Each width of the edges' encoder but the first halves their sides, down to those of the latents.
-    factor = 2 ** (len(control["conditioning_embedding_out_channels"]) - 1)
-    pairs["pixels per latent"] = (factor, parts.vae_factor)
+    pairs["pixels per latent"] = (2 ** (len(control["conditioning_embedding_out_channels"]) - 1), parts.vae_factor)
     for what, (value, wanted) in pairs.items():
         if value != wanted:
             raise WeightsError(
                 f"this ControlNet is not made for this base: its {what} is {value}, the base's {wanted}. Name a "
                 "ControlNet that was trained on this version of Stable Diffusion"
             )
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, (list, tuple)) else value

@@ -6,18 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from models.config import NetworkConfig
 from models.files.weights import load_exactly, read_weights
+from models.frozen import FrozenModel
 from utils.run.errors import ConfigError, WeightsError
 from utils.run.files import save_tensors, write_json
-from utils.training import seeding
 
 CONFIG, WEIGHTS = "model.json", "model.safetensors"
 
 
-class OwnModel(nn.Module):
+class OwnModel(FrozenModel):
     """A network that is made with random weights, trained, frozen and kept.
 
     Its constructor takes what the data say, by name, and a ``config`` of the class `Config`.
@@ -32,18 +30,6 @@ class OwnModel(nn.Module):
     def __init__(self, config: NetworkConfig, **data: Any):
         super().__init__()
         self.config, self.data = config, data
-
-    def freeze(self) -> OwnModel:
-        """Switch to eval mode, without gradients."""
-        return self.eval().requires_grad_(False)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all weights."""
-        return seeding.hash_tensors(self.state_dict())
-
-    def frozen_bytes(self) -> int:
-        """Bytes of all weights as they lie in memory."""
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def save(self, directory: str | Path) -> None:
         """Write the weights, and what it takes to build the network again."""
@@ -64,17 +50,11 @@ class OwnModel(nn.Module):
         path = Path(directory) / WEIGHTS
         try:
             path.stat()
-            model = cls._from_json((Path(directory) / CONFIG).read_text(encoding="utf-8"))
+            content = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
+            own = {key: content.pop(key) for key in cls.Config.model_fields if key in content}
+            model = cls(config=cls.Config.parse(own), **content)
         # torch and diffusers refuse sizes that make no network in many ways.
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, ConfigError) as error:
             raise WeightsError(f"{str(directory)!r} holds no {cls.__name__} ({error}): {remedy}") from error
         load_exactly(model, read_weights(path), path, f"the {CONFIG} beside it", "Train it again, or fetch both files")
         return model.freeze()
-
-    @classmethod
-    def _from_json(cls, text: str) -> OwnModel:
-        content = json.loads(text)
-        if not isinstance(content, dict):
-            raise ValueError(f"{CONFIG} is no JSON object")
-        own = {key: content.pop(key) for key in cls.Config.model_fields if key in content}
-        return cls(config=cls.Config.parse(own), **content)

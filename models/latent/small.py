@@ -10,12 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.config import NetworkConfig
-from models.latent.contract import LatentDiffusion
+from models.latent.contract import NOISE, LatentDiffusion
 from models.latent.own import OwnModel
 from utils.run.errors import ConfigError
-
-# The noise of latent diffusion (Rombach et al., CVPR 2022, arXiv:2112.10752).
-NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 class Denoiser(nn.Module):
@@ -76,14 +73,22 @@ class SmallLDM(OwnModel, LatentDiffusion):
     Config = SmallLDMConfig
 
     def __init__(self, image_shape: Sequence[int], class_names: Sequence[str], config: SmallLDMConfig):
+        from diffusers import AutoencoderKL
+
         super().__init__(config, image_shape=list(image_shape), class_names=list(class_names))
         self.image_channels, self.image_size, _ = image_shape
         config.check(self.image_size)
-        side = self.image_size // 2 ** (len(config.vae_channels) - 1)
+        vae_levels = len(config.vae_channels)
+        side = self.image_size // 2 ** (vae_levels - 1)
         self.latent_shape = (config.latent_channels, side, side)
         self.vector_size, self.class_names = config.vector_size, list(class_names)
         self.schedule = {**NOISE, "prediction_type": config.prediction_type}
-        self.vae = _autoencoder(self.image_channels, config)
+        self.vae = AutoencoderKL(
+            in_channels=self.image_channels, out_channels=self.image_channels, latent_channels=config.latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * vae_levels, up_block_types=("UpDecoderBlock2D",) * vae_levels,
+            block_out_channels=tuple(config.vae_channels), layers_per_block=1, norm_num_groups=config.norm_num_groups,
+            mid_block_add_attention=False,
+        )  # fmt: skip
         levels = range(len(config.block_out_channels))
         unet = build_unet(
             self.latent_shape, config,
@@ -97,7 +102,7 @@ class SmallLDM(OwnModel, LatentDiffusion):
     # ------------------------------------------------------------------ LatentDiffusion
 
     def initial_vector(self, word: str) -> Tensor:
-        """The mean of the known classes' vectors, whatever the word."""
+        """Return the mean of the known classes' vectors, whatever the word."""
         return self.denoiser.table.detach().mean(0)
 
     def moments(self, images: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ class SmallLDM(OwnModel, LatentDiffusion):
         return self.vae.decode(latents.to(self.scale.device) / self.scale, return_dict=False)[0].float()
 
     def context(self, prompts: list[str], vectors: Tensor | None = None) -> Tensor:
-        """The vectors cut into tokens, (B, tokens, D / tokens); zeros where the prompt is empty."""
+        """Cut the vectors into tokens, (B, tokens, D / tokens); zeros where the prompt is empty."""
         if vectors is None and any(prompts):
             raise ConfigError(
                 f"this model reads no text, so {next(filter(None, prompts))!r} means nothing to it: give it vectors, "
@@ -121,18 +126,6 @@ class SmallLDM(OwnModel, LatentDiffusion):
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
         device = self.scale.device
         return self.denoiser.unet(zt.to(device), t.to(device), context.to(device), return_dict=False)[0].float()
-
-
-def _autoencoder(channels: int, config: SmallLDMConfig) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    levels = len(config.vae_channels)
-    return AutoencoderKL(
-        in_channels=channels, out_channels=channels, latent_channels=config.latent_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.vae_channels), layers_per_block=1, norm_num_groups=config.norm_num_groups,
-        mid_block_add_attention=False,
-    )  # fmt: skip
 
 
 def build_unet(shape: Sequence[int], config: NetworkConfig, down: list[str], **options: Any) -> nn.Module:

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.config import NetworkConfig
+from models.latent.contract import NOISE
 from models.latent.own import OwnModel
-from models.latent.small import NOISE, build_unet
+from models.latent.small import build_unet
 from utils.run.errors import ConfigError
 
 
@@ -31,12 +32,9 @@ class SmallControlNetConfig(NetworkConfig):
         """
         self.require_side(side, "block_out_channels")
         self.require_multiples("block_out_channels", of="norm_num_groups")
-        map_size = self.map_size or side
-        times, rest = divmod(map_size, side)
-        if rest or not times or times & (times - 1):
-            raise ConfigError(
-                f"map_size={map_size}: it must be the side of the images, {side}, or 2, 4, 8, ... times that"
-            )
+        times, rest = divmod(self.map_size or side, side)
+        if rest or not times or times & (times - 1):  # no power of two
+            raise ConfigError(f"map_size={self.map_size}: it must be the side of the images, {side}, times 1, 2, 4 ...")
         return times.bit_length() - 1
 
 
@@ -88,9 +86,9 @@ class SmallControlNet(OwnModel):
         Returns:
             (B, C, S, S).
         """
-        if edges is None:
-            return self.unet(xt, t, None, return_dict=False)[0].float()
-        down, middle = self.control(xt, t, None, controlnet_cond=edges, conditioning_scale=strength, return_dict=False)
+        down = middle = None
+        if edges is not None:
+            down, middle = self.control(xt, t, None, edges, strength, return_dict=False)
         return self.unet(
             xt, t, None, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
         )[0].float()

@@ -13,7 +13,6 @@ from models.files.diffusers_parts import TextToImageParts, read_folder
 from models.files.weights import is_weights_file
 from models.latent.contract import PLACEHOLDER, LatentDiffusion
 from utils.run.errors import ConfigError, WeightsError
-from utils.training import seeding
 from utils.training.runtime import Runtime
 
 
@@ -52,6 +51,7 @@ class TextToImage(LatentDiffusion):
     """
 
     def __init__(self, parts: TextToImageParts, image_size: int | None = None, placement: Placement = ON_CPU):
+        super().__init__()
         self.device, self.dtype, self.schedule = torch.device(placement.device), placement.dtype, dict(parts.schedule)
         self.image_size = image_size or parts.latent_side * parts.vae_factor
         if self.image_size % parts.vae_factor:
@@ -60,15 +60,13 @@ class TextToImage(LatentDiffusion):
         self.latent_shape = (parts.unet.config.in_channels, side, side)
         self.image_channels = parts.vae.config.in_channels
         self.vae, self.text_encoder, self.unet = parts.vae, parts.text_encoder, parts.unet
-        self.networks = nn.ModuleDict({"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.unet})
         # Of the weights as they came, so that a model is itself in every number format.
-        self._fingerprint = seeding.hash_tensors(self.networks.state_dict())
+        self._fingerprint = super().fingerprint()
         # In train mode the LDM text encoder would drop a tenth of its activations, and no context would be the same.
-        self.networks.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.to(self.device, self.dtype).freeze()
         self.tokenizer = parts.tokenizer
         self.max_tokens: int = self.text_encoder.config.max_position_embeddings
-        self.embedding = self.text_encoder.get_input_embeddings()
-        self.vector_size: int = self.embedding.embedding_dim
+        self.vector_size: int = self.text_encoder.get_input_embeddings().embedding_dim
         tokens, self.placeholder = self._read_word(PLACEHOLDER)
         if self.placeholder is None:
             raise WeightsError(
@@ -83,7 +81,7 @@ class TextToImage(LatentDiffusion):
                 f"the model reads the word {word!r} as {', '.join(tokens)}, but a class starts from one token of the "
                 "vocabulary: choose a plain, common word such as 'sculpture'"
             )
-        return self.embedding.weight[number].float().clone()
+        return self.text_encoder.get_input_embeddings().weight[number].float().clone()
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ class TextToImage(LatentDiffusion):
             """Give row b of the vectors in the place of the placeholder's embedding."""
             return torch.where(here[:, :, None], vectors[:, None].to(output), output)
 
-        with self.embedding.register_forward_hook(replace):
+        with self.text_encoder.get_input_embeddings().register_forward_hook(replace):
             return self._encode(ids)
 
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -121,9 +119,6 @@ class TextToImage(LatentDiffusion):
 
     def fingerprint(self) -> str:
         return self._fingerprint
-
-    def frozen_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.networks.state_dict().values())
 
     def take(self, tensor: Tensor) -> Tensor:
         """Return the tensor where the weights lie, in their number format."""
@@ -135,7 +130,7 @@ class TextToImage(LatentDiffusion):
         return self.text_encoder(input_ids=ids, return_dict=True)[0].float()  # (B, max_tokens, width)
 
     def _read_word(self, word: str) -> tuple[list[str], int | None]:
-        """A word's tokens, and the number of its token where it is exactly one that the vocabulary knows."""
+        """Return a word's tokens, and the number of its token where it is exactly one that the vocabulary knows."""
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
         known = len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id
         return self.tokenizer.convert_ids_to_tokens(ids), ids[0] if known else None
@@ -155,15 +150,9 @@ def check_text_to_image(source: str, yaml: str | None, tokenizer: str, offline: 
 
 
 def load_text_to_image(
-    source: str,
-    yaml: str | None = None,
-    tokenizer: str = "bert-base-uncased",
-    *,
-    image_size: int | None = None,
-    placement: Placement = ON_CPU,
-    offline: bool = False,
-    key: str = "source",
-) -> TextToImage:
+    source: str, yaml: str | None = None, tokenizer: str = "bert-base-uncased", *, image_size: int | None = None,
+    placement: Placement = ON_CPU, offline: bool = False, key: str = "source",
+) -> TextToImage:  # fmt: skip
     """Load a published model.
 
     Args:

@@ -49,34 +49,24 @@ class ClassUNetConfig(NetworkConfig):
 
     def check(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         """Raise ConfigError if the sizes do not fit each other, the images or the classes."""
-        widths, (_, height, width) = self.block_out_channels, image_shape
-        factor = 2 ** (len(widths) - 1)
-        if height % factor or width % factor:
-            raise ConfigError(
-                f"a UNet of {len(widths)} levels needs image sides that are multiples of {factor}, not "
-                f"{height}x{width}: give block_out_channels fewer entries, or pad or resize the images"
-            )
-        if not 1 <= num_classes < 4 * widths[0]:
-            raise ConfigError(
-                f"{num_classes} classes do not fit an embedding of 4 * block_out_channels[0] = {4 * widths[0]} places: "
-                f"use block_out_channels[0] > {num_classes // 4}"
-            )
+        widths, head = self.block_out_channels, self.attention_head_dim
+        for side in image_shape[1:]:
+            self.require_side(side, "block_out_channels")
+        if not 1 <= num_classes < 4 * widths[0]:  # the places of the embedding
+            raise ConfigError(f"{num_classes} classes need block_out_channels[0] > {num_classes // 4}, not {widths[0]}")
         self.require_levels("attention_levels", len(widths))
         self.require_multiples("block_out_channels", of="norm_num_groups")
         for level in {*self.attention_levels, len(widths) - 1}:  # the middle block has the width of the last level
-            if widths[level] % self.attention_head_dim:
-                raise ConfigError(
-                    f"block_out_channels[{level}]={widths[level]} has attention, so it must be a multiple of "
-                    f"attention_head_dim={self.attention_head_dim}"
-                )
+            if widths[level] % head:
+                where = f"block_out_channels[{level}]={widths[level]}"
+                raise ConfigError(f"{where} has attention, so it must be a multiple of attention_head_dim={head}")
 
     def block_types(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return diffusers' names of the blocks on the way down and on the way up."""
         plain = {"conv": "Down", "resnet": "ResnetDownsample"}[self.resample]  # DownBlock2D ignores downsample_type
         levels = range(len(self.block_out_channels))
-        down = [f"{'AttnDown' if level in self.attention_levels else plain}Block2D" for level in levels]
-        up = [name.replace("Downsample", "Upsample").replace("Down", "Up") for name in reversed(down)]
-        return tuple(down), tuple(up)
+        down = tuple(f"{'AttnDown' if level in self.attention_levels else plain}Block2D" for level in levels)
+        return down, tuple(name.replace("Down", "Up") for name in reversed(down))
 
 
 class ClassUNet(nn.Module):
@@ -101,17 +91,13 @@ class ClassUNet(nn.Module):
         config.check(image_shape, num_classes)
         from diffusers import UNet2DModel
 
-        widths = config.block_out_channels
-        self.image_shape = tuple(image_shape)
-        self.num_classes = num_classes
-        self.embedding_dim = 4 * widths[0]
+        widths, (channels, *size) = config.block_out_channels, image_shape
+        self.num_classes, self.embedding_dim = num_classes, 4 * widths[0]
         down_types, up_types = config.block_types()
-        channels, height, width = image_shape
         self.unet = UNet2DModel(
-            sample_size=(height, width), in_channels=channels, out_channels=channels,
-            down_block_types=down_types, up_block_types=up_types, block_out_channels=tuple(widths),
-            layers_per_block=config.layers_per_block, dropout=config.dropout,
-            downsample_type=config.resample, upsample_type=config.resample,
+            sample_size=tuple(size), in_channels=channels, out_channels=channels, block_out_channels=tuple(widths),
+            down_block_types=down_types, up_block_types=up_types, layers_per_block=config.layers_per_block,
+            dropout=config.dropout, downsample_type=config.resample, upsample_type=config.resample,
             attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
             # With scale-shift and the default None, the middle attention would have no GroupNorm at all.
             attn_norm_num_groups=config.norm_num_groups,
@@ -165,6 +151,5 @@ def _zero_residual_branches(unet: nn.Module) -> None:
     last = [unet.conv_out]
     last += [module.conv2 for module in unet.modules() if isinstance(module, ResnetBlock2D)]
     last += [module.to_out[0] for module in unet.modules() if isinstance(module, Attention)]
-    for layer in last:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for parameter in nn.ModuleList(last).parameters():
+        nn.init.zeros_(parameter)

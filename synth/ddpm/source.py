@@ -89,14 +89,10 @@ class DDPM(ReplaySource):
         rehearsal: Literal["replay", "own"] = Field("replay", description="whose images of old classes it sees")
         # reference: as GUIDE has it, labels by chance in whole batches, and only whole batches in training
         counts: Literal["balanced", "reference"] = Field("balanced", description="of the classes in its own draw")
-        gr_n_generated_examples_per_task: int | None = Field(
-            None, ge=1, description="its own images per old task; null: as many as the new task has real ones"
-        )
+        # null: as many as the new task has real ones
+        gr_n_generated_examples_per_task: int | None = Field(None, ge=1, description="its own images per old task")
 
-        @classmethod
-        def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
-            """Read GUIDE's flags in our words."""
-            return translate(raw)
+        translate = staticmethod(translate)  # of GUIDE's flags
 
         def training_settings(self) -> dict[str, Any]:
             """Leave out what is not learned: without guidance no label is hidden."""
@@ -110,7 +106,6 @@ class DDPM(ReplaySource):
         self.transform = DiffusionTransform(size, flip)
         self.process = linear_process(config.diffusion_steps, config.beta_start, config.beta_end)
         self.train_process = respace(self.process, config.train_respacing or config.diffusion_steps)
-        self.sampling = Sampling(config.timestep_respacing, config.sampler)
         respace(self.process, config.timestep_respacing)  # what does not fit is said now
         self.wants_past = config.rehearsal == "replay"
         seeding.seed_everything(run.seed, "ddpm")
@@ -121,7 +116,12 @@ class DDPM(ReplaySource):
 
     def build_network(self) -> nn.Module:
         """Build the noise predictor with random weights: (xt, t, labels) -> eps, where label -1 is no class."""
-        levels = _attention_levels(self.config, self.image_shape[1])
+        levels, wanted = self.config.attention_levels, self.config.attention_resolutions
+        if wanted is not None:
+            sides = [self.image_shape[1] >> level for level in range(len(self.config.block_out_channels))]
+            if foreign := [side for side in wanted if side not in sides]:
+                raise ConfigError(f"synth.attention_resolutions={foreign}: the levels of this UNet have sides {sides}")
+            levels = [sides.index(side) for side in wanted]
         config = ClassUNetConfig.of(self.config, attention_levels=levels)
         return ClassUNet(self.image_shape, self.num_classes, config)
 
@@ -129,30 +129,25 @@ class DDPM(ReplaySource):
         found = [folder / name for name in ("generator.safetensors", "network.safetensors")]
         path = next((path for path in found if path.is_file()), None)
         if path is None:
-            raise ConfigError(
-                f"synth.init_weights={str(folder)!r} holds no DDPM: name a `source` folder of a run's checkpoint, or a "
-                "folder of `python -m synth.train`"
-            )
+            remedy = "name a `source` folder of a run's checkpoint, or a folder of `python -m synth.train`"
+            raise ConfigError(f"synth.init_weights={str(folder)!r} holds no DDPM: {remedy}")
         load_exactly(self.network, read_weights(path), path, "this UNet", "Set synth's keys as they were there")
 
     # ------------------------------------------------------------------ learning
 
     def fit_after(self, task: Task, images: ImageSet, past: ImageSet, exemplars: ImageSet, encoder) -> None:
         """Train on the task's real images and on images of the old classes: the learner's replay, or its own."""
-        if self.fitted_classes and (self.config.rehearsal == "own" or not len(past)):
+        config, whole = self.config, self.config.counts == "reference"
+        if self.fitted_classes and (config.rehearsal == "own" or not len(past)):
             past = self._rehearse(task, len(images))
-        loading = self.run.loading(
-            self.transform, self.config.batch_size, task.index, "ddpm", drop_last=self.config.counts == "reference"
-        )
+        loading = self.run.loading(self.transform, config.batch_size, task.index, "ddpm", drop_last=whole)
         batches = ImageBatches(images, past, loading)
-        steps = self.config.first_task_num_steps if task.index == 0 else self.config.num_steps
-        train_config = TrainConfig(
-            steps=steps, lr=self.config.lr, optimizer="adamw", weight_decay=self.config.weight_decay,
-            schedule=self.config.lr_schedule, ema_decay=self.config.ema_rate,
-        )  # fmt: skip
+        steps = config.first_task_num_steps if task.index == 0 else config.num_steps
+        train_config = TrainConfig(steps=steps, lr=config.lr, optimizer="adamw", weight_decay=config.weight_decay,
+                                   schedule=config.lr_schedule, ema_decay=config.ema_rate)  # fmt: skip
         hooks = Hooks(before_epoch=partial(self._before_epoch, task))
         average = fit(self.network, batches, self.loss, train_config, Training(self.run, task, "ddpm"), hooks)
-        self.generator = average if average is not None else self.network
+        self.generator = average or self.network
         self.fitted_classes |= set(task.classes)
         show_progress(self, task, math.ceil(steps / len(batches)))
 
@@ -169,23 +164,22 @@ class DDPM(ReplaySource):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the noise prediction error of one batch, as named terms."""
-        labels = self.hide_labels(batch.labels)
-        loss = noise_prediction_loss(lambda xt, t: self.network(xt, t, labels), self.train_process, batch.images)
-        return {"mse": loss}
+        model = partial(self.network, labels=self.hide_labels(batch.labels))
+        return {"mse": noise_prediction_loss(model, self.train_process, batch.images)}
 
     def _rehearse(self, task: Task, num_images: int) -> ImageSet:
-        """GUIDE's self-rehearsal: old classes, drawn from the raw weights into the run's `rehearsal/task_<t>`."""
-        old, per_task = sorted(self.fitted_classes), self.config.gr_n_generated_examples_per_task or num_images
-        count = per_task * task.index
-        if self.config.counts == "reference":
-            count = math.ceil(count / self.config.batch_size) * self.config.batch_size  # GUIDE draws whole batches
-        draw = seeding.generator(self.run.seed, task.index, "rehearsal")
-        labels = draw_labels(old, count, draw, balanced=self.config.counts == "balanced")
+        """Draw old classes from the raw weights into the run's `rehearsal/task_<t>`, as GUIDE rehearses."""
+        config, old = self.config, sorted(self.fitted_classes)
+        count = (config.gr_n_generated_examples_per_task or num_images) * task.index
+        if config.counts == "reference":
+            count = math.ceil(count / config.batch_size) * config.batch_size  # GUIDE draws whole batches
+        chance = seeding.generator(self.run.seed, task.index, "rehearsal")
+        labels = draw_labels(old, count, chance, balanced=config.counts == "balanced")
         log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)
         self.generator = self.network.eval()
         identity = {"run_seed": self.run.seed, "task": task.index, "count": count, "weights": self.fingerprint()}
-        place = self.run.folder / "rehearsal" / f"task_{task.index}"
-        folder = ImageFolder(place, self.run, identity, "Delete the folder, and the same command draws it again")
+        remedy = "Delete the folder, and the same command draws it again"
+        folder = ImageFolder(self.run.folder / "rehearsal" / f"task_{task.index}", self.run, identity, remedy)
         folder.claim()
         folder.draw(self, [Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))])
         return sum(map(folder.images, old), ImageSet()).merged()
@@ -205,7 +199,7 @@ class DDPM(ReplaySource):
         Raises:
             NotFittedError: if a label was never learned.
         """
-        return self.draw(requests, self.sampling)
+        return self.draw(requests, Sampling(self.config.timestep_respacing, self.config.sampler))
 
     @torch.no_grad()
     def draw(self, requests: Requests, sampling: Sampling, bend: Callable[[Requests], Bend] | None = None) -> ImageSet:
@@ -236,31 +230,26 @@ class DDPM(ReplaySource):
         return to_uint8(x0).cpu()
 
     def _model(self, network: nn.Module, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The noise predictor of these labels, with classifier-free guidance where it is on."""
+        """Return the noise predictor of these labels, with classifier-free guidance where it is on."""
 
-        def predict(classes: Tensor):
-            def model(xt: Tensor, t: Tensor) -> Tensor:
-                with self.run.runtime.autocast():
-                    return network(xt, t, classes).float()
+        def predict(classes: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+            with self.run.runtime.autocast():
+                return network(xt, t, classes).float()
 
-            return model
-
-        if not self.config.guidance:
-            return predict(labels)
-        return classifier_free(predict(labels), predict(torch.full_like(labels, -1)), self.config.guidance)
+        conditional, unconditional = partial(predict, labels), partial(predict, torch.full_like(labels, -1))
+        return classifier_free(conditional, unconditional, self.config.guidance or 1)  # of 1 the conditional alone
 
     # ------------------------------------------------------------------ keeping
 
     def save(self, directory: Path) -> None:
-        """Raw weights (the next task starts from them), the moving average, and the classes learned."""
-        save_tensors(Path(directory) / "network.safetensors", self.network.state_dict())
+        """Write raw weights (the next task starts from them), the moving average, and the classes learned."""
+        save_tensors(directory / "network.safetensors", self.network.state_dict())
         if self.generator is not self.network:
-            save_tensors(Path(directory) / "generator.safetensors", self.generator.state_dict())
-        write_json(Path(directory) / "source.json", {"fitted_classes": sorted(self.fitted_classes)})
+            save_tensors(directory / "generator.safetensors", self.generator.state_dict())
+        write_json(directory / "source.json", {"fitted_classes": sorted(self.fitted_classes)})
 
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
-        directory = Path(directory)
         self.network.load_state_dict(load_tensors(directory / "network.safetensors"))
         self.generator = self.network
         if (directory / "generator.safetensors").exists():
@@ -269,25 +258,13 @@ class DDPM(ReplaySource):
         self.fitted_classes = set(read_json(directory / "source.json", "fit the source again")["fitted_classes"])
 
     def describe(self) -> str:
-        """Size of the UNet and length of its trainings."""
+        """Say how large the UNet is, and how long it trains."""
         millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         first, later = self.config.first_task_num_steps, self.config.num_steps
         replay = "its own images" if self.config.rehearsal == "own" else "the learner's replay"
-        return (
-            f"UNet of {millions:.1f} M parameters, trained {first} steps on the first task and {later} on later ones, "
-            f"with {replay} of the classes before"
-        )
+        length = f"trained {first} steps on the first task and {later} on later ones"
+        return f"UNet of {millions:.1f} M parameters, {length}, with {replay} of the classes before"
 
     def fingerprint(self) -> str:
-        """SHA-256 over the generating weights."""
+        """Hash the generating weights by SHA-256."""
         return seeding.hash_tensors(self.generator.state_dict())
-
-
-def _attention_levels(config: DDPM.Config, size: int) -> list[int]:
-    if config.attention_resolutions is None:
-        return config.attention_levels
-    sides = [size >> level for level in range(len(config.block_out_channels))]
-    foreign = [side for side in config.attention_resolutions if side not in sides]
-    if foreign:
-        raise ConfigError(f"synth.attention_resolutions={foreign}: the levels of this UNet have sides {sides}")
-    return sorted(sides.index(side) for side in config.attention_resolutions)

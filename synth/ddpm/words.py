@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from utils.run.errors import ConfigError
-from utils.run.words import Words, register_words
+from utils.run.words import WORDS, Words
 
 
 def is_true(value: Any) -> bool:
-    """A flag as a boolean or as the word that a command line has for one.
+    """Read a flag that is a boolean or the word that a command line has for one.
 
     Raises:
         ValueError: for any other word.
@@ -22,7 +22,7 @@ def is_true(value: Any) -> bool:
 
 
 def whole(value: Any) -> int:
-    """A flag as a whole number.
+    """Read a flag that is a whole number.
 
     Raises:
         ValueError: for anything else.
@@ -49,24 +49,21 @@ FIXED = {
     "cl_method": ("generative_replay", "generative_replay_disjoint_classifier_guidance"),
 }  # fmt: skip
 # Of no effect on results: where and how often is written, memory layout, the switch between its two programs.
-IDLE = {
+IDLE = frozenset({
     "use_new_attention_order", "save_interval", "log_interval", "train_with_disjoint_classifier",
     "wandb_experiment_name", "wandb_project_name", "wandb_online", "microbatch",
-}  # fmt: skip
+})  # fmt: skip
 # Flags of the diffusion run that GUIDE names in the command of its classifier too.
 SHARED = (
     "num_channels", "channel_mult", "num_res_blocks", "num_head_channels", "attention_resolutions", "resblock_updown",
     "diffusion_steps", "first_task_num_steps", "num_steps", "gr_n_generated_examples_per_task",
 )  # fmt: skip
 
-register_words(Words(
-    source="ddpm", keys={"diffusion_pretrained_dir": "source_dir", **{key: key for key in SHARED}},
-    idle=frozenset(IDLE),
-))  # fmt: skip
+WORDS.append(Words("ddpm", {"diffusion_pretrained_dir": "source_dir", **dict(zip(SHARED, SHARED))}, idle=IDLE))
 
 
 def translate(raw: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a diffusion run with GUIDE's names replaced by ours.
+    """Replace GUIDE's names in the keys of a diffusion run by ours.
 
     Raises:
         ConfigError: if a flag cannot be read, if it and our key for it have different values, if a switch has a value
@@ -74,14 +71,13 @@ def translate(raw: dict[str, Any]) -> dict[str, Any]:
     """
     kept = {key: value for key, value in drop_switches(raw).items() if value is not None and key not in IDLE}
     for flag, (key, read) in RENAMED.items():
-        if flag in kept:
-            value = kept.pop(flag)
+        if (value := kept.pop(flag, None)) is not None:
             _put(kept, flag, value, key, _read(flag, value, read))
     width, factors = kept.pop("num_channels", None), kept.pop("channel_mult", None)
     if (width is None) != (factors is None):
         raise ConfigError("synth.num_channels and synth.channel_mult go together: give both or block_out_channels")
     if width is not None:
-        items = factors.split(",") if isinstance(factors, str) else factors if isinstance(factors, list) else [factors]
+        items = factors if isinstance(factors, list) else str(factors).split(",")
         base = _read("num_channels", width, whole)
         widths = [base * _read("channel_mult", item, whole) for item in items]
         _put(kept, "num_channels", width, "block_out_channels", widths)
@@ -89,7 +85,7 @@ def translate(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def drop_switches(raw: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a diffusion or classifier run without the switches that have one setting alone.
+    """Leave out of a diffusion or classifier run's keys the switches that have one setting alone.
 
     Raises:
         ConfigError: if a switch has another value.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import groupby
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from models.latent.control import (
+    BASE,
     CLIP_TOKENIZER,
     ControlNetPipeline,
-    EdgeSampling,
     check_controlnet,
     load_controlnet,
 )  # fmt: skip
@@ -27,20 +27,18 @@ from synth.prompts import class_words
 from synth.requests import Requests
 from utils.data.images import ImageSet
 from utils.data.manager import Task
+from utils.data.transforms import to_uint8
 from utils.run.carried import Carried
 from utils.run.command import promised_offline
 
 CLASS = "{class}"  # stands in a prompt for the words of the class
 # The two published scripts, `compress.py` and `compress_lowres.py`: prompt, what it is guided away from, DDIM steps.
 SCRIPTS = {
-    "high": (
-        f"{CLASS}, best quality, extremely detailed",
-        "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, worst quality, "
-        "low quality",
-        20,
-    ),
+    "high": (f"{CLASS}, best quality, extremely detailed",
+             "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, "
+             "worst quality, low quality", 20),
     "low": (f"{CLASS}, clean, clear, bright, neat", "blurry, dark, messy, dotted", 50),
-}
+}  # fmt: skip
 
 
 @SOURCES.register("controlnet")
@@ -56,10 +54,7 @@ class ControlNetSource(ExemplarCompression):
         places: ClassVar[set[str]] = {"base", "controlnet", "tokenizer", "class_prompts"}
 
         sample_batch: int = Field(4, ge=1, description="images drawn at once, of one size each")
-        base: str = Field(
-            "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            description="hub id, diffusers folder, or the file control_sd15_canny.pth, which holds the ControlNet too",
-        )
+        base: str = Field(BASE.example, description="hub id, folder, or control_sd15_canny.pth, with its ControlNet")
         controlnet: str | None = Field(None, description="hub id or folder; null: lllyasviel/sd-controlnet-canny")
         tokenizer: str = Field(CLIP_TOKENIZER, description="folder or hub id of the tokenizer that a file needs")
         model_precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the weights; auto: the run's")
@@ -74,15 +69,10 @@ class ControlNetSource(ExemplarCompression):
         guidance: float = Field(9.0, ge=1, description="classifier-free, away from the negative prompt; 1 is none")
         control_strength: float = Field(1.0, ge=0, description="factor of what the ControlNet adds")
 
-        @field_validator("prompt")
-        @classmethod
-        def _names_the_class(cls, value: str | None) -> str | None:
-            if value is not None and value.count(CLASS) != 1:
-                raise ValueError(f"a prompt names the class exactly once, as {CLASS}")
-            return value
-
         @model_validator(mode="after")
-        def _at_least_one_cell(self) -> ControlNetSource.Config:
+        def _a_class_in_a_cell(self) -> ControlNetSource.Config:
+            if self.prompt is not None and self.prompt.count(CLASS) != 1:
+                raise ValueError(f"synth.prompt={self.prompt!r}: a prompt names the class exactly once, as {CLASS}")
             if self.short_side is not None and self.short_side < self.grid:
                 raise ValueError(f"synth.short_side={self.short_side} is below synth.grid={self.grid}: lower the grid")
             return self
@@ -95,23 +85,22 @@ class ControlNetSource(ExemplarCompression):
         self.prompts = [(config.prompt or prompt).replace(CLASS, word) for word in words]
         self.negative = negative if config.negative_prompt is None else config.negative_prompt
         self.steps = config.sample_steps or steps
-        self._model: ControlNetPipeline | None = None
-        self._embedded: dict[str, Tensor] = {}
 
     @classmethod
     def check_weights(cls, config, offline: bool) -> None:
         check_controlnet(config.base, config.controlnet, offline, config.tokenizer)
 
-    @property
+    @cached_property
     def model(self) -> ControlNetPipeline:
         """The frozen networks, read when they are first asked for."""
-        if self._model is None:
-            config = self.config
-            self._model = load_controlnet(
-                config.base, config.controlnet, tokenizer=config.tokenizer, offline=promised_offline(),
-                placement=Placement.of(self.run.runtime, config.model_precision),
-            )  # fmt: skip
-        return self._model
+        config, placement = self.config, Placement.of(self.run.runtime, self.config.model_precision)
+        files = {"tokenizer": config.tokenizer, "offline": promised_offline()}
+        return load_controlnet(config.base, config.controlnet, placement=placement, **files)
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """All prompts, (num_classes + 1, 77, W), the negative one last; embedded alone, to depend on no neighbour."""
+        return torch.cat([self.model.embed([text]) for text in [*self.prompts, self.negative]])
 
     @property
     def _draws(self) -> bool:
@@ -126,35 +115,22 @@ class ControlNetSource(ExemplarCompression):
     # ------------------------------------------------------------------ maps and images
 
     def map_shape(self, height: int, width: int) -> tuple[int, int]:
-        return (height, width) if self.config.resolution == "high" else self._drawing_size(height, width)
+        return (height, width) if self.config.resolution == "high" else self.drawing_size(height, width)
 
-    def _drawing_size(self, height: int, width: int) -> tuple[int, int]:
+    def drawing_size(self, height: int, width: int) -> tuple[int, int]:
         side = self.config.short_side or short_side(height, width, self.config.resolution)
         return drawing_size(height, width, side, self.config.grid)
 
     def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
-        sizes = list(map(self.drawing_size, maps))
-        drawn: dict[int, Tensor] = {}
-        for size, group in groupby(sorted(range(len(maps)), key=sizes.__getitem__), key=sizes.__getitem__):
-            places = list(group)
-            prompts = [self.prompts[requests.labels[place]] for place in places]
-            images = self.model.draw(
-                torch.stack([resize_edges(maps[place].edges(), *size) for place in places]),
-                torch.cat([self._embed(prompt) for prompt in prompts]), self._embed(self.negative),
-                [generators[place] for place in places],
-                EdgeSampling(self.steps, self.config.guidance, self.config.control_strength),
-            )  # fmt: skip
-            drawn |= zip(places, images)
+        sizes, drawn = [self.drawing_size(*one.size) for one in maps], {}
+        for size in set(sizes):
+            places = [place for place, other in enumerate(sizes) if other == size]
+            edges = torch.stack([resize_edges(maps[place].edges(), *size) for place in places])
+            own, prompts = [generators[place] for place in places], self.texts[requests.labels[places]]
+            scales = self.config.guidance, self.config.control_strength
+            images = self.model.draw(edges, prompts, self.texts[-1:], own, self.steps, *scales)
+            drawn |= zip(places, to_uint8(images).cpu())
         return [drawn[place] for place in range(len(maps))]
-
-    def drawing_size(self, one: EdgeMap) -> tuple[int, int]:
-        return self._drawing_size(*one.size)
-
-    def _embed(self, text: str) -> Tensor:
-        """(1, 77, W), computed once; one text at a time, so that it does not depend on its neighbours."""
-        if text not in self._embedded:
-            self._embedded[text] = self.model.embed([text])
-        return self._embedded[text]
 
     # ------------------------------------------------------------------ keeping
 
@@ -164,10 +140,10 @@ class ControlNetSource(ExemplarCompression):
         return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the frozen weights and the words for every class; maps name themselves in every copy."""
+        """Hash the frozen weights and the words for every class by SHA-256; maps name themselves in every copy."""
         return hashlib.sha256(json.dumps([self.model.fingerprint(), self.prompts, self.negative]).encode()).hexdigest()
 
     def describe(self) -> str:
-        """Whose networks and whether they are here, length of the sampling."""
+        """Say whose networks draw, whether they are here, and in how many steps."""
         sampling = f"DDIM of {self.steps} steps, guidance {self.config.guidance:g}"
         return f"{self.config.base} with ControlNet, {weights_place(self)}; {super().describe()}; {sampling}"

@@ -7,8 +7,10 @@ arXiv:2311.18266, by the words and numbers of its code.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from typing import Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ MOST_PIXELS = 786_432  # of an image that is drawn; larger ones are halved
 
 
 def canny(image: Tensor, low: int = 100, high: int = 200) -> Tensor:
-    """Edges as ControlNet was trained on them (Canny 1986; OpenCV's, 3x3 Sobel, L1 gradient).
+    """Find edges as ControlNet was trained on them (Canny 1986; OpenCV's, 3x3 Sobel, L1 gradient).
 
     Of three channels the one with the largest gradient counts at every pixel; a grey copy has other edges.
 
@@ -36,12 +38,12 @@ def canny(image: Tensor, low: int = 100, high: int = 200) -> Tensor:
 
 
 def short_side(height: int, width: int, resolution: Literal["high", "low"]) -> int:
-    """The short side at which an image of this size is drawn: 512, at low resolution 256 unless it has 512."""
+    """Return the short side at which an image of this size is drawn: 512, at low resolution 256 unless it has 512."""
     return 512 if resolution == "high" or min(height, width) >= 512 else 256
 
 
 def drawing_size(height: int, width: int, side: int, grid: int = 64) -> tuple[int, int]:
-    """Height and width at which an image of this size is drawn.
+    """Return height and width at which an image of this size is drawn.
 
     Args:
         height, width: of the image.
@@ -56,7 +58,7 @@ def drawing_size(height: int, width: int, side: int, grid: int = 64) -> tuple[in
 
 
 def resize(image: Tensor, height: int, width: int, enlarges: bool) -> Tensor:
-    """An image, uint8 (C, H, W), at another size: by Lanczos' kernel where that enlarges it, else by area."""
+    """Bring an image, uint8 (C, H, W), to another size: by Lanczos' kernel where that enlarges it, else by area."""
     import cv2
 
     if image.shape[-2:] == (height, width):
@@ -66,13 +68,8 @@ def resize(image: Tensor, height: int, width: int, enlarges: bool) -> Tensor:
     return resized.unsqueeze(0) if resized.ndim == 2 else resized.permute(2, 0, 1)
 
 
-def restore(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A drawn image, uint8 (C, H, W), at the (height, width) of the one that its map was made of."""
-    return resize(image, *size, enlarges=min(image.shape[-2:]) <= min(size))
-
-
 def resize_edges(edges: Tensor, height: int, width: int) -> Tensor:
-    """A map, bool (H, W), at another size by the nearest pixel, as OpenCV counts them; Pillow takes others."""
+    """Bring a map, bool (H, W), to another size by the nearest pixel, as OpenCV counts them; Pillow takes others."""
     import cv2
 
     array = edges.numpy().astype(np.uint8)
@@ -104,14 +101,9 @@ class EdgeMap:
         return cls(np.packbits(edges.numpy()).tobytes(), tuple(edges.shape), tuple(size))
 
     def edges(self) -> Tensor:
-        """The map, bool (H, W)."""
-        flat = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.shape[0] * self.shape[1])
+        """Return the map, bool (H, W)."""
+        flat = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=math.prod(self.shape))
         return torch.from_numpy(flat.astype(bool)).view(self.shape)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no pixel is an edge."""
-        return not any(self.bits)
 
     @cached_property
     def item(self) -> int:
@@ -120,31 +112,24 @@ class EdgeMap:
         return int.from_bytes(hashlib.sha256(words + self.bits).digest()[:6], "big")
 
 
-def map_bytes(height: int, width: int) -> int:
-    """Bytes of a packed map."""
-    return -(-height * width // 8)
-
-
 def pack(maps: dict[int, list[EdgeMap]]) -> dict[str, Tensor]:
-    """Maps class by class as a few tensors, with hardly a byte beside their bits."""
+    """Write maps class by class as a few tensors, with hardly a byte beside their bits."""
     every = [one for label in sorted(maps) for one in maps[label]]
     sizes = torch.tensor([[*one.shape, *one.size] for one in every], dtype=torch.int16)
     return {
         "labels": torch.tensor(sorted(maps), dtype=torch.int32),
         "counts": torch.tensor([len(maps[label]) for label in sorted(maps)], dtype=torch.int32),
-        "sizes": sizes[:1] if len(sizes) and (sizes == sizes[0]).all() else sizes,  # of one size: said once
+        "sizes": sizes[:1] if (sizes == sizes[:1]).all() else sizes,  # of one size: said once
         "bits": torch.from_numpy(np.frombuffer(b"".join(one.bits for one in every), np.uint8).copy()),
     }
 
 
 def unpack(stored: dict[str, Tensor]) -> dict[int, list[EdgeMap]]:
-    """What ``pack`` took."""
-    counts, bits = stored["counts"].tolist(), stored["bits"].numpy().tobytes()
-    sizes = stored["sizes"].expand(sum(counts), 4).tolist() if sum(counts) else []
+    """Return what ``pack`` took."""
+    bits, counts = BytesIO(stored["bits"].numpy().tobytes()), stored["counts"].tolist()
+    sizes = stored["sizes"].expand(sum(counts), 4).tolist()
     maps: dict[int, list[EdgeMap]] = {label: [] for label in stored["labels"].tolist()}
-    start = 0
     for label, (tall, wide, *size) in zip(np.repeat(list(maps), counts).tolist(), sizes):
-        stop = start + map_bytes(tall, wide)
-        maps[label].append(EdgeMap(bits[start:stop], (tall, wide), tuple(size)))
-        start = stop
+        packed = bits.read(math.ceil(tall * wide / 8))
+        maps[label].append(EdgeMap(packed, (tall, wide), tuple(size)))
     return maps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -51,36 +52,30 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
-        self._model: SmallControlNet | None = None
-        if config.weights is None:
+        self._model: SmallControlNet | None = None if config.weights is None else self.load_model(config.weights)
+        if self._model is None:
             self.new_model()  # what does not fit is said now, not after a classifier has trained
         elif config.map_size not in (None, self.model.map_size):
-            raise ConfigError(
-                f"synth.map_size={config.map_size}, but the model in synth.weights={config.weights!r} reads maps of "
-                f"{self.model.map_size} pixels: leave map_size out"
-            )
+            found = f"the model in synth.weights={config.weights!r} reads maps of {self.model.map_size} pixels"
+            raise ConfigError(f"synth.map_size={config.map_size}, but {found}: leave map_size out")
         else:
             self.require_channels(self.model.image_shape[0])
 
     def new_model(self) -> SmallControlNet:
-        """A model with random weights."""
-        side = self.dataset.image_size
-        return SmallControlNet((self.dataset.channels, side, side), SmallControlNetConfig.of(self.config))
+        """Build a model with random weights."""
+        shape = (self.dataset.channels, *[self.dataset.image_size] * 2)
+        return SmallControlNet(shape, SmallControlNetConfig.of(self.config))
 
     @property
     def model(self) -> SmallControlNet:
-        """The generator; with ``weights`` it is read when it is first asked for.
+        """The generator.
 
         Raises:
             NotFittedError: if it was to be learned and the first task did not pass.
         """
         if self._model is None:
-            if self.config.weights is None:
-                raise NotFittedError(
-                    "small_controlnet learns its generator on task 0, which has not passed: fit task 0 too, or name "
-                    "the folder of a trained one with synth.weights"
-                )
-            self._model = self.load_model(self.config.weights)
+            remedy = "fit task 0 too, or name the folder of a trained one with synth.weights"
+            raise NotFittedError(f"small_controlnet learns its generator on task 0, which has not passed: {remedy}")
         return self._model
 
     def published_weights(self) -> str:
@@ -89,7 +84,7 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
     # ------------------------------------------------------------------ learning
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
-        """On the first task, train the generator."""
+        """Train the generator on the first task."""
         super().fit_before(task, images)
         if task.index == 0 and self.config.weights is None:
             seeding.seed_everything(self.run.seed, "small_controlnet")
@@ -109,15 +104,15 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
         loading = self.run.loading(transform, config.batch_size, training.index, training.purpose)
 
         def loss(batch: Batch) -> dict[str, Tensor]:
-            edges = self._edges(batch.images) if part is model.control else None
+            maps = map(self.compress, to_uint8(batch.images).cpu())
+            edges = self._hints(maps) if part is model.control else None
             return {"mse": denoising_loss(model, batch.images, edges, scheduler)}
 
         self.train_part(part, ImageBatches(images, None, loading), loss, (steps, config.lr), training)
 
-    def _edges(self, images: Tensor) -> Tensor:
-        """Edge maps of a batch, float (B, C, S, S) in [-1, 1], as the ControlNet reads them: (B, 1, M, M)."""
-        maps = [self.compress(image).edges() for image in to_uint8(images).cpu()]
-        return torch.stack(maps)[:, None].float().to(images.device)
+    def _hints(self, maps: Iterable[EdgeMap]) -> Tensor:
+        """Turn B maps into what the ControlNet reads, float (B, 1, M, M)."""
+        return torch.stack([one.edges() for one in maps])[:, None].float().to(self.run.device)
 
     # ------------------------------------------------------------------ maps and images
 
@@ -126,8 +121,7 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
         return (side if self.config.weights is None else self.model.map_size,) * 2
 
     def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
-        config, model = self.config, self.model
-        edges = torch.stack([one.edges() for one in maps])[:, None].float().to(self.run.device)
+        config, model, edges = self.config, self.model, self._hints(maps)
 
         def predict(xt: Tensor, t: Tensor) -> Tensor:
             with self.run.runtime.autocast():
@@ -140,7 +134,7 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
     # ------------------------------------------------------------------ keeping
 
     def save(self, directory: Path) -> None:
-        """The edge maps, and the generator if it was learned here."""
+        """Write the edge maps, and the generator if it was learned here."""
         super().save(directory)
         if self._model is not None and self.config.weights is None:
             self._model.save(directory)
@@ -157,12 +151,10 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
         return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the generator; the maps name themselves in every copy."""
-        return "" if self._model is None and self.config.weights is None else self.model.fingerprint()
+        """Hash the generator by SHA-256; the maps name themselves in every copy."""
+        return "" if self._model is None else self._model.fingerprint()
 
     def describe(self) -> str:
-        """Size of the generator, and length of its training or where it comes from."""
-        config = self.config
-        model = self.new_model() if config.weights is None else self.model
-        steps = f"{config.unet_steps} steps of UNet and {config.control_steps} of ControlNet"
-        return f"{self.describe_model(model, steps)}; {super().describe()}"
+        """Say how large the generator is, and the length of its training or where it comes from."""
+        steps = f"{self.config.unet_steps} steps of UNet and {self.config.control_steps} of ControlNet"
+        return f"{self.describe_model(self._model or self.new_model(), steps)}; {super().describe()}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from synth.base import ReplaySource
 from synth.escort.copies import Copied
-from synth.escort.edges import EdgeMap, canny, pack, resize, restore, unpack
+from synth.escort.edges import EdgeMap, canny, pack, resize, unpack
 from synth.requests import Requests
 from utils.data.images import ImageSet, Part
 from utils.data.manager import DataManager, Task
@@ -48,7 +48,6 @@ class ExemplarCompression(ReplaySource):
 
         replay: Literal["keep"] = Field("keep", description="copies are drawn when they are wanted, and stay on disk")
         fit_after_last_task: bool = Field(True, description="also compress the exemplars of the last task")
-        sample_batch: int = Field(16, ge=1, description="images drawn at once, of one size each")
         real_per_class: int | None = Field(None, ge=0, description="R, of a class, stay images; null: what S leaves")
         syn_per_class: int = Field(0, ge=0, description="S, exemplars per class that become edge maps")
         augmentation_prob: float = Field(0.0, ge=0, le=1, description="p, that a real image is shown as its own copy")
@@ -64,10 +63,8 @@ class ExemplarCompression(ReplaySource):
             if not self.need_syn_imgs or self.adopt_syn_images:
                 raise ValueError("copies are drawn here: need_syn_imgs must be true and adopt_syn_images false")
             if self.source_dir is not None:
-                raise ValueError(
-                    f"synth.source_dir={self.source_dir!r}: maps are a run's own; leave it out, and let synth.weights "
-                    "name the folder of a small_controlnet that was trained before"
-                )
+                remedy = "leave it out, and let synth.weights name the folder of a trained small_controlnet"
+                raise ValueError(f"synth.source_dir={self.source_dir!r}: maps are a run's own; {remedy}")
             if self.canny_low > self.canny_high:
                 raise ValueError(f"synth.canny_low={self.canny_low} is above canny_high={self.canny_high}")
             return self
@@ -78,21 +75,25 @@ class ExemplarCompression(ReplaySource):
         super().__init__(config, run, num_classes, class_names, dataset)
         self.maps: dict[int, list[EdgeMap]] = {}  # class -> its compressed exemplars, best first
         self.at_hand: dict[int, EdgeMap] = {}  # maps of images that are there anyway; not kept
-        self.originals: dict[int, Tensor] = {}  # item -> image, of the newest task's exemplars, to be looked at
+        self.originals: dict[int, Tensor] = {}  # class -> best exemplar, of the newest task, to be looked at
         self._said_that_a_map_is_empty = False
 
     def published_weights(self) -> str:
-        """The fingerprint of weights that came from elsewhere; "" where all is learned here."""
+        """Return the fingerprint of weights that came from elsewhere; "" where all is learned here."""
         return self.fingerprint()
 
     # ------------------------------------------------------------------ the budget
 
     @abstractmethod
     def map_shape(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of the map of an image (height, width)."""
+        """Return (H, W) of the map of an image (height, width)."""
+
+    def drawing_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (H, W) at which an image (height, width) is drawn; those of one size are drawn together."""
+        return self.map_shape(height, width)
 
     def maps_per_image(self, data: DataManager) -> float:
-        """How many maps cost what an image costs: eight bits of C channels at every pixel, against one of a map.
+        """Count how many maps cost what an image costs: eight bits of C channels at every pixel, against one of a map.
 
         24 for coloured images and maps of their size; of a data set with images of many sizes it is the mean's. The
         bits that fill a map's last byte count in the ledger, and not here, where they would leave 23.9995 of 24.
@@ -112,14 +113,12 @@ class ExemplarCompression(ReplaySource):
         if not self.config.syn_per_class:
             return
         for label in task.classes:
-            own = exemplars.select([label])
-            own = own if len(own) else images.select([label]).take(range(self.config.syn_per_class))
-            self.maps[label] = self._compress_all(own)
-            self.originals |= {one.item: own.image(position) for position, one in enumerate(self.maps[label])}
+            own = exemplars.select([label]) or images.select([label]).take(range(self.config.syn_per_class))
+            self.maps[label], self.originals[label] = self._compress_all(own), own.image(0)
         self.fitted_classes |= set(task.classes)
 
     def compress(self, image: Tensor) -> EdgeMap:
-        """The edge map of one image, uint8 (C, h, w)."""
+        """Find the edge map of one image, uint8 (C, h, w)."""
         config, size = self.config, tuple(image.shape[-2:])
         shape = self.map_shape(*size)
         image = resize(image, *shape, enlarges=math.prod(shape) >= math.prod(size))
@@ -128,7 +127,7 @@ class ExemplarCompression(ReplaySource):
     def _compress_all(self, images: ImageSet) -> list[EdgeMap]:
         with ThreadPoolExecutor() as pool:
             made = list(pool.map(lambda position: self.compress(images.image(position)), range(len(images))))
-        if any(one.is_empty for one in made) and not self._said_that_a_map_is_empty:
+        if not all(any(one.bits) for one in made) and not self._said_that_a_map_is_empty:
             self._said_that_a_map_is_empty = True
             log.warning("An image has no edges at all: copies of it, and of others like it, have none to follow")
         return made
@@ -143,22 +142,22 @@ class ExemplarCompression(ReplaySource):
         self.at_hand |= {one.item: one for one in made}
         return torch.tensor([one.item for one in made], dtype=torch.int64)
 
-    def requests(self, classes: list[int], num_copies: int = 1) -> Requests:
-        """All compressed exemplars of these classes, best first, and so many copies of each, copy by copy."""
+    def requests(self, classes: Iterable[int], num_copies: int = 1) -> Requests:
+        """Ask for all compressed exemplars of these classes, best first, so many copies of each, copy by copy."""
         rows = [(label, one.item) for label in classes for one in self.maps.get(label, [])]
         labels, items = torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
         copies = torch.arange(num_copies).repeat_interleave(len(rows))
         return self.ask(labels.repeat(num_copies), items.repeat(num_copies), copies)
 
     def ask(self, labels: Tensor, items: Tensor, copies: Tensor) -> Requests:
-        """Requests whose images stay the same in every task."""
+        """Make requests whose images stay the same in every task."""
         return Requests(labels, items, copies, (self.run.seed, self.config.name))
 
     # ------------------------------------------------------------------ drawing
 
     @abstractmethod
     def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
-        """N images uint8 (C, H, W) of the maps, of any size; C = 1 or 3."""
+        """Draw N images uint8 (C, H, W) of the maps, of any size; C = 1 or 3."""
 
     @torch.no_grad()
     def generate(self, requests: Requests) -> ImageSet:
@@ -170,32 +169,30 @@ class ExemplarCompression(ReplaySource):
         Raises:
             NotFittedError: if a class has no compressed exemplar, or an item is unknown.
         """
-        known = self._known()
-        items = requests.item.tolist()
-        self.require_fitted(requests.labels[torch.tensor([item not in known for item in items], dtype=torch.bool)])
-        strange = next((item for item in items if item >= 0 and item not in known), None)
-        if strange is not None:
-            raise NotFittedError(f"no edge map of item {strange}: images at hand are forgotten with the next task")
-        images = self.in_chunks(requests, partial(self._draw, known=known))
+        self.require_fitted(requests.labels[requests.item < 0])
+        images = self.in_chunks(requests, self._draw)
         if black := sum(not image.any() for image in images):
             log.warning("%d of %d copies are black all over: see whether the weights are whole", black, len(images))
         return ImageSet(Part(image[None], label[None]) for image, label in zip(images, requests.labels)).merged()
 
-    def _known(self) -> dict[int, EdgeMap]:
-        return {one.item: one for maps in self.maps.values() for one in maps} | self.at_hand
-
-    def _draw(self, requests: Requests, known: dict[int, EdgeMap]) -> list[Tensor]:
-        rows = zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist())
-        maps = [known[item] if item >= 0 else self._in_turn(label, copy) for label, item, copy in rows]
+    def _draw(self, requests: Requests) -> list[Tensor]:
+        maps = self._maps_of(requests)
         drawn = self.draw(requests, maps, self._generators(requests))
-        drawn = [restore(image, one.size) for image, one in zip(drawn, maps)]
-        grey = self.dataset.channels == 1
-        return [rgb_to_grayscale(image) if grey and len(image) == 3 else image for image in drawn]
+        for place, (image, one) in enumerate(zip(drawn, maps)):
+            drawn[place] = resize(image, *one.size, enlarges=min(image.shape[-2:]) <= min(one.size))
+        return list(map(rgb_to_grayscale, drawn)) if self.dataset.channels == 1 else drawn
 
-    def _in_turn(self, label: int, number: int) -> EdgeMap:
-        if not self.maps.get(label):
-            raise NotFittedError(f"class {label} has no compressed exemplar: none was kept, or a budget took it")
-        return self.maps[label][number % len(self.maps[label])]
+    def _maps_of(self, requests: Requests) -> list[EdgeMap]:
+        """Find the map of every request."""
+        known = {one.item: one for maps in self.maps.values() for one in maps} | self.at_hand
+        found = []
+        for label, item, copy in zip(requests.labels.tolist(), requests.item.tolist(), requests.copy.tolist()):
+            if item >= 0 and item not in known:
+                raise NotFittedError(f"no edge map of item {item}: images at hand are forgotten with the next task")
+            if item < 0 and not self.maps.get(label):
+                raise NotFittedError(f"class {label} has no compressed exemplar: none was kept, or a budget took it")
+            found.append(known[item] if item >= 0 else self.maps[label][copy % len(self.maps[label])])
+        return found
 
     def _generators(self, requests: Requests) -> list[torch.Generator]:
         if self.config.copy_noise == "own":
@@ -203,14 +200,9 @@ class ExemplarCompression(ReplaySource):
         return [torch.Generator().manual_seed(copy) for copy in requests.copy.tolist()]
 
     def in_drawing_order(self, requests: Requests) -> Requests:
-        """The same requests with those of one size side by side, so that they are drawn together."""
-        known = self._known()
-        sizes = [self.drawing_size(known[item]) for item in requests.item.tolist()]
+        """Return the same requests with those of one size side by side, so that they are drawn together."""
+        sizes = [self.drawing_size(*one.size) for one in self._maps_of(requests)]
         return requests.take(torch.tensor(sorted(range(len(sizes)), key=sizes.__getitem__), dtype=torch.int64))
-
-    def drawing_size(self, one: EdgeMap) -> tuple[int, int]:
-        """(H, W) at which its image is drawn, of which those that are drawn together share one."""
-        return one.shape
 
     # ------------------------------------------------------------------ keeping
 
@@ -225,21 +217,21 @@ class ExemplarCompression(ReplaySource):
         return {label: len(maps) for label, maps in self.maps.items() if maps}
 
     def _drop_last(self, label: int) -> int:
-        return len(self.maps[label].pop().bits) if self.maps.get(label) else 0
+        return len(self.maps[label].pop().bits)
 
     def describe(self) -> str:
-        """What becomes of an exemplar and of a new image."""
+        """Say what becomes of an exemplar and of a new image."""
         config, probability = self.config, self.config.augmentation_prob
         also = f"; with probability {probability:g} other images as copies of themselves" if probability else ""
         return f"{config.syn_per_class} edge maps per class, {config.augmentations_per_image} copies of each{also}"
 
     def save(self, directory: Path) -> None:
-        """The edge maps; a subclass adds its generator if that was learned here."""
+        """Write the edge maps; a subclass adds its generator if that was learned here."""
         if self._counts():
-            save_tensors(Path(directory) / EDGE_MAPS, pack(self.maps))
+            save_tensors(directory / EDGE_MAPS, pack(self.maps))
 
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
-        path = Path(directory) / EDGE_MAPS
+        path = directory / EDGE_MAPS
         self.maps = unpack(load_tensors(path)) if path.exists() else {}
         self.fitted_classes = set(self.maps)

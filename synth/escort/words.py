@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.run.words import Words, register_words
+from utils.run.words import WORDS, Words
 
 KEYS = ("augmentation_prob", "augmentations_per_image", "real_per_class", "syn_per_class")
 
 
 def plain_learner(raw: dict[str, Any]) -> dict[str, Any]:
     """Read a file whose method is off: ``real_per_class``, not ``memory_per_class``, is how many images it keeps."""
-    result = {key: value for key, value in raw.items() if key not in KEYS}
-    kept = raw.get("real_per_class")
+    result, kept = {key: value for key, value in raw.items() if key not in KEYS}, raw.get("real_per_class")
     return result if kept is None else {**result, "memory_per_class": kept}
 
 
-register_words(Words(
-    source="controlnet", keys={key: key for key in KEYS}, relatives=("small_controlnet",),
-    switches=("augmentation_prob", "syn_per_class"), off=plain_learner,
-))  # fmt: skip
+SWITCHES = ("augmentation_prob", "syn_per_class")
+WORDS.append(Words("controlnet", dict(zip(KEYS, KEYS)), ("small_controlnet",), SWITCHES, off=plain_learner))

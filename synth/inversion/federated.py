@@ -12,7 +12,7 @@ MAX_DRAWS = 100  # of a split in which every client has an image, before some ma
 
 
 def split_clients(labels: Tensor, num_users: int, beta: float, *key: int | str) -> list[Tensor]:
-    """Positions of every client's images, ascending; together they are all positions.
+    """Return the positions of every client's images, ascending; together they are all positions.
 
     Args:
         labels: int64 (N,).
@@ -28,29 +28,23 @@ def split_clients(labels: Tensor, num_users: int, beta: float, *key: int | str) 
     """
     random = seeding.numpy_generator(*key)
     if beta == 0:
-        parts = np.array_split(random.permutation(len(labels)), num_users)
-        return [torch.from_numpy(np.sort(part)) for part in parts]
+        return [torch.from_numpy(np.sort(part)) for part in np.array_split(random.permutation(len(labels)), num_users)]
     for _ in range(MAX_DRAWS):
-        parts = _dirichlet_split(labels.numpy(), num_users, beta, random)
-        if all(len(part) for part in parts):
+        owners = _dirichlet_owners(labels.numpy(), num_users, beta, random)
+        if len(np.unique(owners)) == num_users:
             break
-    return [torch.from_numpy(np.sort(part)) for part in parts]
+    return [torch.from_numpy(np.flatnonzero(owners == user)) for user in range(num_users)]
 
 
-def _dirichlet_split(labels: np.ndarray, num_users: int, beta: float, random: np.random.Generator) -> list[np.ndarray]:
-    parts: list[list[int]] = [[] for _ in range(num_users)]
+def _dirichlet_owners(labels: np.ndarray, num_users: int, beta: float, random: np.random.Generator) -> np.ndarray:
+    """Draw which client holds each image, int64 (N,)."""
+    owners = np.full(len(labels), -1)  # -1: nobody yet
     for label in np.unique(labels):
         positions = random.permutation(np.flatnonzero(labels == label))
-        room = np.array([len(part) < len(labels) / num_users for part in parts])
+        room = np.bincount(owners + 1, minlength=num_users + 1)[1:] < len(labels) / num_users
         shares = random.dirichlet([beta] * num_users) * room
         if shares.sum() == 0:  # a tiny beta gave everything to clients that are full
             shares = room.astype(float)
         stops = (shares.cumsum() / shares.sum() * len(positions)).astype(int)[:-1]
-        for part, piece in zip(parts, np.split(positions, stops)):
-            part.extend(piece.tolist())
-    return [np.array(part, dtype=np.int64) for part in parts]
-
-
-def federated_mean(returned: list[Tensor]) -> Tensor:
-    """The plain mean of what the clients returned, whatever their share of the data."""
-    return torch.stack(returned).mean(0)
+        owners[positions] = np.searchsorted(stops, np.arange(len(positions)), side="right")
+    return owners

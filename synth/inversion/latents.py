@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.latent.contract import LatentDiffusion
 from synth.diffusion import Model
@@ -28,22 +27,15 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Predictor(Protocol):
-    """A denoiser."""
-
-    def predict(self, zt: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        """The noise or velocity in zt, (B, c, h, w), at the times t, int64 (B,)."""
-
-
 def noise_scheduler(schedule: dict[str, Any]):
-    """What adds noise and makes the target of training."""
+    """Return what adds noise and makes the target of training."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(**schedule)
 
 
 def sample_scheduler(name: str, schedule: dict[str, Any], steps: int):
-    """A deterministic sampler of ``SAMPLERS``, with its time steps set."""
+    """Return a deterministic sampler of ``SAMPLERS``, with its time steps set."""
     import diffusers
 
     kind, settings = SAMPLERS[name]
@@ -67,44 +59,30 @@ def sample_scheduled(model: Model, zt: Tensor, scheduler) -> Tensor:
     return zt
 
 
-def denoising_loss(model: Predictor, z0: Tensor, context: Tensor | None, scheduler) -> Tensor:
-    """Mean squared error of the predicted noise or velocity at uniform times (LDM, arXiv:2112.10752, Eq. 2).
+def denoising_loss(model: nn.Module | LatentDiffusion, z0: Tensor, context: Tensor | None, scheduler) -> Tensor:
+    """Return the mean squared error of the predicted noise or velocity at uniform times (LDM, arXiv:2112.10752, Eq. 2).
 
     Draws from the global random generators.
 
     Args:
-        model: predicts what the scheduler's prediction type says.
+        model: its ``predict(zt, t, context)`` gives what the scheduler's prediction type says, of the shape of zt.
         z0: clean latents, or images in [-1, 1], (B, c, h, w).
         context: what the model reads beside them: vectors of words, edge maps, or nothing.
         scheduler: of `noise_scheduler`.
     """
     t = torch.randint(scheduler.config.num_train_timesteps, (len(z0),)).to(z0.device)
     eps = torch.randn_like(z0)
-    zt = scheduler.add_noise(z0, eps, t)
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(z0, eps, t) if velocity else eps
-    return F.mse_loss(model.predict(zt, t, context).float(), target)
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Images as the autoencoder sees them, computed once.
-
-    Attributes:
-        moments: float32 (N, V, 2c, h, w) on the CPU, mean and standard deviation; V is 2 with mirror images, else 1.
-        labels: int64 (N,).
-    """
-
-    moments: Tensor
-    labels: Tensor
-
-    def take(self, positions: Tensor) -> Latents:
-        return Latents(self.moments[positions], self.labels[positions])
+    target = scheduler.get_velocity(z0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
+    return F.mse_loss(model.predict(scheduler.add_noise(z0, eps, t), t, context).float(), target)
 
 
 @torch.no_grad()
-def encode(model: LatentDiffusion, images: ImageSet, mirror: bool, chunk: int, run: Run, label: str) -> Latents:
-    """Moments of all images, resized to the model's size (bicubic), and of their mirror images."""
+def encode(model: LatentDiffusion, images: ImageSet, mirror: bool, chunk: int, run: Run, label: str) -> Tensor:
+    """Return all images, resized to the model's size (bicubic), and their mirror images as the autoencoder sees them.
+
+    Returns:
+        Mean and standard deviation, float32 (N, V, 2c, h, w) on the CPU; V is 2 with mirror images, else 1.
+    """
     pieces, bar = [], run.bar(len(images), label)
     for positions in torch.arange(len(images)).split(chunk):  # only a chunk is ever held in pixels
         pixels = match_channels(stack_images(images.take(positions), model.image_size), model.image_channels)
@@ -113,29 +91,26 @@ def encode(model: LatentDiffusion, images: ImageSet, mirror: bool, chunk: int, r
             pieces.append(torch.stack([model.moments(to_unit_range(view)).float().cpu() for view in views], 1))
         bar.update(len(positions))
     bar.close()
-    return Latents(torch.cat(pieces), images.labels)
+    return torch.cat(pieces)
 
 
 class LatentBatches(ShuffledBatches):
     """Shuffled batches of latents, each a fresh sample of the posterior of an image or its mirror image.
 
     Args:
-        latents: of the images.
+        moments: of `encode`, of N images.
+        labels: int64 (N,).
         loading: see `Loading`; there is no transform.
     """
 
-    def __init__(self, latents: Latents, loading: Loading):
-        super().__init__(latents.labels, loading)
-        self.latents = latents
+    def __init__(self, moments: Tensor, labels: Tensor, loading: Loading):
+        super().__init__(labels, loading)
+        self.moments = moments
 
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
         for pick, generator in zip(picks, generators):
+            view = torch.randint(self.moments.shape[1], (len(pick),), generator=generator)
+            mean, std = self.moments[pick, view].chunk(2, dim=1)
+            z0 = mean + std * torch.randn(mean.shape, generator=generator)  # (B, c, h, w)
             labels = self.labels[pick.to(self.device)]
-            z0 = self._sample(pick, generator).to(self.device)
-            yield Batch(z0, labels, torch.zeros_like(labels, dtype=torch.bool))
-
-    def _sample(self, pick: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw z0 = mean + std * noise, (B, c, h, w)."""
-        view = torch.randint(self.latents.moments.shape[1], (len(pick),), generator=generator)
-        mean, std = self.latents.moments[pick, view].chunk(2, dim=1)
-        return mean + std * torch.randn(mean.shape, generator=generator)
+            yield Batch(z0.to(self.device), labels, torch.zeros_like(labels, dtype=torch.bool))

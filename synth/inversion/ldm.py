@@ -48,18 +48,17 @@ class LDM(ClassInversion):
     def build_model(self) -> LatentDiffusion:
         config = self.config
         return load_text_to_image(
-            config.ldm_ckpt, config.yaml, config.tokenizer, image_size=config.image_size,
+            config.ldm_ckpt, config.yaml, config.tokenizer, image_size=config.image_size, key="ldm_ckpt",
             placement=Placement.of(self.run.runtime, config.model_precision), offline=promised_offline(),
-            key="ldm_ckpt",
         )  # fmt: skip
 
     def describe(self) -> str:
-        """Whose model and whether it is here, length of the search and of the sampling."""
+        """Say whose model it is, whether it is here, and how long the search and the sampling are."""
         return f"{self.config.ldm_ckpt}, {weights_place(self)}; {super().describe()}"
 
 
 def unread(path: str, config: LDM.Config) -> list[str]:
-    """What DDDR reads from its YAML beside the model, where it differs from the keys that count here."""
+    """Return what DDDR reads from its YAML beside the model, where it differs from the keys that count here."""
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
     model = content.get("model", {}) if isinstance(content, dict) else {}
     inversion = model.get("params", {}).get("personalization_config", {}).get("params", {})

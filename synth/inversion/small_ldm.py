@@ -13,7 +13,7 @@ from torch import Tensor
 from models.latent.small import SmallLDM, SmallLDMConfig
 from synth import SOURCES
 from synth.base import show_progress
-from synth.inversion.latents import LatentBatches, Latents, denoising_loss, encode, noise_scheduler
+from synth.inversion.latents import LatentBatches, denoising_loss, encode, noise_scheduler
 from synth.inversion.source import ClassInversion
 from synth.own import OwnGenerator, TurningTransform
 from utils.data.batches import Batch, ImageBatches
@@ -73,33 +73,31 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
         With ``weights`` nothing is trained, and those classes of the first task that the model does not know by name
         are inverted.
         """
-        known: dict[int, Tensor] = {}
         if task.index == 0:
             if self.config.weights is None:
                 self._train(task, images)
             rows = dict(zip(self.model.class_names, self.model.denoiser.table.cpu()))
-            known = {label: rows[name] for label, name in zip(task.classes, task.class_names) if name in rows}
-        self.vectors |= known
-        new = [label for label in task.classes if label not in known]
-        if new:
+            self.vectors = {label: rows[name] for label, name in zip(task.classes, task.class_names) if name in rows}
+        if new := [label for label in task.classes if label not in self.vectors]:
             self.invert(task, new, images.select(new))
         self.fitted_classes |= set(task.classes)
 
     def new_model(self, class_names: list[str]) -> SmallLDM:
-        """A model with random weights."""
+        """Return a model with random weights."""
         config, size = self.config, self.config.image_size or self.dataset.image_size
         return SmallLDM((self.dataset.channels, size, size), class_names, SmallLDMConfig.of(config))
 
     def _train(self, task: Task, images: ImageSet) -> None:
-        """First the autoencoder, then, on its latents, the UNet and the vectors."""
+        """Train the autoencoder and then, on its latents, the UNet and the vectors."""
         config, run = self.config, self.run
         seeding.seed_everything(run.seed, "small_ldm")
         model = self._model = self.new_model(list(task.class_names)).to(run.device)
         self._train_autoencoder(model, task, images)
-        latents = encode(model, images, self.flip, config.sample_batch, run, f"task {task.index} encode")
-        model.scale.fill_(1 / spread(latents))
-        self._train_denoiser(model, task, Latents(latents.moments * model.scale.cpu(), latents.labels))
-        self._kept = {}
+        moments = encode(model, images, self.flip, config.sample_batch, run, f"task {task.index} encode")
+        mean, std = moments.chunk(2, dim=2)
+        model.scale.fill_(1 / (mean.var() + std.square().mean()).sqrt().item())  # sampled latents get unit spread
+        loading = run.loading(None, config.unet_batch_size, task.index, "unet")
+        self._train_denoiser(model, task, LatentBatches(moments * model.scale.cpu(), images.labels, loading))
         self.use(model.freeze())
 
     def _train_autoencoder(self, model: SmallLDM, task: Task, images: ImageSet) -> None:
@@ -116,9 +114,8 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
 
         self.train_part(model.vae, batches, loss, (config.vae_steps, config.vae_lr), Training(run, task, "vae"))
 
-    def _train_denoiser(self, model: SmallLDM, task: Task, latents: Latents) -> None:
-        config, run, scheduler = self.config, self.run, noise_scheduler(model.schedule)
-        batches = LatentBatches(latents, run.loading(None, config.unet_batch_size, task.index, "unet"))
+    def _train_denoiser(self, model: SmallLDM, task: Task, batches: LatentBatches) -> None:
+        config, scheduler = self.config, noise_scheduler(model.schedule)
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             shown = (torch.rand(len(batch)) >= config.label_dropout).tolist()
@@ -131,14 +128,14 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
             self.vectors = dict(zip(task.classes, model.denoiser.table.detach()))
             show_progress(self, task, epoch)
 
-        length, training = (config.unet_steps, config.unet_lr), Training(run, task, "unet")
+        length, training = (config.unet_steps, config.unet_lr), Training(self.run, task, "unet")
         self.train_part(model.denoiser, batches, loss, length, training, Hooks(lambda step: show(step.epoch)))
         show(math.ceil(config.unet_steps / len(batches)))
 
     # ------------------------------------------------------------------ keeping
 
     def save(self, directory: Path) -> None:
-        """The vectors, and the model if it was learned here."""
+        """Write the vectors, and the model if it was learned here."""
         super().save(directory)
         if self.fitted_classes and self.config.weights is None:
             self.model.save(directory)
@@ -154,14 +151,8 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
         return [line for line in super().carried() if self.config.weights is not None or not line.frozen]
 
     def describe(self) -> str:
-        """Size of the model, and length of its training or where it comes from."""
+        """Say how large the model is, and how long its training or where it comes from."""
         config = self.config
         model = self.new_model(list(self.class_names)) if config.weights is None else self.model
         steps = f"{config.vae_steps} steps of autoencoder and {config.unet_steps} of UNet"
         return f"{self.describe_model(model, steps)}; {super().describe()}"
-
-
-def spread(latents: Latents) -> float:
-    """Standard deviation of all values of the latents as they are sampled."""
-    mean, std = latents.moments.chunk(2, dim=2)
-    return (mean.var() + std.square().mean()).sqrt().item()

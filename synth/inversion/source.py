@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from models.latent.contract import PLACEHOLDER, LatentDiffusion
 from synth.base import ReplaySource, show_progress
-from synth.diffusion import Model, classifier_free
-from synth.inversion.federated import federated_mean, split_clients
+from synth.diffusion import classifier_free
+from synth.inversion.federated import split_clients
 from synth.inversion.latents import (
     LatentBatches,
-    Latents,
     denoising_loss,
     encode,
     noise_scheduler,
@@ -42,14 +41,6 @@ from utils.training.fit import Hooks, Training, fit
 from utils.training.schedule import TrainConfig
 
 EMBEDDINGS = "class_embeddings.safetensors"  # of one float32 vector per class
-
-
-class ClassVectors(nn.Module):
-    """The vectors that a search moves, float32 (C, D)."""
-
-    def __init__(self, vectors: Tensor):
-        super().__init__()
-        self.vectors = nn.Parameter(vectors.clone())
 
 
 class ClassInversion(ReplaySource):
@@ -103,7 +94,7 @@ class ClassInversion(ReplaySource):
 
     @abstractmethod
     def build_model(self) -> LatentDiffusion:
-        """The frozen model, on the run's device; called once, when it is first needed."""
+        """Return the frozen model, on the run's device; called once, when it is first needed."""
 
     @property
     def model(self) -> LatentDiffusion:
@@ -148,58 +139,60 @@ class ClassInversion(ReplaySource):
             images: of these classes alone.
         """
         config, run = self.config, self.run
-        latents = encode(self.model, images, self.flip, config.sample_batch, run, f"task {task.index} encode")
+        moments = encode(self.model, images, self.flip, config.sample_batch, run, f"task {task.index} encode")
         parts = split_clients(images.labels, config.num_users, config.beta, run.seed, task.index, "clients")
-        start = self.model.initial_vector(config.initializer).float()
-        vectors = start.expand(len(classes), -1)  # (C, D), the same for every class
+        vectors = self.model.initial_vector(config.initializer).expand(len(classes), -1)  # (C, D), one start for all
         for round_ in range(config.com_round_gen):
-            returned = [
-                self._search(task, classes, vectors, latents.take(part), round_, client)
-                for client, part in enumerate(parts)
-                if len(part)
-            ]
-            vectors = federated_mean(returned)
+            found = []
+            for client, part in enumerate(parts):
+                if len(part):
+                    training = Training(run, task, f"invert_r{round_}_c{client}")
+                    found.append(self._search(training, classes, vectors, moments[part], images.labels[part], round_))
+            vectors = torch.stack(found).mean(0)  # plain, whatever a client's share of the data
         self.vectors |= dict(zip(classes, vectors.cpu()))
 
     def _search(
-        self, task: Task, classes: list[int], start: Tensor, latents: Latents, round_: int, client: int
+        self, training: Training, classes: list[int], start: Tensor, moments: Tensor, labels: Tensor, round_: int
     ) -> Tensor:
-        """One client's training of one round: (C, D)."""
-        run, config, purpose = self.run, self.config, f"invert_r{round_}_c{client}"
+        """Return the vectors that one client finds in one round, (C, D)."""
+        run, config, task = self.run, self.config, training.task
         steps, batch_size = self.budget(task, len(classes))
-        batches = LatentBatches(latents, run.loading(None, batch_size, task.index, purpose))
-        train_config = TrainConfig(
-            steps=steps, lr=config.inversion_lr, optimizer="adamw", weight_decay=config.inversion_weight_decay
-        )
-        module, epochs = ClassVectors(start).to(run.device), math.ceil(steps / len(batches))
+        batches = LatentBatches(moments, labels, run.loading(None, batch_size, task.index, training.purpose))
+        rate, decay, epochs = config.inversion_lr, config.inversion_weight_decay, math.ceil(steps / len(batches))
+        module = nn.ParameterDict({"vectors": start.clone()}).to(run.device)
         self.vectors |= dict(zip(classes, module.vectors.detach()))  # views: whoever watches sees them move
-        loss = partial(
-            self.loss, module=module, classes=torch.tensor(classes, device=run.device),
-            scheduler=noise_scheduler(self.model.schedule),
-        )  # fmt: skip
+        scheduler = noise_scheduler(self.model.schedule)
+        loss = partial(self.loss, module=module, classes=torch.tensor(classes, device=run.device), scheduler=scheduler)
         watch = partial(show_progress, self, task, before=round_ * epochs)
-        hooks = Hooks(before_epoch=lambda step: watch(step.epoch))
-        fit(module, batches, loss, train_config, Training(run, task, purpose), hooks)
+        train_config = TrainConfig(rate, steps=steps, optimizer="adamw", weight_decay=decay)
+        fit(module, batches, loss, train_config, training, Hooks(lambda step: watch(step.epoch)))
         watch(epochs)
         return module.vectors.detach()
 
     def budget(self, task: Task, num_classes: int) -> tuple[int, int]:
-        """(steps per client and round, images per step)."""
+        """Return steps per client and round, and images per step."""
         config = self.config
-        later = task.index > 0 and config.fs_g_local_bs is not None
-        batch_size = config.fs_g_local_bs if later else config.g_local_bs
+        batch_size = (config.fs_g_local_bs if task.index else None) or config.g_local_bs
         steps = math.ceil(config.samples_per_class * num_classes / (batch_size * config.com_round_gen))
         return config.g_local_train_steps or steps, batch_size
 
-    def loss(self, batch: Batch, module: ClassVectors, classes: Tensor, scheduler) -> dict[str, Tensor]:
-        """Denoising error under a random template for every latent; draws from the global random generators."""
-        picks = torch.randint(len(TRAIN_TEMPLATES), (len(batch),)).tolist()
-        own = module.vectors[torch.searchsorted(classes, batch.labels)]  # (B, D)
-        context = self.model.context([self._coarse(TRAIN_TEMPLATES[pick]) for pick in picks], own)
+    def loss(self, batch: Batch, module: nn.ParameterDict, classes: Tensor, scheduler) -> dict[str, Tensor]:
+        """Return the denoising error under a random template for every latent.
+
+        Draws from the global random generators.
+
+        Args:
+            batch: latents and their classes.
+            module: its ``vectors`` are float32 (C, D).
+            classes: int64 (C,), ascending: whose these are.
+            scheduler: of `noise_scheduler`.
+        """
+        prompts = [self._coarse(TRAIN_TEMPLATES[pick]) for pick in torch.randint(len(TRAIN_TEMPLATES), (len(batch),))]
+        context = self.model.context(prompts, module.vectors[torch.searchsorted(classes, batch.labels)])
         return {"mse": denoising_loss(self.model, batch.images, context, scheduler)}
 
     def _coarse(self, template: str) -> str:
-        """The template with the coarse word before its placeholder."""
+        """Put the coarse word before a template's placeholder."""
         return template.replace(PLACEHOLDER, f"{self.config.coarse_word} {PLACEHOLDER}".lstrip())
 
     # ------------------------------------------------------------------ generating
@@ -218,72 +211,65 @@ class ClassInversion(ReplaySource):
             NotFittedError: if a label was never learned.
         """
         self.require_fitted(requests.labels)
-        classes = requests.labels.unique()  # ascending
         with self.run.runtime.autocast():
             # One by one: in a batch, a class would depend on its neighbours in the last bits, which guidance enlarges.
-            contexts = torch.cat([self.context(label) for label in classes.tolist()])  # (K, tokens, width)
-            nothing = self.model.context([""])  # (1, tokens, width)
-        draw = partial(self._draw, classes=classes, contexts=contexts, nothing=nothing)
+            contexts = {label: self.context(label) for label in requests.labels.unique().tolist()}
+            draw = partial(self._draw, contexts=contexts, nothing=self.model.context([""]))
         return ImageSet.of(torch.stack(self.in_chunks(requests, draw)), requests.labels)
 
     def context(self, label: int) -> Tensor:
-        """What the model is told to draw a class, (1, tokens, width)."""
+        """Return what the model is told to draw a class, (1, tokens, width)."""
         prompt = self._coarse(self.config.prompt)
         if self.config.inversion:
             return self.model.context([prompt], self.vectors[label][None])
         return self.model.context([prompt.replace(PLACEHOLDER, self.words[label])])
 
-    def _draw(self, requests: Requests, classes: Tensor, contexts: Tensor, nothing: Tensor) -> Tensor:
-        """uint8 (N, C, S, S) of one chunk, on the CPU."""
+    def _draw(self, requests: Requests, contexts: dict[int, Tensor], nothing: Tensor) -> Tensor:
+        """Draw one chunk, uint8 (N, C, S, S) on the CPU."""
         noise = draw_noise(requests.generators(), self.model.latent_shape).to(self.run.device)
-        own = contexts[torch.searchsorted(classes, requests.labels).to(contexts.device)]
-        nothing = self._predictor(nothing.expand(len(requests), -1, -1))
-        model = classifier_free(self._predictor(own), nothing, self.config.guidance)
+        conditional = partial(self._predict, context=torch.cat([contexts[label] for label in requests.labels.tolist()]))
+        unconditional = partial(self._predict, context=nothing.expand(len(requests), -1, -1))
         scheduler = sample_scheduler(self.config.scheduler, self.model.schedule, self.config.sample_steps)
-        z0 = sample_scheduled(model, noise, scheduler)
+        z0 = sample_scheduled(classifier_free(conditional, unconditional, self.config.guidance), noise, scheduler)
         with self.run.runtime.autocast():
-            return to_uint8(self.model.decode(z0).float()).cpu()
+            return to_uint8(self.model.decode(z0)).cpu()
 
-    def _predictor(self, context: Tensor) -> Model:
-        def model(zt: Tensor, t: Tensor) -> Tensor:
-            with self.run.runtime.autocast():
-                return self.model.predict(zt, t, context).float()
-
-        return model
+    def _predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        with self.run.runtime.autocast():
+            return self.model.predict(zt, t, context)
 
     # ------------------------------------------------------------------ keeping
 
     def save(self, directory: Path) -> None:
-        """The vectors, the classes learned, and which model they belong to."""
-        labels, model = sorted(self.vectors), self._known() if self.fitted_classes else {}
-        if labels:
-            vectors = {"labels": torch.tensor(labels), "vectors": torch.stack([self.vectors[i] for i in labels])}
-            save_tensors(Path(directory) / EMBEDDINGS, vectors)
-        write_json(Path(directory) / "source.json", {"fitted_classes": sorted(self.fitted_classes), **model})
+        """Write the vectors, the classes learned, and which model they belong to."""
+        if self.vectors:
+            labels, vectors = zip(*sorted(self.vectors.items()))
+            save_tensors(directory / EMBEDDINGS, {"labels": torch.tensor(labels), "vectors": torch.stack(vectors)})
+        model = self._known() if self.fitted_classes else {}
+        write_json(directory / "source.json", {"fitted_classes": sorted(self.fitted_classes), **model})
 
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
-        self._kept = read_json(Path(directory) / "source.json", "fit the source again")
-        self._kept = {key: self._kept[key] for key in ("fitted_classes", "model", "frozen_bytes") if key in self._kept}
+        self._kept = read_json(directory / "source.json", "fit the source again")
         self.fitted_classes, self.vectors, self._model = set(self._kept.pop("fitted_classes")), {}, None
-        if (path := Path(directory) / EMBEDDINGS).exists():
-            stored = load_tensors(path)
+        if (directory / EMBEDDINGS).exists():
+            stored = load_tensors(directory / EMBEDDINGS)
             self.vectors = dict(zip(stored["labels"].tolist(), stored["vectors"]))
 
     def _known(self) -> dict:
-        """Fingerprint and bytes of the model, which is built for it only if nothing is known yet."""
+        """Return fingerprint and bytes of the model, which is built for it only if nothing is known yet."""
         if not self._kept:
             self.use(self.build_model())
         return self._kept
 
     def fingerprint(self) -> str:
-        """SHA-256 over the model, the vectors and, where the prompt is words, these words."""
-        vectors = seeding.hash_tensors({str(label): self.vectors[label] for label in sorted(self.vectors)})
+        """Hash the model, the vectors and, where the prompt is words, these words."""
+        vectors = seeding.hash_tensors({str(label): vector for label, vector in sorted(self.vectors.items())})
         words = [] if self.config.inversion else self.words
         return hashlib.sha256(json.dumps([self._known()["model"], vectors, words]).encode()).hexdigest()
 
     def describe(self) -> str:
-        """Length of the search and of the sampling."""
+        """Say how long the search and the sampling are."""
         config = self.config
         what = f"{config.samples_per_class} images shown per class"
         if config.g_local_train_steps is not None:

@@ -9,6 +9,7 @@ import copy
 import sys
 import tempfile
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from learners import LEARNERS
 from learners.asp.learner import ASP
 from learners.run.configure import build_config
 from synth.replay import Replay
+from tests.benchmarks.parts import cpu_run, fast_precision
 from tests.benchmarks.timing import alternate, peak_memory, verdict
 from tests.support.tiny_asp import base_loss_as_tokens, encode_layers, prompted_as_tokens
 from utils.data.batches import test_batches
@@ -25,8 +27,6 @@ from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
 from utils.data.manager import DataManager, Split, Task
 from utils.training.fit import Hooks, Step, Training, fit
-from utils.training.run import Run
-from utils.training.runtime import Runtime, fast_bf16
 
 # 65 tokens, and as many classes, images per step and test images for each training image as with CIFAR-100.
 VIT = {"patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
@@ -53,7 +53,7 @@ def begin(precision: str, folder: Path) -> tuple[ASP, Task]:
     images, half = (photographs(PER_CLASS, 0), photographs(TEST_PER_CLASS, 1)), (0.5,) * 3
     data = DataManager(Dataset("bench", *images, names, SIDE, 3, True, half, half, "vit_crop", ""),
                        Split(init_cls=CLASSES, increment=1, shuffle=False))  # fmt: skip
-    run = Run(folder, 0, Runtime(["cpu"], precision), num_workers=0, progress=False)
+    run = cpu_run(folder, precision, num_workers=0)
     config, _ = build_config({**CONFIG, "precision": precision})
     learner = LEARNERS["asp"](config, data, run, Replay(config, None, data, run, folder))
     task = next(iter(data.tasks()))
@@ -66,12 +66,12 @@ def our_epochs(precision: str, folder: Path):
     """One epoch per call through the learner's own training, its anchor search, checkpoint and log included."""
     learner, task = begin(precision, folder)
     learner.before_training(task)  # queries of the training images, once for a whole run
-    count = iter(range(10**6))
+    numbers, loss = count(), partial(learner.compute_loss, task=task)
 
     def epoch() -> int:
-        fit(learner.network, learner.batches(task), partial(learner.compute_loss, task=task),
-            learner.train_config(task), Training(learner.run, task, f"bench-{next(count)}"),
-            Hooks(learner.before_epoch))  # fmt: skip
+        training = Training(learner.run, task, f"bench-{next(numbers)}")
+        config, hooks = learner.train_config(task), Hooks(learner.before_epoch)
+        fit(learner.network, learner.batches(task), loss, config, training, hooks)
         return CLASSES * PER_CLASS
 
     return epoch
@@ -146,8 +146,7 @@ def check_equal_losses(folder: Path) -> None:
 
 def _segment(make, *args) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        arm = make(*args, Path(folder))
-        arm()
+        make(*args, Path(folder))()
 
 
 def original_epochs(folder: Path):
@@ -155,7 +154,7 @@ def original_epochs(folder: Path):
 
 
 def main() -> int:
-    precisions = ["fp32", "bf16"] if fast_bf16(torch.device("cpu")) else ["fp32"]
+    precisions = sorted({"fp32", fast_precision()}, reverse=True)
     wanted = {"fp32": 1.6, "bf16": 2.5}
     print(f"ViT of width {VIT['embed_dim']}, {VIT['depth']} layers, {SIDE} px; batch {BATCH} of {CLASSES * PER_CLASS} "
           f"images, {CLASSES} classes; {torch.get_num_threads()} threads; images/s over a base epoch:")  # fmt: skip
@@ -164,13 +163,12 @@ def main() -> int:
         arms = {"original, fp32": original_epochs(Path(folder) / "original")}
         arms |= {f"ours, {name}": our_epochs(name, Path(folder) / name) for name in precisions}
         rates = alternate(arms, SEGMENTS)
-    good = True
-    for name in precisions:
-        good &= verdict(f"{name} against the original", rates[f"ours, {name}"] / rates["original, fp32"], wanted[name])
+    ratios = {name: rates[f"ours, {name}"] / rates["original, fp32"] for name in precisions}
+    good = [verdict(f"{name} against the original", ratio, wanted[name]) for name, ratio in ratios.items()]
     memory = {"original": peak_memory(partial(_segment, original_epochs))}
     memory |= {f"ours, {name}": peak_memory(partial(_segment, our_epochs, name)) for name in precisions}
     print("peak memory of the process: " + ", ".join(f"{arm} {size / 1e6:.0f} MB" for arm, size in memory.items()))
-    return 0 if good else 1
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

@@ -12,16 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from synth import SOURCES
 from synth.diffusion import linear_process, respace
 from synth.requests import Requests
+from tests.benchmarks.parts import cpu_run, fast_precision, new_source, pictures, training
 from tests.benchmarks.timing import compare
-from utils.data.batches import ImageBatches
-from utils.data.datasets import Dataset
-from utils.data.images import ImageSet
-from utils.training.fit import Training, fit
-from utils.training.run import Run
-from utils.training.runtime import Runtime, fast_bf16
 from utils.training.schedule import TrainConfig
 
 UNET = {
@@ -32,33 +26,25 @@ BATCH, STEPS, IMAGES, SAMPLE_STEPS = 64, 4, 32, 5
 LABELS = torch.arange(BATCH) % 10
 
 
-def toy_photographs() -> ImageSet:
-    pixels = torch.randint(256, (512, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    return ImageSet.of(pixels, torch.arange(512) % 10)
+def new_ddpm(precision: str, folder: Path):
+    keys = {"name": "ddpm", **UNET, "sample_batch": IMAGES, "timestep_respacing": f"ddim{SAMPLE_STEPS}"}
+    return new_source(cpu_run(folder, precision), 32, 10, **keys)
 
 
-def new_source(precision: str, folder: Path):
-    images = toy_photographs()
-    dataset = Dataset(
-        "bench", images, images, [str(label) for label in range(10)], 32, 3, True, (0.5,) * 3, (0.5,) * 3, "cifar", ""
-    )
-    config = SOURCES["ddpm"].Config.parse(
-        {"name": "ddpm", **UNET, "sample_batch": IMAGES, "timestep_respacing": f"ddim{SAMPLE_STEPS}"}
-    )
-    source = SOURCES["ddpm"](config, Run(folder, 0, Runtime(["cpu"], precision), progress=False), 10, [], dataset)
-    source.fitted_classes = set(range(10))
-    return source
+def describe() -> str:
+    with tempfile.TemporaryDirectory() as name:
+        count = sum(parameter.numel() for parameter in new_ddpm("fp32", Path(name)).network.parameters())
+    return f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads"
 
 
 def our_training(folder: Path, precision: str):
     """Some steps per call through `fit`, with moving average, checkpoint and log."""
-    source, count = new_source(precision, folder), iter(range(10**6))
+    source = new_ddpm(precision, folder)
+    config = TrainConfig(steps=STEPS, lr=2e-4, optimizer="adamw", ema_decay=0.9999)
+    train = training(source.run, source.network, pictures(512, 32, 10), source.transform, BATCH, source.loss, config)
 
     def steps() -> int:
-        task = next(count)
-        batches = ImageBatches(toy_photographs(), None, source.run.loading(source.transform, BATCH, task, "bench"))
-        config = TrainConfig(steps=STEPS, lr=2e-4, optimizer="adamw", ema_decay=0.9999)
-        fit(source.network, batches, source.loss, config, Training(source.run, task, "bench"))
+        train()
         return STEPS
 
     return steps
@@ -66,11 +52,11 @@ def our_training(folder: Path, precision: str):
 
 def plain_training(folder: Path):
     """The textbook loop: fp32, one parameter at a time for the moving average."""
-    network = new_source("fp32", folder).network.train()
+    network = new_ddpm("fp32", folder).network.train()
     average = [parameter.detach().clone() for parameter in network.parameters()]
     optimizer = torch.optim.AdamW(network.parameters(), 2e-4, weight_decay=0)
     alpha_bar = linear_process().alpha_bar.float()
-    pixels = toy_photographs().parts[0].images
+    pixels = pictures(512, 32, 10).parts[0].images
 
     def steps() -> int:
         for _ in range(STEPS):
@@ -92,14 +78,14 @@ def plain_training(folder: Path):
 
 def our_sampling(folder: Path, precision: str):
     """One request of a few images per class and call."""
-    source = new_source(precision, folder)
+    source = new_ddpm(precision, folder)
     requests = Requests(LABELS[:IMAGES], torch.full((IMAGES,), -1), torch.arange(IMAGES), (0, "bench", 0))
     return lambda: len(source.generate(requests))
 
 
 def plain_sampling(folder: Path):
     """The textbook DDIM loop in fp32."""
-    network = new_source("fp32", folder).network.eval()
+    network = new_ddpm("fp32", folder).network.eval()
     process = respace(linear_process(), f"ddim{SAMPLE_STEPS}")
     alpha, previous = process.alpha_bar.float(), process.alpha_bar_prev.float()
 
@@ -117,16 +103,13 @@ def plain_sampling(folder: Path):
 
 
 def main() -> int:
-    precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
     good = True
-    with tempfile.TemporaryDirectory() as name:
-        count = sum(parameter.numel() for parameter in new_source("fp32", Path(name)).network.parameters())
-    print(f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads")
+    print(describe())
     for title, plain, ours in (
         (f"training steps/s, batch {BATCH}", plain_training, our_training),
         (f"DDIM images/s, {SAMPLE_STEPS} steps, {IMAGES} at once", plain_sampling, our_sampling),
     ):
-        good &= compare(title, plain, ours, precision, 1.4)
+        good &= compare(title, plain, ours, fast_precision(), 1.4)
     return 0 if good else 1
 
 

@@ -6,40 +6,32 @@
 from __future__ import annotations
 
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from learners.guide.guidance import toward_best_new
 from models.frozen import fixed
-from models.heads import PlainHead
-from models.incremental import IncrementalNet
-from models.options import BackboneOptions
-from models.timm_backbone import build_backbone
+from models.heads import Head
 from synth.ddpm.source import Sampling
 from synth.diffusion import linear_process, respace
 from synth.requests import Requests
-from tests.benchmarks.ddpm import new_source
+from tests.benchmarks.ddpm import describe, new_ddpm
+from tests.benchmarks.parts import fast_precision, new_classifier
 from tests.benchmarks.timing import compare
-from utils.training.runtime import fast_bf16
 
 IMAGES, STEPS, OLD, SEEN, SCALE = 32, 5, 5, 10, 0.5
 LABELS = torch.arange(IMAGES) % OLD
 
 
-def new_classifier() -> IncrementalNet:
-    """GUIDE's classifier, in the middle of a training: its parameters want gradients."""
-    torch.manual_seed(0)
-    backbone = build_backbone("preact_resnet18", BackboneOptions(image_size=32))
-    network = IncrementalNet(backbone, PlainHead(backbone.num_features))
-    network.grow(SEEN)
-    return network.eval()
+# GUIDE's classifier, in the middle of a training: its parameters want gradients.
+new_guide = partial(new_classifier, "preact_resnet18", Head, SEEN, image_size=32)
 
 
 def our_sampling(folder: Path, precision: str):
     """One request per call, bent as the learner bends it."""
-    source, classifier = new_source(precision, folder), new_classifier()
+    source, classifier = new_ddpm(precision, folder), new_guide().eval()
     requests = Requests.of_labels(LABELS, (0, "bench", 0))
 
     def bend(requests: Requests):
@@ -54,7 +46,7 @@ def our_sampling(folder: Path, precision: str):
 
 def plain_sampling(folder: Path):
     """The original's loop: x stays in the graph from the first step to the last."""
-    network, classifier = new_source("fp32", folder).network.eval(), new_classifier()
+    network, classifier = new_ddpm("fp32", folder).network.eval(), new_guide().eval()
     process = respace(linear_process(), f"ddim{STEPS}")
     alpha, previous = process.alpha_bar.float(), process.alpha_bar_prev.float()
 
@@ -76,12 +68,9 @@ def plain_sampling(folder: Path):
 
 
 def main() -> int:
-    precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
-    with tempfile.TemporaryDirectory() as name:
-        count = sum(parameter.numel() for parameter in new_source("fp32", Path(name)).network.parameters())
-    print(f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads")
+    print(describe())
     title = f"guided DDIM images/s, {STEPS} steps, {IMAGES} at once, pre-activation ResNet-18"
-    return 0 if compare(title, plain_sampling, our_sampling, precision, 1.5, rounds=1, less_memory=2) else 1
+    return 0 if compare(title, plain_sampling, our_sampling, fast_precision(), 1.5, rounds=1, less_memory=2) else 1
 
 
 if __name__ == "__main__":

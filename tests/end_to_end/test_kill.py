@@ -20,48 +20,47 @@ import torch
 from learners.run.experiment import Experiment
 from synth import SOURCES
 from tests.support.toy import TINY_SOURCES, tiny_source, toy_experiment
-from tests.support.toy_distilled import MeanImages
-from tests.support.toy_features import Gaussians
+from tests.support.toy_sources import Gaussians, MeanImages
 from utils.run.files import load_tensors
 
 ROOT = Path(__file__).parents[2]
 # A configuration that takes about 20 seconds, generator and replay included.
 SHORT = [
-    "--set", "init_epoch=3", "--set", "epochs=3", "--set", "synth.first_task_num_steps=40", "--set",
-    "synth.num_steps=40", "--set", "synth.timestep_respacing=ddim10", "--set", "checkpoint_every=10",
+    "exps/digits.json", "init_epoch=3", "epochs=3", "synth.first_task_num_steps=40", "synth.num_steps=40",
+    "synth.timestep_respacing=ddim10", "checkpoint_every=10",
 ]  # fmt: skip
 ESCORT = [
-    "--config", "exps/escort_digits.json", "--set", "init_epoch=3", "--set", "epochs=3", "--set",
-    "synth.unet_steps=40", "--set", "synth.control_steps=40", "--set", "synth.sample_steps=4", "--set",
-    "synth.augmentation_prob=0.3", "--set", "checkpoint_every=10",
+    "exps/escort_digits.json", "init_epoch=3", "epochs=3", "synth.unet_steps=40", "synth.control_steps=40",
+    "synth.sample_steps=4", "synth.augmentation_prob=0.3", "checkpoint_every=10",
 ]  # fmt: skip
 
 
-def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "main.py", "--name", "killed", "--set", f"output_dir={folder}", *arguments]
+def start(folder: Path, config: str, *keys: str) -> subprocess.Popen:
+    settings = (part for key in [*keys, f"output_dir={folder}"] for part in ("--set", key))
+    command = [sys.executable, "main.py", "--name", "killed", "--config", config, *settings]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def finish(folder: Path, arguments: list[str]) -> float:
+def finish(folder: Path, *experiment: str) -> float:
     """Run to the end; returns the seconds that it took."""
-    begin, process = time.monotonic(), start(folder, arguments)
+    begin, process = time.monotonic(), start(folder, *experiment)
     _, errors = process.communicate()
     assert process.returncode == 0, errors.decode()
     return time.monotonic() - begin
 
 
-def run_killed(folder: Path, arguments: list[str], moments: list[float]) -> int:
+def run_killed(folder: Path, experiment: list[str], moments: list[float]) -> int:
     """Start, kill -9 after so many seconds, start again, ...; the last start runs to the end. Returns the kills."""
     kills = 0
     for moment in moments:
-        process = start(folder, arguments)
+        process = start(folder, *experiment)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
-            os.kill(process.pid, 9)
+            process.kill()
             process.wait()
             kills += 1
-    finish(folder, arguments)
+    finish(folder, *experiment)
     return kills
 
 
@@ -85,24 +84,24 @@ def assert_equal(one: tuple, other: tuple) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("short", [SHORT, ESCORT], ids=["digits", "escort"])
 def test_ten_kills_of_a_short_run_change_no_bit(short, precision, tmp_path):
-    arguments = [*short, "--set", f"precision={precision}"]
-    seconds = finish(tmp_path / "whole", arguments)
+    experiment = [*short, f"precision={precision}"]
+    seconds = finish(tmp_path / "whole", *experiment)
     expected, kills, attempt = outcome(tmp_path / "whole"), 0, 0
     rng = random.Random(precision)
     while kills < 10:
         attempt += 1
         moments = [rng.uniform(0.3, 1.0) * seconds / 2 for _ in range(5)]
-        kills += run_killed(tmp_path / str(attempt), arguments, moments)
+        kills += run_killed(tmp_path / str(attempt), experiment, moments)
         assert_equal(outcome(tmp_path / str(attempt)), expected)
     print(f"{kills} kills in {attempt} runs of {seconds:.0f} s")
 
 
 @pytest.mark.slow
 def test_five_kills_of_the_digits_run_change_no_bit(tmp_path):
-    seconds = finish(tmp_path / "whole", [])
+    seconds = finish(tmp_path / "whole", "exps/digits.json")
     rng = random.Random(5)
     moments = [rng.uniform(0.1, 0.19) * seconds for _ in range(5)]
-    assert run_killed(tmp_path / "broken", [], moments) == 5
+    assert run_killed(tmp_path / "broken", ["exps/digits.json"], moments) == 5
     assert_equal(outcome(tmp_path / "broken"), outcome(tmp_path / "whole"))
 
 
@@ -154,12 +153,8 @@ def toy_outcome(folder: Path) -> dict[str, object]:
     run = next(folder.glob("outputs/toy/seed_*"))
     results = json.loads((run / "results.json").read_text())
     left = {key: value for key, value in results.items() if key not in ("seconds", "command")}
-    for path in [
-        *folder.rglob("*.safetensors"),
-        *folder.rglob("*.png"),
-        *folder.glob("outputs/*/task_*/manifest.json"),
-    ]:
-        left[path.relative_to(folder).as_posix()] = path.read_bytes()
+    for pattern in ("**/*.safetensors", "**/*.png", "outputs/*/task_*/manifest.json"):
+        left |= {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.glob(pattern)}
     return left
 
 

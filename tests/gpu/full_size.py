@@ -1,4 +1,4 @@
-"""Rates and peak memory at the published sizes on one CUDA GPU: classifier, GUIDE's DDPM, DDDR's LDM.
+"""Rates and peak memory at the published sizes on one CUDA GPU: classifier, DDPM, LDM, ControlNet.
 
 `python -m tests.gpu.full_size --json FILE`; nothing is fetched. Weights and images are random, which changes neither. A
 narrow form of it runs on a CPU: `--device cpu --narrow`.
@@ -12,31 +12,34 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from learners.guide.guidance import toward_best_new
+from models.files.diffusers_folder import LDM_SCHEDULE
+from models.files.diffusers_parts import TextToImageParts
 from models.frozen import fixed
-from models.heads import LinearHead, PlainHead
-from models.incremental import IncrementalNet
-from models.options import BackboneOptions
-from models.timm_backbone import build_backbone
-from synth import SOURCES
+from models.heads import Head, LinearHead
+from models.latent.control import ControlNetPipeline
+from models.latent.text_to_image import Placement, TextToImage
 from synth.ddpm.source import Sampling
 from synth.requests import Requests
-from utils.data.batches import ImageBatches
-from utils.data.datasets import Dataset
-from utils.data.images import ImageSet
+from tests.benchmarks.parts import autoencoder, new_classifier, new_source, pictures, text_encoder, training, unet
+from tests.support.tiny_ldm import bert_tokenizer, clip_tokenizer, folder, tiny_ldm_folder
 from utils.data.manager import Task
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
-from utils.training.fit import Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 from utils.training.schedule import TrainConfig
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+CLIP = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "max_position_embeddings": 77, "projection_dim": 768,
+}  # fmt: skip
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,53 +57,36 @@ class Bench:
         if self.device != "cpu":
             torch.cuda.synchronize()
 
-    def measure(self, what: str, unit: str, work: Callable[[], int], warm: int = 1) -> None:
-        """Time one call of ``work``, which returns how much it did, after ``warm`` calls that pick kernels."""
+    def measure(self, what: str, unit: str, amount: int, work: Callable[[], object], warm: int = 1) -> None:
+        """Time one call of ``work``, which does so much, after ``warm`` calls that pick kernels."""
         for _ in range(warm):
             work()
         self.sync()
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        done = work()
+        work()
         self.sync()
-        rate = done / (time.perf_counter() - start)
+        rate = amount / (time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device != "cpu" else None
         self.rows.append({"what": what, "unit": unit, "rate": rate, "peak_gib": peak})
         print(f"{what}: {rate:.2f} {unit}" + (f", peak {peak:.2f} GiB" if peak else ""), flush=True)
-
-
-def pictures(count: int, side: int, classes: int) -> ImageSet:
-    pixels = torch.randint(256, (count, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    return ImageSet.of(pixels, torch.arange(count) % classes)
-
-
-def dataset(side: int, classes: int) -> Dataset:
-    images = pictures(classes, side, classes)
-    names = [str(label) for label in range(classes)]
-    return Dataset("bench", images, images, names, side, 3, True, (0.5,) * 3, (0.5,) * 3, "cifar", "")
 
 
 def classifier(bench: Bench) -> None:
     """ResNet-32 on 32x32 images, batch 128, through `fit`: augmentation, optimiser, log and checkpoint included."""
     images = pictures(128 if bench.narrow else 51200, 32, 10)
     for precision in ("fp32",) if bench.narrow else ("fp32", "bf16"):
-        torch.manual_seed(0)
-        run, backbone = bench.run(precision), build_backbone("resnet32", BackboneOptions())
-        network = IncrementalNet(backbone, LinearHead(backbone.num_features))
-        network.grow(10)
+        run, network = bench.run(precision), new_classifier("resnet32", LinearHead)
         network.to(run.device, memory_format=torch.channels_last)
         transform = ClassifierTransform(AUGMENTATIONS["cifar"], 32, MEAN, STD, in_memory=True)
-        batches = ImageBatches(images, None, run.loading(transform, 128, 0, "bench"))
-        tasks = iter(range(9))
+        config = TrainConfig(epochs=1, lr=0.1, weight_decay=5e-4)
 
-        def epoch(run=run, network=network, batches=batches, tasks=tasks) -> int:
-            config = TrainConfig(epochs=1, lr=0.1, weight_decay=5e-4)
-            fit(network, batches, lambda batch: {"ce": F.cross_entropy(network(batch.images), batch.labels)}, config,
-                Training(run, next(tasks), "bench"))  # fmt: skip
-            return len(images)
+        def loss(batch, network=network) -> dict[str, torch.Tensor]:
+            return {"ce": F.cross_entropy(network(batch.images), batch.labels)}
 
-        bench.measure(f"ResNet-32 training, batch 128, {precision}", "images/s", epoch)
+        train = training(run, network, images, transform, 128, loss, config)
+        bench.measure(f"ResNet-32 training, batch 128, {precision}", "images/s", len(images), train)
 
 
 def ddpm(bench: Bench) -> None:
@@ -115,93 +101,90 @@ def _ddpm(bench: Bench, precision: str) -> None:
     keys |= {"block_out_channels": [32, 64], "norm_num_groups": 8, "attention_resolutions": [16],
              "attention_head_dim": 8} if bench.narrow else {}  # fmt: skip
     batch, steps, draws, respacing = (4, 2, 4, "ddim5") if bench.narrow else (256, 50, 256, "ddim50")
-    run, kind, tasks = bench.run(precision), SOURCES["ddpm"], iter(range(9))
-    config = kind.Config.parse({**keys, "batch_size": batch, "sample_batch": draws, "keep_sources": False})
-    source = kind(config, run, 10, [str(label) for label in range(10)], dataset(32, 10))
-    source.fitted_classes = set(range(10))
-    batches = ImageBatches(pictures(4 * batch, 32, 10), None, run.loading(source.transform, batch, 0, "bench"))
-
-    def train() -> int:
-        config = TrainConfig(steps=steps, lr=2e-4, optimizer="adamw", ema_decay=0.9999)
-        fit(source.network, batches, source.loss, config, Training(run, next(tasks), "bench"))
-        return steps
-
-    bench.measure(f"DDPM training, batch {batch}, {precision}", "steps/s", train)
+    run = bench.run(precision)
+    source = new_source(run, 32, 10, **{**keys, "batch_size": batch, "sample_batch": draws, "keep_sources": False})
+    config = TrainConfig(steps=steps, lr=2e-4, optimizer="adamw", ema_decay=0.9999)
+    train = training(run, source.network, pictures(4 * batch, 32, 10), source.transform, batch, source.loss, config)
+    bench.measure(f"DDPM training, batch {batch}, {precision}", "steps/s", steps, train)
     requests = Requests.of_labels(torch.arange(draws) % 5, (0, "bench", 0))
-
-    def draw(bend=None) -> int:
-        return len(source.draw(requests, Sampling(respacing), bend))
-
-    bench.measure(f"{respacing} drawing, {draws} at once, {precision}", "images/s", draw, warm=0)
-    backbone = build_backbone("preact_resnet18", BackboneOptions(image_size=32))
-    network = IncrementalNet(backbone, PlainHead(backbone.num_features))
-    network.grow(10)
+    draw = partial(source.draw, requests, Sampling(respacing))
+    bench.measure(f"{respacing} drawing, {draws} at once, {precision}", "images/s", draws, draw, warm=0)
+    network = new_classifier("preact_resnet18", Head, image_size=32)
     network.to(run.device, memory_format=torch.channels_last).eval()
 
-    def guided() -> int:
+    def guided() -> None:
         with fixed(network):
-            return draw(lambda requests: lambda x0: 0.5 * toward_best_new(network(x0), range(5, 10)))
+            draw(lambda requests: lambda x0: 0.5 * toward_best_new(network(x0), range(5, 10)))
 
-    bench.measure(f"{respacing} guided drawing, {draws} at once, {precision}", "images/s", guided, warm=0)
+    bench.measure(f"{respacing} guided drawing, {draws} at once, {precision}", "images/s", draws, guided, warm=0)
 
 
 def ldm(bench: Bench) -> None:
     """text2img-large's architecture: class inversion with 12 images per step, drawing at guidance 10."""
-    from models.latent.text_to_image import Placement, TextToImage
-    from tests.support.tiny_ldm import tiny_ldm_folder
-
     run = bench.run("bf16")
     model = TextToImage(big_parts(bench), placement=Placement.of(run.runtime, "auto"))
-    print(f"LDM of {sum(p.numel() for p in model.networks.parameters()) / 1e9:.2f} B parameters")
+    print(f"LDM of {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters")
     steps, draws, sampling, classes = (2, 2, 2, 2) if bench.narrow else (50, 40, 50, 20)
-    config = SOURCES["ldm"].Config.parse({
-        "name": "ldm", "ldm_ckpt": tiny_ldm_folder(), "g_local_bs": 12, "g_local_train_steps": steps,
-        "sample_steps": sampling, "guidance": 10, "sample_batch": draws,
-    })  # fmt: skip
-    names = [str(label) for label in range(classes)]
-    source = SOURCES["ldm"](config, run, classes, names, dataset(32, classes))
+    source = new_source(
+        run, 32, classes, name="ldm", ldm_ckpt=tiny_ldm_folder(), g_local_bs=12, g_local_train_steps=steps,
+        sample_steps=sampling, guidance=10, sample_batch=draws,
+    )  # fmt: skip
     source.use(model)
-    tasks = iter(range(9))
+    tasks, images = iter(range(9)), pictures(4 if bench.narrow else 60, 32, classes)
 
-    def invert() -> int:
-        task = Task(next(tasks), range(classes), tuple(names))
-        source.invert(task, list(task.classes), pictures(60 if not bench.narrow else 4, 32, classes))
-        return steps
+    def invert() -> None:
+        task = Task(next(tasks), range(classes), tuple(map(str, range(classes))))
+        source.invert(task, list(task.classes), images)
 
-    bench.measure("LDM class inversion, batch 12, bf16 weights", "steps/s", invert)
-    source.fitted_classes = set(range(classes))
-    requests = Requests.of_labels(torch.arange(draws) % classes, (0, "bench", 0))
-    bench.measure(f"LDM drawing, DDIM of {sampling} steps, {draws} at once", "images/s",
-                  lambda: len(source.generate(requests)), warm=0)  # fmt: skip
+    bench.measure("LDM class inversion, batch 12, bf16 weights", "steps/s", steps, invert)
+    draw = partial(source.generate, Requests.of_labels(torch.arange(draws) % classes, (0, "bench", 0)))
+    bench.measure(f"LDM drawing, DDIM of {sampling} steps, {draws} at once", "images/s", draws, draw, warm=0)
 
 
-def big_parts(bench: Bench):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-
-    from models.files.diffusers_folder import LDM_SCHEDULE
-    from models.files.diffusers_parts import TextToImageParts
-    from tests.support.tiny_ldm import BERT_WORDS, bert_tokenizer, folder
-
-    narrow, factor = bench.narrow, 10 if bench.narrow else 1
-    text = LDMBertConfig(vocab_size=len(BERT_WORDS), d_model=1280 // factor, encoder_layers=2 if narrow else 32,
-                         encoder_attention_heads=8, head_dim=64 // factor, encoder_ffn_dim=5120 // factor)  # fmt: skip
-    with torch.device("cpu" if bench.device == "cpu" else "cuda"):
-        unet = UNet2DConditionModel(
-            sample_size=32, in_channels=4, out_channels=4, attention_head_dim=8, cross_attention_dim=1280 // factor,
-            block_out_channels=(32, 64, 128, 128) if narrow else (320, 640, 1280, 1280), layers_per_block=2,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        )  # fmt: skip
-        vae = AutoencoderKL(
-            block_out_channels=(32, 32, 32, 32) if narrow else (128, 256, 512, 512), layers_per_block=2,
-            latent_channels=4, scaling_factor=0.18215, down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-        bert = LDMBertModel(text).model
+def big_parts(bench: Bench) -> TextToImageParts:
+    """text2img-large, or a narrow form of it."""
+    widths, width, layers = ((32, 64, 128, 128), 128, 2) if bench.narrow else ((320, 640, 1280, 1280), 1280, 32)
+    with torch.device("cpu" if bench.device == "cpu" else "cuda"):  # a billion random numbers are drawn faster there
+        bert = text_encoder(width, layers, head_dim=width // 20)
+        net = unet(widths, width, side=32)
+        vae = autoencoder((32,) * 4 if bench.narrow else (128, 256, 512, 512))
     return TextToImageParts(
-        vae, bert, bert_tokenizer(folder()), unet, dict(LDM_SCHEDULE), latent_side=4 if narrow else 32
+        vae, bert.model, bert_tokenizer(folder()), net, dict(LDM_SCHEDULE), latent_side=4 if bench.narrow else 32
     )
+
+
+def controlnet(bench: Bench) -> None:
+    """Stable Diffusion 1.5 with ControlNet in bf16, as published but for its vocabulary: 20 steps of DDIM."""
+    from diffusers import ControlNetModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    side, steps, batches, narrow = (64, 2, (1, 2), 10) if bench.narrow else (512, 20, (1, 4, 16), 1)
+    torch.manual_seed(0)
+    device, tokenizer = bench.run("bf16").device, clip_tokenizer(folder())
+    words = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with device:
+        net = unet(narrowed((320, 640, 1280, 1280), narrow), 768, side=64)
+        control = ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(16, 32, 96, 256))
+        vae = autoencoder(narrowed((128, 256, 512, 512), narrow))
+        encoder = CLIPTextModel(CLIPTextConfig(**CLIP, **words, vocab_size=len(tokenizer)))
+    parts = TextToImageParts(vae, encoder, tokenizer, net, dict(LDM_SCHEDULE), latent_side=64)
+    model = ControlNetPipeline(parts, control, Placement(device, torch.bfloat16))
+    print(f"ControlNet: {model.frozen_bytes() / 2**30:.2f} GiB of weights, {side} pixels, {steps} steps")
+    for count in batches:
+        edges = torch.rand(count, side, side, generator=torch.Generator().manual_seed(0)) < 0.07
+        prompts, negative = model.embed(["a photo of dog"] * count), model.embed(["row"])
+
+        def draw(steps=steps, count=count, edges=edges, prompts=prompts, negative=negative) -> None:
+            generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+            model.draw(edges, prompts, negative, generators, steps, 9.0, 1.0)
+
+        draw(steps=2)  # picks the kernels
+        bench.measure(f"ControlNet drawing, {count} at once", "images/s", count, draw, warm=0)
+
+
+def narrowed(widths: tuple[int, ...], narrow: int) -> tuple[int, ...]:
+    """Widths stay multiples of the 32 groups that are normalised together."""
+    return tuple(max(width // narrow // 32, 1) * 32 for width in widths)
 
 
 def free() -> None:
@@ -220,7 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.device, options.narrow, Path(folder))
-        for part in (classifier, ddpm, ldm):
+        for part in (classifier, ddpm, ldm, controlnet):
             start = time.perf_counter()
             try:
                 part(bench)

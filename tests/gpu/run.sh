@@ -6,7 +6,6 @@ cd "$(dirname "$0")/../.."
 out=${1:-outputs/gpu}; device=${DEVICE:-0}; mkdir -p "$out"
 python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')" | tee "$out/card.txt"
 python3 -m tests.gpu.full_size --device "$device" ${NARROW:+--narrow} --json "$out/full_size.json" 2>&1 | tee "$out/full_size.txt"
-python3 -m tests.gpu.controlnet ${NARROW:+--device cpu --narrow 10 --side 64 --steps 2 --batches 1 2} 2>&1 | tee "$out/controlnet.txt"
 for name in digits guide_digits escort_digits digits_fscil; do
   ( start=$(date +%s)
     python3 main.py --config "exps/$name.json" --name "gpu_$name" --set device="$device" --set output_dir="$out/runs" ${SHORT:-} >"$out/$name.log" 2>&1

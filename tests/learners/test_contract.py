@@ -9,38 +9,34 @@ from torch.nn import functional as F
 from learners import LEARNERS
 from synth import SOURCES
 from tests.support import toy
-from tests.support.toy import TINY_SOURCES, goes_with, toy_experiment
+from tests.support.toy import TINY_SOURCES, Interrupted, goes_with, interrupt, toy_experiment, without_clock
 from tests.support.toy_agem import AGEM
-from tests.support.toy_distilled import MeanImages
-from tests.support.toy_features import Gaussians
+from tests.support.toy_sources import Gaussians, MeanImages
 from utils.data.images import FeatureSet
 from utils.training.fit import Step
 
 ALL = LEARNERS.names()
 PAIRS = [(name, source) for name in ALL for source in SOURCES.names() if goes_with(LEARNERS[name], SOURCES[source])]
 PAIRS += [(name, None) for name in ALL if not LEARNERS[name].needs_source]
-# Every learner with ddpm or without a source in both precisions; the slower sources with three learners, and with all
-# others behind the marker.
+# In fp32 every learner with ddpm and without a source, and three learners with the slower sources; in bf16 every
+# learner without a source or with the one that it needs. All other pairs stand behind the marker.
 WITH_EVERY_SOURCE = ("asp", "dddr", "finetune")
+WITH_SOURCE_IN_BF16 = ("finetune", "generative_replay", "guide")
 INTERRUPTED = [
     pytest.param(name, source, precision, marks=[] if usual else [pytest.mark.slow])
     for name, source in PAIRS
     for precision in ("fp32", "bf16")
-    for usual in [source in (None, "ddpm") or (name in WITH_EVERY_SOURCE and precision == "fp32")]
+    for usual in [
+        source is None
+        or (source == "ddpm" and (precision == "fp32" or name in WITH_SOURCE_IN_BF16))
+        or (name in WITH_EVERY_SOURCE and precision == "fp32")
+    ]
     if source != "controlnet" or name == "finetune"  # with the others, small_controlnet stands for it
 ]
 
 
-class Interrupted(Exception):
-    """Stands for a kill."""
-
-
 def weights(experiment):
     return {name: value.clone() for name, value in experiment.learner.network.state_dict().items()}
-
-
-def without_seconds(results):
-    return {key: value for key, value in results.items() if key not in ("seconds", "command")}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -62,35 +58,63 @@ def test_learner_grows_by_any_increment(name, init_cls, increment, tasks, tmp_pa
 @pytest.mark.parametrize("name", ALL)
 def test_learner_learns_the_first_task(name, tmp_path):
     long = {"init_epoch": 15, "com_round": 15}  # by whichever name the learner calls its epochs
-    results = toy_experiment(name, tmp_path, **long, init_lr=0.05, increment=4, epochs=1).learn_all()
+    results = toy_experiment(name, tmp_path, **long, init_lr=0.05, limit_tasks=1).learn_all()
     assert results["accuracy_matrix"][0][0] >= 75
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_same_seed_gives_the_same_bits(name, tmp_path):
-    first, second = (toy_experiment(name, tmp_path / part, epochs=1) for part in "ab")
-    assert without_seconds(first.learn_all()) == without_seconds(second.learn_all())
-    torch.testing.assert_close(weights(first), weights(second), rtol=0, atol=0)
+@pytest.fixture(scope="module", params=ALL)
+def ended(request, tmp_path_factory):
+    """A learner's run that has ended, its results, and the tasks whose real images were asked for in their order."""
+    experiment = toy_experiment(request.param, tmp_path_factory.mktemp(request.param), epochs=1)
+    asked, original = [], experiment.data.train_images
+    experiment.data.train_images = lambda task: asked.append(task.index) or original(task)
+    assert experiment.finished() is None
+    return experiment, experiment.learn_all(), asked
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_another_seed_gives_other_bits(name, tmp_path):
-    first, second = (toy_experiment(name, tmp_path / str(seed), epochs=1, seed=seed, increment=4) for seed in (7, 8))
-    first.learn_all(), second.learn_all()
-    assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(second).values())))
+def test_finished_run_is_known_as_finished(ended):
+    experiment, results, _ = ended
+    assert experiment.finished()["final_accuracy"] == results["final_accuracy"]
 
 
+def test_another_seed_gives_other_bits(ended, tmp_path):
+    first, other = ended[0], toy_experiment(ended[0].config.model_name, tmp_path, epochs=1, seed=8, limit_tasks=1)
+    other.learn_all()
+    assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(other).values())))
+
+
+def test_learner_works_while_past_data_is_sealed_unless_it_is_an_upper_bound(ended):
+    experiment, results, asked = ended
+    assert experiment.data.upper_bound == results["upper_bound"] == experiment.learner.upper_bound
+    assert experiment.learner.present.classes == list(range(0 if results["upper_bound"] else 4, 6))
+    assert asked == sorted(asked)  # never an earlier task's
+
+
+def test_memory_ledger_equals_the_bytes_on_disk(ended):
+    experiment, results, _ = ended
+    learner, ledger = experiment.learner, results["memory_bytes"]
+    newest = experiment.folder / "checkpoints" / "task_2"
+    assert ledger["network"] + ledger["old_branches"] == (newest / "network.safetensors").stat().st_size
+    assert ledger["source"] == sum(path.stat().st_size for path in newest.glob("source/*"))
+    bank = experiment.folder.parents[1] / "syn_image_toy_seed7"
+    assert ledger["bank"] == sum(path.stat().st_size for path in bank.glob("task_*/*/*-*.png"))
+    exemplars = (newest / "exemplars.safetensors").stat().st_size if learner.uses_exemplars else 0
+    assert ledger["exemplars"] == (ledger["all_real_data"] if learner.upper_bound else exemplars)
+
+
+# Two runs of one seed, in folders of their own, end with the same bits even where one of them is left and taken up.
 @pytest.mark.parametrize(("name", "source", "precision"), INTERRUPTED)
 def test_interrupted_run_ends_with_the_same_bits(name, source, precision, tmp_path, monkeypatch):
-    keys = {"epochs": 2, "precision": precision, "checkpoint_every": 2}
+    short = {"init_epoch": 1, "disjoint_classifier_init_num_steps": 4, "pretrain_epochs": 1}  # of the first task
+    keys = {"epochs": 2, **short, "precision": precision, "checkpoint_every": 2}
     whole = toy_experiment(name, tmp_path / "whole", source, **keys)
     expected = whole.learn_all()
     broken = toy_experiment(name, tmp_path / "broken", source, **keys)
     for stop in stops(whole):
-        interrupt(broken, stop, monkeypatch)
+        leave(broken, stop, monkeypatch)
         broken = toy_experiment(name, tmp_path / "broken", source, **keys)
     results = broken.learn_all()
-    assert without_seconds(results) == without_seconds(expected)
+    assert without_clock(results) == without_clock(expected)
     torch.testing.assert_close(weights(broken), weights(whole), rtol=0, atol=0)
 
 
@@ -100,81 +124,39 @@ def stops(experiment):
     return ["after_step"] * trains + ["after_training", "before_training"]
 
 
-def interrupt(experiment, stop, monkeypatch):
+def leave(experiment, stop, monkeypatch):
     """Run until a hook of the second task or later is entered; a training is left after its first checkpoint."""
     learner = LEARNERS[experiment.config.model_name]
     original = getattr(learner, stop)
 
-    def after_step(self, step):
-        if step.task.index == 1 and step.number == 3:
+    def hook(self, place):  # a step or a task
+        if (place.task.index, place.number) == (1, 3) if stop == "after_step" else place.index >= 1:
             raise Interrupted
-
-    def other_hook(self, task):
-        if task.index >= 1:
-            raise Interrupted
-        return original(self, task)
+        return original(self, place)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(learner, stop, after_step if stop == "after_step" else other_hook)
+        patch.setattr(learner, stop, hook)
         experiment.learn_all()
 
 
 @pytest.mark.parametrize("replay", ["keep", "redraw"])
-def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(replay, tmp_path, monkeypatch):
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(replay, tmp_path):
     keys = {"epochs": 1, "synth": {"name": "ddpm", **TINY_SOURCES["ddpm"], "replay": replay}}
     whole = toy_experiment("finetune", tmp_path / "whole", **keys)
     expected = whole.learn_all()
     broken = toy_experiment("finetune", tmp_path / "broken", **keys)
-    write = type(broken)._write
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(type(broken), "_write", lambda self: stop_after(self, tasks=2) or write(self))
+    write = broken._write
+    broken._write = lambda: interrupt() if len(broken.results.accuracy_matrix) == 2 else write()
+    with pytest.raises(Interrupted):
         broken.learn_all()
     newest = broken.folder / "checkpoints" / "task_1" / "network.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     results = toy_experiment("finetune", tmp_path / "broken", **keys).learn_all()
-    assert without_seconds(results) == without_seconds(expected)
+    assert without_clock(results) == without_clock(expected)
     assert "network.safetensors is missing or damaged" in (broken.folder / "log.txt").read_text()
 
 
-def stop_after(experiment, tasks):
-    if len(experiment.results.accuracy_matrix) == tasks:
-        raise Interrupted
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_memory_ledger_equals_the_bytes_on_disk(name, tmp_path):
-    experiment = toy_experiment(name, tmp_path)
-    ledger = experiment.learn_all()["memory_bytes"]
-    newest = experiment.folder / "checkpoints" / "task_2"
-    assert ledger["network"] + ledger["old_branches"] == (newest / "network.safetensors").stat().st_size
-    assert ledger["source"] == sum(path.stat().st_size for path in newest.glob("source/*"))
-    bank = tmp_path / "outputs" / "syn_image_toy_seed7"
-    assert ledger["bank"] == sum(path.stat().st_size for path in bank.glob("task_*/*/*-*.png"))
-    exemplars = (newest / "exemplars.safetensors").stat().st_size if LEARNERS[name].uses_exemplars else 0
-    assert ledger["exemplars"] == (ledger["all_real_data"] if LEARNERS[name].upper_bound else exemplars)
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if not LEARNERS[name].upper_bound])
-def test_learner_works_while_past_data_is_sealed(name, tmp_path, monkeypatch):
-    experiment = toy_experiment(name, tmp_path, epochs=1)
-    seen = []
-    original = experiment.data.train_images
-    monkeypatch.setattr(experiment.data, "train_images", lambda task: seen.append(task.index) or original(task))
-    experiment.learn_all()
-    assert experiment.data.upper_bound is False
-    assert seen == sorted(seen)  # never an earlier task's
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_finished_run_is_known_as_finished(name, tmp_path):
-    assert toy_experiment(name, tmp_path).finished() is None
-    results = toy_experiment(name, tmp_path).learn_all()
-    assert toy_experiment(name, tmp_path).finished()["final_accuracy"] == results["final_accuracy"]
-
-
 # What the contract allows and no method here needs yet; each toy is one file in tests/support.
-
-
 LEFT_IN = ("after_step", "after_training")
 
 
@@ -196,9 +178,9 @@ def toy_run(name, source, folder, monkeypatch, stops=(), **keys):
     if not stops:
         return whole, expected
     for stop in stops:
-        interrupt(toy_experiment(name, folder / "cut", source, **keys), stop, monkeypatch)
+        leave(toy_experiment(name, folder / "cut", source, **keys), stop, monkeypatch)
     results = toy_experiment(name, folder / "cut", source, **keys).learn_all()
-    assert without_seconds(results) == without_seconds(expected)
+    assert without_clock(results) == without_clock(expected)
     return whole, expected
 
 

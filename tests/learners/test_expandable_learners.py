@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from learners import LEARNERS
-from learners.losses import old_as_one_class
 from learners.run.configure import build_config
 from learners.run.predict import load_learner
 from tests.support.toy import toy_experiment, toy_raw
 from utils.data.batches import Batch
-from utils.run.errors import ConfigError
 
 BOTH = ["der", "memo"]
 LABELS = torch.tensor([0, 3, 2, 1])
@@ -28,67 +25,58 @@ class FixedNetwork:
         return self.logits, self.auxiliary
 
 
-def test_old_classes_are_class_zero_of_the_auxiliary_loss():
-    assert old_as_one_class(torch.tensor([0, 4, 5, 6, 9]), num_old=5).tolist() == [0, 0, 1, 2, 5]
+def terms_of(name, folder, index, **keys):
+    """The terms of a task where the network gives fixed logits."""
+    experiment = toy_experiment(name, folder, **keys)
+    learner = experiment.check()
+    learner.network = FixedNetwork()
+    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, LABELS < 0)
+    return learner.compute_loss(batch, experiment.data.task(index))
 
 
 @pytest.mark.parametrize(
     ("name", "keys", "weight"), [("der", {}, 1), ("memo", {}, 1), ("memo", {"alpha_aux": 0.3}, 0.3)]
 )
 def test_loss_is_cross_entropy_over_all_classes_and_over_the_new_ones_against_the_past(name, keys, weight, tmp_path):
-    experiment = toy_experiment(name, tmp_path, **keys)
-    learner, task = experiment.check(), experiment.data.task(1)
-    learner.network = FixedNetwork()
-    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, torch.zeros(4, dtype=torch.bool))
-    terms = learner.compute_loss(batch, task)
-    log_all, log_new = learner.network.logits.log_softmax(1), learner.network.auxiliary.log_softmax(1)
-    torch.testing.assert_close(terms["cross_entropy"], -log_all[range(4), [0, 3, 2, 1]].mean())
-    torch.testing.assert_close(terms["auxiliary"], -weight * log_new[range(4), [0, 2, 1, 0]].mean())
+    log_all, log_new = FixedNetwork.logits.log_softmax(1), FixedNetwork.auxiliary.log_softmax(1)
+    expected = {"cross_entropy": -log_all[range(4), [0, 3, 2, 1]].mean()}
+    torch.testing.assert_close(terms_of(name, tmp_path / "first", 0, **keys), expected)
+    expected["auxiliary"] = -weight * log_new[range(4), [0, 2, 1, 0]].mean()
+    torch.testing.assert_close(terms_of(name, tmp_path / "later", 1, **keys), expected)
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_the_first_task_is_plain_cross_entropy(name, tmp_path):
-    experiment = toy_experiment(name, tmp_path)
-    learner = experiment.check()
-    learner.network = FixedNetwork()
-    batch = Batch(torch.zeros(4, 3, 8, 8), LABELS, torch.zeros(4, dtype=torch.bool))
-    terms = learner.compute_loss(batch, experiment.data.task(0))
-    torch.testing.assert_close(terms, {"cross_entropy": F.cross_entropy(FixedNetwork.logits, LABELS)})
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_old_branches_keep_every_bit_through_later_tasks(name, tmp_path, monkeypatch):
-    seen, after_training = [], LEARNERS[name].after_training
+@pytest.fixture(scope="module", params=BOTH)
+def learned(request, tmp_path_factory):
+    """A finished run, and its branches as they were after the training of every task."""
+    seen, after_training = [], LEARNERS[request.param].after_training
 
     def remember(self, task):
         branches = self.network.backbone.branches
         seen.append([{key: value.clone() for key, value in branch.state_dict().items()} for branch in branches])
         after_training(self, task)
 
-    monkeypatch.setattr(LEARNERS[name], "after_training", remember)
-    experiment = toy_experiment(name, tmp_path, epochs=1)
-    experiment.learn_all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LEARNERS[request.param], "after_training", remember)
+        experiment = toy_experiment(request.param, tmp_path_factory.mktemp(request.param), epochs=1)
+        experiment.learn_all()
+    return experiment, seen
+
+
+def test_old_branches_keep_every_bit_through_later_tasks_and_the_auxiliary_head_goes(learned):
+    experiment, seen = learned
     assert [len(branches) for branches in seen] == [1, 2, 3]
     torch.testing.assert_close(seen[2][:2], [seen[0][0], seen[1][1]], rtol=0, atol=0)
     assert not experiment.learner.network.backbone.branches[0].training
+    assert not [key for key in experiment.learner.network.state_dict() if "auxiliary" in key]
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_a_finished_run_can_be_asked_about_other_images(name, tmp_path):
-    experiment = toy_experiment(name, tmp_path, epochs=1)
-    experiment.learn_all()
+def test_a_finished_run_can_be_asked_about_other_images(learned):
+    experiment, _ = learned
     loaded, names = load_learner(experiment.folder)
     images = experiment.data.test_images(range(6))
     expected = experiment.learner.predict(images)
     torch.testing.assert_close(loaded.predict(images), expected, rtol=0, atol=0)
     assert expected["nme"].shape == (24, 6) and len(names) == 6
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_the_auxiliary_head_is_no_part_of_what_is_kept(name, tmp_path):
-    experiment = toy_experiment(name, tmp_path, epochs=1)
-    experiment.learn_all()
-    assert not [key for key in experiment.learner.network.state_dict() if "auxiliary" in key]
 
 
 @pytest.mark.parametrize(
@@ -100,10 +88,11 @@ def test_the_auxiliary_head_is_no_part_of_what_is_kept(name, tmp_path):
     ],
 )
 def test_memo_trains_what_its_keys_say(keys, learns, tmp_path):
-    experiment = toy_experiment("memo", tmp_path, init_cls=3, increment=3, epochs=1, **keys)
-    experiment.learn_all()
-    backbone = experiment.learner.network.backbone
-    parts = (backbone.trunk, *backbone.branches)
+    experiment = toy_experiment("memo", tmp_path, **keys)
+    learner = experiment.check()
+    for index in (0, 1):
+        learner.grow_network(experiment.data.task(index))
+    parts = (learner.network.backbone.trunk, *learner.network.backbone.branches)
     assert [all(p.requires_grad for p in part.parameters()) for part in parts] == learns
 
 
@@ -113,21 +102,16 @@ def test_pycils_prefix_of_memos_backbone_is_dropped(written, tmp_path):
     assert config.convnet_type.lower() == "resnet32"
 
 
-def test_memo_refuses_a_backbone_that_it_cannot_cut(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be cut in front of its last stage"):
-        toy_experiment("memo", tmp_path, convnet_type="preact_resnet18").check()
-
-
 def test_a_cosine_schedule_of_memo_ends_where_t_max_says(tmp_path):
     learner = toy_experiment("memo", tmp_path, scheduler="cosine", epochs=8, t_max=4).check()
-    rates = [learner.schedule(first=False).learning_rate(epoch, 1) for epoch in range(8)]
+    rates = [learner.train_config(learner.data.task(1)).learning_rate(epoch, 1) for epoch in range(8)]
     assert (rates[0], rates[2], rates[4]) == pytest.approx((0.05, 0.025, 0))
     assert rates[5:] == pytest.approx(rates[3:0:-1])  # and rises again
 
 
 @pytest.mark.parametrize("name", [*BOTH, "icarl"])
 def test_a_class_that_lost_its_exemplars_keeps_no_mean_of_an_older_network(name, tmp_path):
-    experiment = toy_experiment(name, tmp_path, epochs=1)
+    experiment = toy_experiment(name, tmp_path, init_cls=3, increment=3, epochs=1)
     save = experiment._save
 
     def lose_class_zero(task):

@@ -1,12 +1,15 @@
 """Exemplars: PyCIL's herding and budgets, Vitter's reservoir, and what a checkpoint holds of them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from learners.memory import ExemplarMemory, class_mean, herding, reservoir_slots
+from learners.memory import ExemplarMemory, class_mean, herding, keep_exemplars, reservoir_slots
 from utils.data.images import ImageSet
+from utils.data.manager import Task
 from utils.run.files import load_tensors, save_tensors
 from utils.training import seeding
 
@@ -20,9 +23,6 @@ def numbered(count, label, start=0) -> ImageSet:
 def ranks(images: ImageSet, label: int) -> list[int]:
     own = images.select([label])
     return [int(own.image(position)) for position in range(len(own))]
-
-
-# ---------------------------------------------------------------------- herding and means
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,17 @@ def test_fewer_picks_are_a_prefix_of_more():
 
 
 @pytest.mark.parametrize(
-    ("num_images", "wanted", "picks"),
-    [(3, 5, [0, 1, 2]), (3, 0, []), (0, 2, [])],  # PyCIL crashes where a class has too few
+    ("features", "wanted", "picks"),
+    [
+        (torch.ones(3, 4), 5, [0, 1, 2]),  # PyCIL crashes where a class has too few
+        (torch.ones(3, 4), 0, []),
+        (torch.ones(0, 4), 2, []),
+        (torch.zeros(3, 4), 2, [0, 1]),
+    ],
 )
-def test_herding_takes_no_more_than_there_are_and_the_first_wins_a_tie(num_images, wanted, picks):
-    assert herding(torch.ones(num_images, 4), wanted) == picks
+def test_herding_takes_no_more_than_there_are_and_the_first_wins_a_tie(features, wanted, picks):
+    assert herding(features, wanted) == picks
+    assert len(features) == 0 or class_mean(features).isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -69,59 +75,37 @@ def test_only_the_direction_of_a_feature_counts(scale):
     assert_close(class_mean(features * stretch), class_mean(features), rtol=0, atol=1e-4)
 
 
-def test_features_of_zeros_give_numbers():
-    assert class_mean(torch.zeros(3, 4)).isfinite().all()
-    assert herding(torch.zeros(3, 4), 2) == [0, 1]
+@pytest.mark.parametrize(
+    ("fixed", "budgets"),
+    [
+        (False, [200, 100, 66, 50, 40, 33, 28, 25, 22, 20]),  # PyCIL shares a total of 2000 over the seen classes
+        (True, [20] * 10),  # a fixed number per class lets the total grow
+    ],
+)
+def test_budgets_are_those_of_pycil(fixed, budgets):
+    memory = ExemplarMemory(2000, 20, fixed)
+    assert [memory.budget(num_seen) for num_seen in range(10, 101, 10)] == budgets
 
 
-# ---------------------------------------------------------------------- budgets
-
-
-def test_a_fixed_total_of_2000_is_shared_as_pycil_shares_it():
-    memory = ExemplarMemory(2000, 20, fixed=False)
-    budgets = [memory.budget(num_seen) for num_seen in range(10, 101, 10)]
-    assert budgets == [200, 100, 66, 50, 40, 33, 28, 25, 22, 20]
-
-
-@pytest.mark.parametrize(("num_seen", "stored"), [(30, 1980), (70, 1960)])
-def test_images_stored_at_a_total_of_2000(num_seen, stored):
-    memory = ExemplarMemory(2000, 20, fixed=False)
-    for seen in range(10, num_seen + 1, 10):
-        memory.trim(memory.budget(seen))
-        for label in range(seen - 10, seen):
-            memory.add(numbered(memory.budget(seen), label))
-    assert len(memory.images) == stored
-    assert set(memory.images.counts(num_seen).tolist()) == {stored // num_seen}
-
-
-def test_a_fixed_number_per_class_lets_the_total_grow():
-    memory = ExemplarMemory(2000, 20, fixed=True)
-    assert [memory.budget(num_seen) for num_seen in (10, 50, 100)] == [20, 20, 20]
-
-
-def test_trimming_keeps_the_first_of_every_class():
-    memory = ExemplarMemory(12, 0, fixed=False)
-    memory.add(numbered(6, 0) + numbered(2, 1, start=50))
-    memory.add(numbered(5, 2, start=100))
-    memory.trim(3)
-    assert [ranks(memory.images, label) for label in range(3)] == [[0, 1, 2], [50, 51], [100, 101, 102]]
-
-
-@pytest.mark.parametrize("budget", [0, 1])
-def test_an_empty_memory_can_be_trimmed(budget):
-    memory = ExemplarMemory(0, 0, fixed=False)
-    memory.trim(budget)
-    assert len(memory.images) == 0
-
-
-def test_a_budget_of_nothing_forgets_everything():
-    memory = ExemplarMemory(5, 0, fixed=False)
-    memory.add(numbered(3, 0))
-    memory.trim(memory.budget(10))
-    assert len(memory.images) == 0
-
-
-# ---------------------------------------------------------------------- reservoir
+@pytest.mark.parametrize(
+    ("size", "tasks", "kept"),
+    [
+        (2000, [[200] * 10] * 3, [66] * 30),  # 1980 in all
+        (2000, [[200] * 10] * 7, [28] * 70),  # 1960
+        (9, [[6, 2], [5]], [3, 2, 3]),  # a class that has fewer keeps all
+        (5, [[3], [3] * 9], [0] * 10),  # a budget of nothing forgets everything
+        (0, [[3]], [0]),
+    ],
+)
+def test_the_best_of_every_class_are_kept_within_its_share(size, tasks, kept):
+    memory, seen = ExemplarMemory(size, 20, fixed=False), 0
+    for index, counts in enumerate(tasks):
+        present = sum((numbered(count, label) for label, count in enumerate(counts, seen)), ImageSet())
+        choices = {label: list(range(count)) for label, count in enumerate(counts, seen)}  # in their order
+        task = Task(index, range(seen, seen + len(counts)), ())
+        keep_exemplars(SimpleNamespace(memory=memory, present=present, choices=choices), task)
+        seen += len(counts)
+    assert [ranks(memory.images, label) for label in range(seen)] == [list(range(count)) for count in kept]
 
 
 @pytest.mark.parametrize("pieces", [[20], [1] * 20, [3, 12, 5]])
@@ -138,38 +122,28 @@ def test_a_reservoir_keeps_every_image_seen_equally_often(pieces):
 
 
 def test_a_reservoir_fills_its_slots_first_and_never_leaves_them():
-    slots = reservoir_slots(0, 50, 4, seeding.generator("fill"))
+    slots = list(reservoir_slots(0, 50, 4, seeding.generator("fill")))
     assert slots[:4] == [(0, 0), (1, 1), (2, 2), (3, 3)]
     assert {slot for _, slot in slots} <= {0, 1, 2, 3}
-    assert reservoir_slots(0, 3, 0, seeding.generator("nothing")) == []
+    assert list(reservoir_slots(0, 3, 0, seeding.generator("nothing"))) == []
 
 
-# ---------------------------------------------------------------------- keeping
-
-
-def test_exemplars_of_tensors_and_files_come_back(tmp_path):
+@pytest.mark.parametrize("empty", [False, True])
+def test_exemplars_of_tensors_and_files_come_back(empty, tmp_path):
     memory, again = ExemplarMemory(10, 2, fixed=True), ExemplarMemory(10, 2, fixed=True)
-    memory.add(numbered(2, 0))
-    memory.add(ImageSet.of(["a.png", "b.png", "c.png"], torch.tensor([1, 1, 2])))
-    memory.add(numbered(1, 3, start=9))
+    if not empty:
+        files = ImageSet.of(["a.png", "b.png", "c.png"], torch.tensor([1, 1, 2]))
+        memory.images = numbered(2, 0) + files + numbered(1, 3, start=9)
     tensors, layout = memory.state("data")
     save_tensors(tmp_path / "exemplars.safetensors", tensors)
     again.load(load_tensors(tmp_path / "exemplars.safetensors"), layout, "data")
-    assert again.images.labels.tolist() == [0, 0, 1, 1, 2, 3]
-    assert again.images.parts[1].images == ("a.png", "b.png", "c.png")
-    assert (ranks(again.images, 0), ranks(again.images, 3)) == ([0, 1], [9])
-
-
-def test_an_empty_memory_comes_back_empty(tmp_path):
-    memory = ExemplarMemory(10, 2, fixed=True)
-    tensors, layout = memory.state("data")
-    save_tensors(tmp_path / "exemplars.safetensors", tensors)
-    memory.load(load_tensors(tmp_path / "exemplars.safetensors"), layout, "data")
-    assert len(memory.images) == 0
+    assert again.images.labels.tolist() == memory.images.labels.tolist()
+    assert [part.images for part in again.images.parts[1:2]] == [part.images for part in memory.images.parts[1:2]]
+    assert (ranks(again.images, 0), ranks(again.images, 3)) == (([], []) if empty else ([0, 1], [9]))
 
 
 def test_dropping_takes_the_last_of_a_class_and_tells_the_bytes_of_pixels_and_label():
     memory = ExemplarMemory(size=9, per_class=3, fixed=False)
-    memory.add(numbered(3, label=0) + numbered(3, label=1, start=10))
+    memory.images = numbered(3, label=0) + numbered(3, label=1, start=10)
     assert memory.drop_last(0) == 1 + 8
     assert memory.counts() == {0: 2, 1: 3} and ranks(memory.images, 0) == [0, 1]

@@ -42,22 +42,16 @@ def train_step(unet, optimizer, labels, seed=0):
     optimizer.step()
 
 
+IMAGENET = {"block_out_channels": [192, 384, 576, 768], "attention_levels": [1, 2, 3], "resample": "resnet"}
+
+
 @pytest.mark.parametrize(
-    ("image_shape", "num_classes", "options", "parameters"),
-    [
-        ((3, 32, 32), 10, {}, 52_542_979),
-        ((3, 32, 32), 100, {}, 52_542_979),
-        (
-            (3, 64, 64),
-            100,
-            {"block_out_channels": [192, 384, 576, 768], "attention_levels": [1, 2, 3], "resample": "resnet"},
-            295_131_267,
-        ),
-    ],
+    ("side", "num_classes", "options", "parameters"),
+    [(32, 10, {}, 52_542_979), (32, 100, {}, 52_542_979), (64, 100, IMAGENET, 295_131_267)],
 )
-def test_the_networks_of_guide_have_the_published_size(image_shape, num_classes, options, parameters):
+def test_the_networks_of_guide_have_the_published_size(side, num_classes, options, parameters):
     with torch.device("meta"):
-        unet = ClassUNet(image_shape, num_classes, ClassUNetConfig(**options))
+        unet = ClassUNet((3, side, side), num_classes, ClassUNetConfig(**options))
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
 
 
@@ -69,23 +63,16 @@ def test_the_prediction_is_exactly_zero_at_first(resample, image_shape):
     assert out.shape == (2, *image_shape) and not out.any()
 
 
-def test_the_class_has_an_effect_once_the_branches_are_awake():
-    unet = awake(tiny()).eval()
-    xt, t, _ = batch([0, 0, 0])
-    outs = [unet(xt, t, torch.full((3,), label)) for label in (-1, 0, 1)]
+def test_the_class_has_an_effect_once_more_than_the_last_layer_is_awake():
+    unet, (xt, t, _) = tiny().eval(), batch([0, 0])
+    torch.nn.init.normal_(unet.unet.conv_out.weight)
+    assert torch.equal(unet(xt, t, torch.tensor([0, 1])), unet(xt, t, torch.tensor([3, -1])))
+    outs = [awake(unet)(xt, t, torch.full((2,), label)) for label in (-1, 0, 1)]
     assert all((a - b).abs().mean() > 1e-3 for a, b in pairwise(outs))
 
 
-def test_the_class_has_no_effect_while_only_the_last_layer_is_awake():
-    unet = tiny().eval()
-    torch.nn.init.normal_(unet.unet.conv_out.weight)
-    xt, t, _ = batch([0, 0])
-    assert torch.equal(unet(xt, t, torch.tensor([0, 1])), unet(xt, t, torch.tensor([3, -1])))
-
-
 def test_an_image_depends_on_its_own_label_and_step_only():
-    unet = awake(tiny()).eval()
-    xt, t, labels = batch([0, 3, -1, 2])
+    unet, (xt, t, labels) = awake(tiny()).eval(), batch([0, 3, -1, 2])
     for i in range(4):
         alone = unet(xt[i : i + 1], t[i : i + 1], labels[i : i + 1])
         torch.testing.assert_close(alone, unet(xt, t, labels)[i : i + 1], rtol=1e-4, atol=1e-5)
@@ -98,10 +85,8 @@ def test_a_label_out_of_range_is_never_taken_for_another(label):
 
 
 def test_vectors_of_absent_classes_get_a_gradient_of_exactly_zero():
-    unet = awake(tiny())
-    xt, t, labels = batch([0, 2, 2])
-    names = [name for name, _ in unet.named_parameters() if name.endswith("time_emb_proj.weight")]
-    weights = [unet.get_parameter(name) for name in names]
+    unet, (xt, t, labels) = awake(tiny()), batch([0, 2, 2])
+    weights = [weight for name, weight in unet.named_parameters() if name.endswith("time_emb_proj.weight")]
     for gradient in torch.autograd.grad(unet(xt, t, labels).square().sum(), weights):
         per_class = gradient[:, -CLASSES:].abs().sum(0)
         assert not per_class[[1, 3, 4]].any() and per_class[[0, 2]].all()
@@ -119,9 +104,8 @@ def test_the_places_of_the_class_stay_free_of_time(copied):
 
 
 def test_training_lowers_the_loss():
-    unet = tiny()
+    unet, (xt, t, labels) = tiny(), batch([0, 1, 4])
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    xt, t, labels = batch([0, 1, 4])
     before = F.mse_loss(unet(xt, t, labels), torch.ones_like(xt)).item()
     for _ in range(8):
         train_step(unet, optimizer, [0, 1, 4])
@@ -141,11 +125,9 @@ def test_a_plain_diffusers_network_reads_the_weights():
 
 
 def test_checkpointing_changes_memory_but_no_gradient():
-    gradients = []
-    for checkpointing in (False, True):
-        unet = awake(tiny(gradient_checkpointing=checkpointing)).train()
-        xt, t, labels = batch([0, 3])
-        gradients.append(torch.autograd.grad(unet(xt, t, labels).square().sum(), list(unet.parameters())))
+    unets = [awake(tiny(gradient_checkpointing=checkpointing)).train() for checkpointing in (False, True)]
+    losses = [unet(*batch([0, 3])).square().sum() for unet in unets]
+    gradients = [torch.autograd.grad(loss, list(unet.parameters())) for loss, unet in zip(losses, unets)]
     torch.testing.assert_close(*gradients)
 
 
@@ -171,8 +153,8 @@ def test_wide_groups_work_in_channels_last_with_the_same_result(groups, expected
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_out_channels": [32, 32, 32, 32, 32]}, "multiples of 16, not 8x8: give block_out_channels fewer"),
-        ({"block_out_channels": [1, 64]}, r"5 classes do not fit .* = 4 places: use block_out_channels\[0\] > 1"),
+        ({"block_out_channels": [32, 32, 32, 32, 32]}, "5 block_out_channels .* multiple of 16, not 8: give fewer"),
+        ({"block_out_channels": [1, 64]}, r"5 classes need block_out_channels\[0\] > 1, not 1"),
         ({"attention_levels": [1, 2]}, r"attention_levels=\[2\] do not exist: levels are 0 to 1"),
         ({"norm_num_groups": 12}, r"block_out_channels=\[32, 64\]: 32 is not a multiple of norm_num_groups=12"),
         ({"attention_head_dim": 48}, r"block_out_channels\[1\]=64 has attention, .* attention_head_dim=48"),

@@ -6,12 +6,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from models import BACKBONES
 from models.options import BackboneOptions
 from models.timm_backbone import PILOT_ALIASES, build_backbone, check_backbone_name
 from utils.run.errors import ConfigError, WeightsError
 
-SCRATCH = BackboneOptions(pretrained=False)
 TAGGED = "test_vit.r160_in1k"  # timm's own tiny ViT for tests, 160 px
 
 
@@ -25,26 +23,25 @@ def published(tmp_path_factory):
     return network, path
 
 
-def test_the_list_holds_our_own_names():
-    assert BACKBONES.names() == ["preact_resnet18", "resnet18", "resnet20", "resnet32", "resnet34", "resnet50"]
-
-
 @pytest.mark.parametrize(
-    ("name", "side"),
+    ("name", "side", "num_features", "args"),
     [
-        ("test_vit", 32),  # positions for 32 px instead of 160
-        ("test_resnet.r160_in1k", 32),  # a tag does no harm from scratch
-        ("mobilenetv3_small_050", 32),  # its pooled features are widened behind num_features
-        ("resnet32", 8),
-        ("ResNet32", 8),  # PyCIL ignores case
+        ("test_vit", 32, 64, {}),  # positions for 32 px instead of 160
+        ("vit_tiny_patch16_224", 8, 48, {"patch_size": 2, "embed_dim": 48, "depth": 4, "num_heads": 4}),
+        ("test_resnet.r160_in1k", 32, 96, {}),  # a tag does no harm from scratch
+        ("mobilenetv3_small_050", 32, 1024, {}),  # its pooled features are widened behind num_features
+        ("resnet32", 8, 64, {}),
+        ("ResNet32", 8, 64, {}),  # PyCIL ignores case
     ],
 )
-def test_a_network_from_scratch_gives_its_number_of_features(name, side):
-    options = BackboneOptions(pretrained=False, image_size=side)
+def test_a_network_from_scratch_gives_its_number_of_features(name, side, num_features, args):
+    options = BackboneOptions(pretrained=False, image_size=side, args=args)
     check_backbone_name(name, options)
     backbone = build_backbone(name, options).eval()
     with torch.no_grad():
-        assert backbone(torch.randn(2, 3, side, side)).shape == (2, backbone.num_features)
+        assert backbone(torch.randn(2, 3, side, side)).shape == (2, num_features)
+    assert backbone.num_features == num_features
+    assert not args or len(backbone.network.blocks) == args["depth"]
 
 
 @pytest.mark.parametrize("alias", PILOT_ALIASES)
@@ -68,20 +65,6 @@ def test_names_of_pilot_mean_tagged_weights_of_timm(alias):
 def test_a_name_that_does_not_say_enough_is_answered_with_names_that_do(act, name, message):
     with pytest.raises(ConfigError, match=message):
         act(name, BackboneOptions())
-
-
-def test_an_image_smaller_than_a_patch_is_refused():
-    with pytest.raises(ConfigError, match="images of 8 px are smaller than one patch of test_vit"):
-        build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=8))
-
-
-def test_arguments_make_a_small_network_for_small_images():
-    sizes = {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
-    options = BackboneOptions(pretrained=False, image_size=8, args=sizes)
-    check_backbone_name("vit_tiny_patch16_224", options)
-    backbone = build_backbone("vit_tiny_patch16_224", options).eval()
-    assert (backbone.num_features, len(backbone.network.blocks)) == (64, 4)
-    assert backbone(torch.randn(2, 3, 8, 8)).shape == (2, 64)
 
 
 @pytest.mark.parametrize("act", [check_backbone_name, build_backbone])
@@ -111,31 +94,18 @@ def test_arguments_that_cannot_be_given_are_refused_before_anything_is_built(act
 def test_arguments_that_timm_refuses_are_named_with_its_reason(args, said):
     with pytest.raises(ConfigError, match=f"test_vit for images of 32 px with backbone_args=.*{said}"):
         build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=32, args=args))
+    with pytest.raises(ConfigError, match="images of 8 px are smaller than one patch of test_vit"):
+        build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=8))
 
 
-def test_arguments_serve_a_local_file_of_another_depth(tmp_path):
-    options = {"image_size": 32, "args": {"depth": 2}}
-    saved = build_backbone("test_vit", BackboneOptions(pretrained=False, **options))
-    save_file(saved.network.state_dict(), tmp_path / "two.safetensors")
-    loaded = build_backbone("test_vit", BackboneOptions(weights=str(tmp_path / "two.safetensors"), **options))
-    torch.testing.assert_close(loaded.state_dict(), saved.state_dict())
-
-
-def test_published_weights_arrive_without_their_classifier(monkeypatch, published):
+@torch.no_grad()
+def test_published_weights_arrive_without_their_classifier_and_serve_other_image_sizes(monkeypatch, published):
     reference, path = published
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, local_files_only: str(path))
-    backbone = build_backbone(TAGGED, BackboneOptions(image_size=160)).eval()
+    large, small = (build_backbone(TAGGED, BackboneOptions(image_size=side)).eval() for side in (160, 64))
     x = torch.randn(1, 3, 160, 160)
-    with torch.no_grad():
-        torch.testing.assert_close(reference.head(backbone(x)), reference(x))
-
-
-def test_published_weights_also_serve_other_image_sizes(monkeypatch, published):
-    _, path = published
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, local_files_only: str(path))
-    backbone = build_backbone(TAGGED, BackboneOptions(image_size=64)).eval()
-    with torch.no_grad():
-        assert backbone(torch.randn(1, 3, 64, 64)).shape == (1, 64)
+    torch.testing.assert_close(reference.head(large(x)), reference(x))
+    assert small(torch.randn(1, 3, 64, 64)).shape == (1, 64)
 
 
 @pytest.mark.parametrize("act", [check_backbone_name, build_backbone])
@@ -159,18 +129,18 @@ def test_a_local_file_replaces_published_weights(published, side):
     torch.testing.assert_close(backbone.network.blocks.state_dict(), reference.blocks.state_dict())
 
 
-def test_a_local_file_of_another_network_is_refused(published):
+def test_a_local_file_of_another_network_is_refused_and_an_absent_one_is_missed_at_once(published):
     with pytest.raises(WeightsError, match=r"model.safetensors does not fit this backbone \(0 of"):
         build_backbone("resnet32", BackboneOptions(weights=str(published[1])))
-
-
-def test_a_local_file_that_is_absent_is_missed_at_once():
     with pytest.raises(WeightsError, match="there is no such file"):
         check_backbone_name("resnet32", BackboneOptions(weights="nowhere.pth"))
 
 
-def test_our_own_backbone_reads_back_what_it_saved(tmp_path):
-    saved = build_backbone("resnet20", SCRATCH)
-    save_file(saved.state_dict(), tmp_path / "resnet20.safetensors")
-    loaded = build_backbone("resnet20", BackboneOptions(weights=str(tmp_path / "resnet20.safetensors")))
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet20", {}), ("test_vit", {"image_size": 32, "args": {"depth": 2}})]
+)
+def test_a_backbone_reads_back_what_it_saved_also_with_arguments(tmp_path, name, options):
+    saved = build_backbone(name, BackboneOptions(pretrained=False, **options))
+    save_file(getattr(saved, "network", saved).state_dict(), tmp_path / "saved.safetensors")
+    loaded = build_backbone(name, BackboneOptions(weights=str(tmp_path / "saved.safetensors"), **options))
     torch.testing.assert_close(loaded.state_dict(), saved.state_dict())

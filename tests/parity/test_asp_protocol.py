@@ -28,15 +28,13 @@ def images_of(num_classes, per_class):
 
 
 def data_of(num_classes, per_class, tests, init_cls, increment):
-    recipe = DATASETS["cifar224"]
+    recipe, names = DATASETS["cifar224"], [f"{i}" for i in range(num_classes)]
     dataset = Dataset(
-        "fake", images_of(num_classes, per_class), images_of(num_classes, tests), [f"{i}" for i in range(num_classes)],
-        recipe.image_size, 1, True, recipe.mean, recipe.std, recipe.augmentation, "made for tests",
+        "fake", images_of(num_classes, per_class), images_of(num_classes, tests), names, recipe.image_size, 1, True,
+        recipe.mean, recipe.std, recipe.augmentation, "made for tests",
     )  # fmt: skip
-    split = Split(
-        init_cls=init_cls, increment=increment, shuffle=False, order_seed=2024, kshot=5, few_shot_draw="reference"
-    )
-    return DataManager(dataset, split)
+    keys = {"shuffle": False, "order_seed": 2024, "kshot": 5, "few_shot_draw": "reference"}
+    return DataManager(dataset, Split(init_cls, increment, **keys))
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +47,8 @@ def positions(images):
     return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
 
 
-def test_check_19_the_shots_of_seed_2024_are_those_of_the_table(cifar):
+def test_check_19_the_shots_of_seed_2024_are_those_of_the_table_whatever_was_drawn_before(cifar):
     assert {label: cifar.few_shot_indices[label] for label in EFFECTIVE} == EFFECTIVE
-
-
-def test_check_19_the_learner_gets_these_very_images_whatever_was_drawn_before(cifar):
     for task in cifar.tasks():
         random.seed(task.index), torch.manual_seed(task.index)
         images = cifar.train_images(task)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from models.latent.control import EdgeSampling, load_controlnet
+from models.latent.control import load_controlnet
 from tests.support.tiny_controlnet import tiny_controlnet_folders
 from utils.training import seeding
 
-SETTINGS = {"steps": 20, "guidance": 9.0, "strength": 1.0}
 ALPHA_BAR = {1: 0.998296, 51: 0.950524, 951: 0.008155, 981: 0.005776}
 
 
@@ -20,15 +19,11 @@ def edge_maps(count: int, side: int = 16):
     return torch.rand(count, side, side, generator=seeding.generator("edges")) < 0.3
 
 
-def generators(*seeds: int):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def images(model, edges, seeds, prompts=("a photo of dog",), **changes):
+def images(model, edges, seeds, prompts=("a photo of dog",), steps=20, guidance=9.0, strength=1.0):
     """Before rounding."""
-    embedded = model.embed(list(prompts) * (len(seeds) // len(prompts)))
-    settings = SETTINGS | changes
-    return model.draw_floats(edges, embedded, model.embed(["row"]), generators(*seeds), EdgeSampling(**settings))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    prompts, negative = model.embed(list(prompts)), model.embed(["row"])
+    return model.draw(edges, prompts, negative, generators, steps, guidance, strength)
 
 
 @pytest.mark.parametrize(("steps", "times"), [(20, range(951, 0, -50)), (50, range(981, 0, -20))])
@@ -72,7 +67,7 @@ def sample_by_hand(model, edges, seed, prompt, negative, steps, guidance, streng
 def test_images_are_those_of_a_sampler_written_by_hand(model, height, steps, guidance, strength):
     edges = edge_maps(1, 24)[:, :height, :16]
     expected = sample_by_hand(model, edges[0], 3, "a photo of dog", "row", steps, guidance, strength)
-    found = images(model, edges, [3], steps=steps, guidance=guidance, strength=strength)
+    found = images(model, edges, [3], ["a photo of dog"], steps, guidance, strength)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -83,22 +78,19 @@ def test_a_batch_gives_the_images_of_single_calls(model):
 
 
 def test_a_seed_gives_the_same_image_twice_and_another_seed_another(model):
-    edges = edge_maps(1)
-    first, again, other = (images(model, edges, [seed], steps=2) for seed in (0, 0, 1))
+    first, again, other = (images(model, edge_maps(1), [seed], steps=2) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert (first - other).abs().max() > 0.01
 
 
 def test_without_strength_the_edges_do_not_count(model):
-    edges = edge_maps(1)
-    off = [images(model, pixels, [0], steps=2, strength=0.0) for pixels in (edges, ~edges)]
-    on = [images(model, pixels, [0], steps=2, strength=1.0) for pixels in (edges, ~edges)]
+    both = edge_maps(1), ~edge_maps(1)
+    off, on = ([images(model, edges, [0], steps=2, strength=strength) for edges in both] for strength in (0.0, 1.0))
     assert torch.equal(*off)
     assert (on[0] - on[1]).abs().max() > 0.001
 
 
 def test_the_control_works_in_the_unconditional_branch_too(model):
     # Equal texts in both branches cancel the guidance, unless only one of them sees the edges.
-    edges, same = edge_maps(1), ("row",)
-    guided = images(model, edges, [0], same, steps=2, guidance=9.0)
-    torch.testing.assert_close(guided, images(model, edges, [0], same, steps=2, guidance=1.0), rtol=1e-4, atol=1e-4)
+    pair = [images(model, edge_maps(1), [0], ["row"], steps=2, guidance=guidance) for guidance in (9.0, 1.0)]
+    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)

@@ -1,32 +1,27 @@
 """Numbers of DDDR's card, section 8, about class inversion and the sampler, on a small model of random weights."""
 
-import json
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn import ParameterDict
 from torch.testing import assert_close
 
-from synth.bank import Bank
-from synth.inversion.federated import federated_mean, split_clients
+from synth.inversion.federated import split_clients
 from synth.inversion.latents import LatentBatches, encode, noise_scheduler, sample_scheduled, sample_scheduler
-from synth.inversion.source import ClassVectors
 from synth.prompts import TRAIN_TEMPLATES
 from synth.requests import Requests
 from tests.support.tiny_inversion import make_inversion, tiny_model, toy_task
-from tests.support.toy import toy_dataset
 from utils.data.batches import Batch, Loading
-from utils.data.images import ImageSet, decode_image
-from utils.data.manager import DataManager, Split
-from utils.run.errors import BankError
 from utils.training import seeding
 
 LDM_NOISE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
 }  # fmt: skip
+ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
 
 def batch_of(labels, seed=0):
@@ -41,22 +36,16 @@ def loss_of(source, module, batch, classes=(0, 1, 2), seed=0):
     return source.loss(batch, module=module, classes=torch.tensor(classes), scheduler=scheduler)["mse"]
 
 
-def images(source, classes, per_class=2, seed=7):
-    return source.generate(Requests.of_classes(classes, per_class, (seed, "tiny", 0))).parts[0].images.int()
-
-
 def fitted(folder, **keys):
     source = make_inversion(folder, **keys)
     source.fit_before(*toy_task())
     return source
 
 
-# ---------------------------------------------------------------------- checks 1 to 3
-
-
+# checks 1 to 3
 def test_only_the_vectors_are_trained(tmp_path):
     source = make_inversion(tmp_path, g_local_train_steps=3)
-    module, before = ClassVectors(torch.randn(3, 8)), source.model.fingerprint()
+    module, before = ParameterDict({"vectors": torch.randn(3, 8)}), source.model.fingerprint()
     loss_of(source, module, batch_of([0, 2])).backward()
     trained = [name for part in (module, source.model) for name, p in part.named_parameters() if p.grad is not None]
     source.fit_before(*toy_task())
@@ -66,7 +55,7 @@ def test_only_the_vectors_are_trained(tmp_path):
 
 def test_a_class_that_is_absent_from_the_batch_only_decays(tmp_path):
     source, start = make_inversion(tmp_path), torch.randn(3, 8)
-    module = ClassVectors(start)
+    module = ParameterDict({"vectors": start.clone()})
     optimizer = torch.optim.AdamW(module.parameters(), source.config.inversion_lr, weight_decay=0.01)
     for step in range(8):
         optimizer.zero_grad()
@@ -87,20 +76,17 @@ def test_every_vector_starts_at_the_initial_one_and_goes_its_own_way(tmp_path):
     assert len({round(norm, 4) for norm in norms}) == 3
 
 
-# ---------------------------------------------------------------------- checks 5 and 6
-
-
+# checks 5 and 6
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_hand_written_error_of_the_unet(tmp_path, prediction_type):
     source, batch = make_inversion(tmp_path), batch_of([0, 2])
     source.model.schedule["prediction_type"] = prediction_type
     vectors = torch.randn(3, 8)
-    loss = loss_of(source, ClassVectors(vectors), batch)
+    loss = loss_of(source, ParameterDict({"vectors": vectors}), batch)
     torch.manual_seed(0)
     torch.randint(81, (2,))  # the templates
     t, eps = torch.randint(1000, (2,)), torch.randn(2, 4, 4, 4)
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alpha_bar = (1 - betas).cumprod(0)[t].float().view(2, 1, 1, 1)
+    alpha_bar = ALPHA_BAR[t].float().view(2, 1, 1, 1)
     zt = alpha_bar.sqrt() * batch.images + (1 - alpha_bar).sqrt() * eps
     velocity = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * batch.images
     predicted = source.model.denoiser.unet(zt, t, vectors[[0, 2]].view(2, 2, 4)).sample
@@ -108,7 +94,7 @@ def test_the_loss_is_the_hand_written_error_of_the_unet(tmp_path, prediction_typ
 
 
 def test_a_vector_lowers_the_loss_of_fixed_noise_at_every_step(tmp_path):
-    source, module = make_inversion(tmp_path), ClassVectors(torch.zeros(1, 8))
+    source, module = make_inversion(tmp_path), ParameterDict({"vectors": torch.zeros(1, 8)})
     optimizer, losses = torch.optim.AdamW(module.parameters(), 0.02), []
     for _ in range(40):
         loss = loss_of(source, module, batch_of([0]), classes=(0,))
@@ -120,78 +106,55 @@ def test_a_vector_lowers_the_loss_of_fixed_noise_at_every_step(tmp_path):
     assert max(after - before for before, after in pairwise(losses)) < 1e-4
 
 
-# ---------------------------------------------------------------------- checks 7 and 11
-
-
-def test_ddim_visits_981_to_1_and_ends_at_the_first_alpha_bar():
+# checks 7 and 11
+def test_ddim_visits_981_to_1_ends_at_the_first_alpha_bar_and_has_a_closed_form_without_any_noise_predicted():
     scheduler = sample_scheduler("ddim", LDM_NOISE, 50)
     assert scheduler.timesteps.tolist() == list(range(981, 0, -20))
     assert scheduler.final_alpha_cumprod.item() == pytest.approx(0.99915, abs=1e-7)
     assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0]
-
-
-def test_ddim_without_any_noise_predicted_has_a_closed_form():
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    scheduler = sample_scheduler("ddim", LDM_NOISE, 50)
-    alpha_bar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
-    expected = noise * (alpha_bar[0] / alpha_bar[981]).sqrt().float()
+    expected = noise * (ALPHA_BAR[0] / ALPHA_BAR[981]).sqrt().float()
     assert_close(sample_scheduled(lambda zt, t: zt * 0, noise, scheduler), expected, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------- checks 8 and 9
-
-
-def test_an_image_has_its_own_seed_whatever_it_is_drawn_with(tmp_path):
-    source = fitted(tmp_path)
-    both, same, other = images(source, [0, 1], 3), images(source, [0, 1], 3), images(source, [0, 1], 3, seed=8)
-    assert torch.equal(both, same) and not torch.equal(both, other)
-    alone = images(source, [1], 1)
-    assert (alone[0] - both[3]).abs().max() <= 1
-
-
-def drawn_with(folder, guidance, **vectors):
+# check 9; 8 and 14 are those of every source
+def drawn_with(folder, guidance, size=9.0):
     source = make_inversion(folder / str(guidance), guidance=guidance, sample_steps=5)
-    source.vectors = {0: torch.full((8,), vectors.get("first", 9.0)), 1: torch.full((8,), vectors.get("second", -9.0))}
-    source.fitted_classes = {0, 1}
-    return images(source, [0, 1], 2)
+    source.vectors, source.fitted_classes = {0: torch.full((8,), size), 1: torch.full((8,), -size)}, {0, 1}
+    return source.generate(Requests.of_classes([0, 1], 2, (7, "tiny", 0))).parts[0].images.int()
 
 
 def test_guidance_of_zero_draws_no_class_and_of_one_the_class_alone(tmp_path):
     nothing, plain = drawn_with(tmp_path, 0.0), drawn_with(tmp_path, 1.0)
-    assert_close(drawn_with(tmp_path, 10.0, first=0.0, second=0.0), nothing, rtol=0, atol=1)
+    assert_close(drawn_with(tmp_path, 10.0, size=0.0), nothing, rtol=0, atol=1)
     assert_close(drawn_with(tmp_path, 1e-7), nothing, rtol=0, atol=1)  # both branches, one of weight nearly 0
     assert_close(drawn_with(tmp_path, 1 + 1e-6), plain, rtol=0, atol=1)
     assert (drawn_with(tmp_path, 10.0) - plain).abs().max() > 10 < (plain - nothing).abs().max()
 
 
-# ---------------------------------------------------------------------- check 10
-
-
-def test_the_mean_of_clients_is_plain_and_of_one_client_the_client():
-    a, b = torch.randn(3, 8), torch.randn(3, 8)
-    assert torch.equal(federated_mean([a]), a)
-    assert_close(federated_mean([a, b]), (a + b) / 2)
-
-
-def test_a_client_without_images_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("synth.inversion.source.split_clients", lambda *_: [torch.arange(20), torch.arange(0)])
-    mean = "synth.inversion.source.federated_mean"
-    monkeypatch.setattr(mean, lambda returned: counts.append(len(returned)) or returned[0])
-    counts = []
-    fitted(tmp_path, num_users=2)
-    assert counts == [1]
+# check 10
+@pytest.mark.parametrize(("sizes", "weights"), [((20, 0), [1.0, 0.0]), ((5, 15), [0.5, 0.5]), ((15, 0, 5), [0.5, 0.5])])
+def test_the_mean_of_clients_is_plain_and_one_without_images_is_skipped(sizes, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("synth.inversion.source.split_clients", lambda *_: torch.arange(20).split(sizes))
+    source, found = make_inversion(tmp_path), torch.randn(2, 2, 8)
+    returns = iter(found)
+    monkeypatch.setattr(source, "_search", lambda *_: next(returns))
+    source.fit_before(*toy_task())
+    assert_close(torch.stack([source.vectors[0], source.vectors[1]]), weights[0] * found[0] + weights[1] * found[1])
+    assert len(list(returns)) == weights.count(0)
 
 
 def test_rounds_of_one_client_are_the_plain_loop_with_a_new_optimizer_every_round(tmp_path):
     source = fitted(tmp_path, com_round_gen=2, g_local_train_steps=3)
     _, real = toy_task()
     vectors = torch.nn.Parameter(source.model.initial_vector("").expand(2, -1).clone())
-    latents = encode(source.model, real, source.flip, source.config.sample_batch, source.run, "")
+    moments = encode(source.model, real, source.flip, source.config.sample_batch, source.run, "")
     classes, scheduler = torch.tensor([0, 1]), noise_scheduler(LDM_NOISE)
     for round_ in range(2):
         key = (7, 0, f"invert_r{round_}_c0")
         optimizer = torch.optim.AdamW([vectors], 0.02, weight_decay=0.01, fused=True)
-        for step, batch in zip(range(3), LatentBatches(latents, Loading(None, 6, key, torch.device("cpu"))).epoch(0)):
+        batches = LatentBatches(moments, real.labels, Loading(None, 6, key, torch.device("cpu")))
+        for step, batch in zip(range(3), batches.epoch(0)):
             seeding.seed_everything(*key, step)
             optimizer.zero_grad()
             source.loss(batch, SimpleNamespace(vectors=vectors), classes, scheduler)["mse"].backward()
@@ -204,64 +167,21 @@ def test_the_default_prompts_are_81_templates_of_which_57_differ():
     assert all(template.count("*") == 1 and template.endswith(" *") for template in TRAIN_TEMPLATES)
 
 
-# ---------------------------------------------------------------------- card, section 3: clients
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.5, 5.0])
-def test_clients_share_all_images_and_each_has_one(beta):
-    labels = torch.arange(20).repeat_interleave(5)
-    parts = split_clients(labels, 5, beta, 7, 0, "clients")
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(100))
-    assert all(len(part) for part in parts)
+# card, section 3: clients
+@pytest.mark.parametrize(("beta", "count"), [(0.0, 100), (0.5, 100), (5.0, 100), (0.5, 2)])
+def test_clients_share_all_images_and_each_has_one_if_there_are_enough(beta, count):
+    parts = split_clients(torch.arange(20).repeat_interleave(5)[:count], 5, beta, 7, 0, "clients")
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(count))
+    assert all(len(part) for part in parts) == (count == 100)
     assert beta > 0 or [len(part) for part in parts] == [20] * 5
 
 
 def test_a_small_beta_gives_most_of_a_class_to_one_client():
-    labels = torch.arange(10).repeat_interleave(100)
-    shares = {}
+    labels, shares = torch.arange(10).repeat_interleave(100), []
     for beta in (0.1, 100.0):
         counts = torch.stack([labels[part].bincount(minlength=10) for part in split_clients(labels, 5, beta, 7)])
-        shares[beta] = (counts.max(0).values / 100).mean().item()
-    assert shares[0.1] > 0.6 and shares[100.0] < 0.35
-
-
-def test_fewer_images_than_clients_leave_some_with_none():
-    parts = split_clients(torch.tensor([0, 1]), 5, 0.5, 7)
-    assert sorted(torch.cat(parts).tolist()) == [0, 1]
-
-
-# ---------------------------------------------------------------------- check 14
-
-
-class Large:
-    """Stands for a source whose images have the size of DDDR's."""
-
-    def __init__(self, run, config):
-        self.run, self.config, self.dataset = run, config, toy_dataset()
-        self.class_names = self.dataset.class_names
-
-    def generate(self, requests):
-        return ImageSet.of(torch.zeros(len(requests), 3, 256, 256, dtype=torch.uint8), requests.labels)
-
-    def fingerprint(self):
-        return "large"
-
-
-def bank_of(folder, order_seed):
-    source = make_inversion(folder, syn_per_class=3)
-    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, order_seed=order_seed))
-    return Bank(folder / "bank", Large(source.run, source.config), data)
-
-
-def test_images_lie_in_a_folder_per_task_and_class_and_belong_to_one_class_order(tmp_path):
-    bank = bank_of(tmp_path, order_seed=1)
-    bank.fill(1)
-    folder = tmp_path / "bank" / "task_1"
-    assert sorted(path.name for path in folder.glob("*/*-*")) == [f"{c}-{i}.jpg" for c in (2, 3) for i in range(3)]
-    assert decode_image(folder / "3" / "3-2.jpg").shape == (3, 256, 256)
-    assert json.loads((folder / "manifest.json").read_text())["class_order"] == bank.data.class_order
-    with pytest.raises(BankError, match="class_order"):
-        bank_of(tmp_path, order_seed=2).fill(1)
+        shares.append((counts.max(0).values / 100).mean().item())
+    assert shares[0] > 0.6 and shares[1] < 0.35
 
 
 def test_the_noise_of_the_small_model_is_that_of_latent_diffusion():

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from synth.escort.batches import swap
-from synth.escort.edges import EdgeMap, canny, drawing_size, map_bytes, pack, resize_edges, short_side, unpack
+from synth.escort.edges import EdgeMap, canny, drawing_size, pack, resize_edges, short_side, unpack
 from utils.training import seeding
+
+
+def random_edges(height, width, *key):
+    return torch.rand(height, width, generator=seeding.generator("edges", *key)) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -53,47 +57,41 @@ def test_maps_grow_by_opencvs_nearest_pixel():
 
 @pytest.mark.parametrize(("height", "width", "packed"), [(32, 32, 128), (256, 256, 8192), (384, 512, 24576)])
 def test_a_native_map_costs_a_twenty_fourth_of_a_coloured_image(height, width, packed):
-    assert map_bytes(height, width) == packed == height * width * 3 / 24
+    assert len(EdgeMap.of(random_edges(height, width), (32, 32)).bits) == packed == height * width * 3 / 24
 
 
 def test_a_packed_map_is_the_map():
-    edges = torch.rand(7, 5, generator=seeding.generator("map")) < 0.5
+    edges = random_edges(7, 5)
     packed = EdgeMap.of(edges, (14, 10))
     assert torch.equal(packed.edges(), edges) and len(packed.bits) == 5 and packed.size == (14, 10)
 
 
-def test_stored_maps_come_back_with_hardly_a_byte_beside_them():
-    chance = seeding.generator("maps")
-    maps = {
-        label: [EdgeMap.of(torch.rand(16, 16, generator=chance) < 0.2, (8, 8)) for _ in range(3)] for label in (4, 1)
-    }
-    stored = pack(maps)
-    assert unpack(stored) == maps and stored["bits"].numel() == 6 * 32
-    assert sum(tensor.nbytes for tensor in stored.values()) == 6 * 32 + 2 * 8 + 8  # two classes, one size
+def random_maps(label, *sizes):
+    return [EdgeMap.of(random_edges(*size, label, place), size) for place, size in enumerate(sizes)]
 
 
-def test_stored_maps_of_many_sizes_come_back():
-    chance = seeding.generator("sizes")
-    maps = {
-        0: [EdgeMap.of(torch.rand(h, w, generator=chance) < 0.2, (h, w)) for h, w in ((3, 5), (8, 8), (9, 2))],
-        2: [],
-    }
-    assert unpack(pack(maps)) == maps
+@pytest.mark.parametrize(
+    ("maps", "beside"),
+    [
+        ({label: random_maps(label, *[(16, 16)] * 3) for label in (4, 1)}, 2 * 8 + 8),  # two classes, one size
+        ({0: random_maps(0, (3, 5), (8, 8), (9, 2)), 2: []}, 2 * 8 + 3 * 8),  # many sizes
+    ],
+)
+def test_stored_maps_come_back_with_hardly_a_byte_beside_them(maps, beside):
+    stored, nbytes = pack(maps), sum(len(one.bits) for own in maps.values() for one in own)
+    assert unpack(stored) == maps and stored["bits"].numel() == nbytes
+    assert sum(tensor.nbytes for tensor in stored.values()) == nbytes + beside
 
 
 def test_equal_maps_have_one_name_and_others_do_not():
-    edges = torch.rand(16, 16, generator=seeding.generator("name")) < 0.5
+    edges = random_edges(16, 16)
     assert EdgeMap.of(edges, (8, 8)).item == EdgeMap.of(edges.clone(), (8, 8)).item
     assert EdgeMap.of(edges, (8, 8)).item != EdgeMap.of(edges, (16, 16)).item != EdgeMap.of(~edges, (8, 8)).item
 
 
-def test_copies_are_shown_as_often_as_published():
-    shown, numbers = swap(torch.full((100_000,), 0.4), 5, seeding.generator("swap"))
-    assert abs(shown.float().mean() - 0.4) <= 0.005
-    assert all(abs((shown & (numbers == copy)).float().mean() - 0.08) <= 0.003 for copy in range(5))
-
-
-def test_a_compressed_exemplar_is_always_a_copy():
-    shown, numbers = swap(torch.ones(100_000), 5, seeding.generator("lone"))
-    assert shown.all()
-    assert all(abs((numbers == copy).float().mean() - 0.2) <= 0.004 for copy in range(5))
+# With the probability of the card, and of a compressed exemplar, which is always a copy.
+@pytest.mark.parametrize(("chance", "tolerance", "of_each"), [(0.4, 0.005, 0.003), (1.0, 0, 0.004)])
+def test_copies_are_shown_as_often_as_published(chance, tolerance, of_each):
+    shown, numbers = swap(torch.full((100_000,), chance), 5, seeding.generator("swap"))
+    assert abs(shown.float().mean() - chance) <= tolerance
+    assert all(abs((shown & (numbers == copy)).float().mean() - chance / 5) <= of_each for copy in range(5))

@@ -9,49 +9,31 @@ import torch
 
 from learners.memory import herding
 from learners.run.configure import build_config
-from learners.run.experiment import Experiment
-from synth.escort.controlnet import SCRIPTS
-from tests.support.toy import TINY_TRAINING, tiny_source, toy_dataset
+from tests.support.toy import tiny_source, toy_dataset, toy_experiment
 from utils.data.images import ImageSet
 from utils.run.errors import ConfigError
-from utils.run.folder import claim_folder, claim_machine
 from utils.run.words import read_experiment
 from utils.training import seeding
-from utils.training.runtime import Runtime
-
-EXPERIMENTS = Path(__file__).parents[2] / "exps"
 
 
-def coloured(num_classes, per_class, side=8):
+def coloured(num_classes, per_class):
     """Noise: coloured images in memory."""
     labels = torch.arange(num_classes).repeat_interleave(per_class)
-    pixels = torch.randint(0, 256, (len(labels), 3, side, side), generator=seeding.generator("coloured"))
+    pixels = torch.randint(0, 256, (len(labels), 3, 8, 8), generator=seeding.generator("coloured"))
     images = ImageSet.of(pixels.to(torch.uint8), labels)
     names = [f"kind {label}" for label in range(num_classes)]
     return dataclasses.replace(toy_dataset(), train=images, test=images, class_names=names, channels=3)
 
 
-def experiment(folder, dataset, real, compressed, budget, init_cls, increment):
+def experiment(folder, data, real, compressed, budget, init_cls, increment):
     synth = {**tiny_source("controlnet"), "real_per_class": real, "syn_per_class": compressed}
-    raw = {
-        "model_name": "der", "dataset": "toy", "init_cls": init_cls, "increment": increment, "fixed_memory": True,
-        "memory_per_class": budget, "convnet_type": "resnet20", "device": "cpu", "precision": "fp32", "seed": 7,
-        "output_dir": str(folder), **TINY_TRAINING, "synth": synth,
-    }  # fmt: skip
-    config, _ = build_config(raw)
-    runtime = Runtime(config.device, config.precision)
-    claim_machine(claim_folder(config, "escort", overwrite=False), runtime)
-    return Experiment(config, "escort", 7, dataset, runtime)
+    keys = {"fixed_memory": True, "memory_per_class": budget, "init_cls": init_cls, "increment": increment}
+    return toy_experiment("der", folder, data=data, synth=synth, **keys)
 
 
-@pytest.mark.parametrize(("real", "compressed", "fits"), [(18, 48, True), (18, 49, False), (20, 0, True)])
-def test_twenty_images_worth_hold_eighteen_and_forty_eight_maps(real, compressed, fits, tmp_path):
-    run = experiment(tmp_path, coloured(4, 70), real, compressed, 20, 2, 2)
-    if fits:
-        assert run.check().memory.per_class == real
-        return
+def test_twenty_images_worth_do_not_hold_eighteen_and_forty_nine_maps(tmp_path):
     with pytest.raises(ConfigError, match=r"18 \+ 49 / 24 = 20\.042.*at most syn_per_class=48 fit"):
-        run.check()
+        experiment(tmp_path, coloured(4, 70), 18, 49, 20, 2, 2).check()
 
 
 @pytest.mark.parametrize("size", [(375, 500), (333, 500)])  # pixels that fill no whole number of bytes
@@ -61,9 +43,13 @@ def test_a_photographs_map_counts_a_twenty_fourth_whatever_its_size(size, tmp_pa
     assert source.maps_per_image(SimpleNamespace(image_sizes={size: 3, (300, 301): 2})) == 24
 
 
-@pytest.mark.parametrize(("real", "compressed"), [(20, 0), (19, 24), (18, 48), (17, 72), (16, 96)])
-def test_every_image_that_is_given_up_makes_room_for_twenty_four_maps(real, compressed, tmp_path):
-    learner = experiment(tmp_path, coloured(2, 112), None, compressed, 20, 1, 1).check()
+# real_per_class is given in the first two; null takes what the maps leave.
+@pytest.mark.parametrize(
+    ("given", "real", "compressed"),
+    [(18, 18, 48), (20, 20, 0), *((None, 20 - given_up, 24 * given_up) for given_up in range(5))],
+)
+def test_every_image_that_is_given_up_makes_room_for_twenty_four_maps(given, real, compressed, tmp_path):
+    learner = experiment(tmp_path, coloured(2, 112), given, compressed, 20, 1, 1).check()
     assert (learner.memory.per_class, learner.memory.handed) == (real, compressed)
 
 
@@ -90,7 +76,7 @@ def test_one_herding_is_cut_into_real_and_compressed_exemplars():
 
 @pytest.mark.parametrize("name", ["food101", "caltech256", "places100", "imagenet100"])
 def test_escorts_files_keep_eighteen_images_and_forty_eight_maps_of_every_class(name):
-    config, unused = build_config(read_experiment(EXPERIMENTS / f"escort_{name}.json"))
+    config, unused = build_config(read_experiment(Path(__file__).parents[2] / "exps" / f"escort_{name}.json"))
     synth = config.synth
     assert unused == [] and (synth.name, synth.resolution) == ("controlnet", "low" if name == "caltech256" else "high")
     assert (config.memory_per_class, synth.real_per_class, synth.syn_per_class) == (20, 18, 48)
@@ -99,9 +85,3 @@ def test_escorts_files_keep_eighteen_images_and_forty_eight_maps_of_every_class(
     assert synth.verbatim_names == (name != "imagenet100")  # whose folders are ids, not words
     assert (config.model_name, config.convnet_type, config.model_seed) == ("der", "resnet18", 1)
     assert (config.init_epoch, config.epochs, config.milestones) == (200, 170, [80, 120, 150])
-
-
-def test_the_scripts_have_the_published_words_and_steps():
-    high, low = SCRIPTS["high"], SCRIPTS["low"]
-    assert high[0] == "{class}, best quality, extremely detailed" and high[2] == 20
-    assert low == ("{class}, clean, clear, bright, neat", "blurry, dark, messy, dotted", 50)

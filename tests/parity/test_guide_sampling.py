@@ -23,18 +23,13 @@ def logits(x0):
     return x0.flatten(1) @ ROWS.T + BIAS
 
 
-def flags(**keys):
-    """GUIDE's own variant, changed in these flags."""
-    defaults = {"use_old_grad": False, "negate_old_grad": False, "guid_to_new_classes": True, "trim_logits": True}
-    return SimpleNamespace(**{**defaults, **keys})
-
-
+OWN = {"use_old_grad": False, "negate_old_grad": False, "guid_to_new_classes": True, "trim_logits": True}
 VARIANTS = {
-    "guide": flags(),
-    "guide untrimmed": flags(trim_logits=False),
-    "away current": flags(guid_to_new_classes=False),
-    "toward previous": flags(use_old_grad=True),
-    "away previous": flags(use_old_grad=True, negate_old_grad=True),
+    "guide": {},
+    "guide untrimmed": {"trim_logits": False},
+    "away current": {"guid_to_new_classes": False},
+    "toward previous": {"use_old_grad": True},
+    "away previous": {"use_old_grad": True, "negate_old_grad": True},
 }
 
 
@@ -46,7 +41,7 @@ def guide_of(variant, labels, scale):
     """Classes 0 and 1 are old, 2 and 3 new."""
     if variant == "unguided":
         return None
-    chosen, labels = VARIANTS[variant], torch.tensor(labels)
+    chosen, labels = SimpleNamespace(**OWN | VARIANTS[variant]), torch.tensor(labels)
     sign = -1 if chosen.use_old_grad else 1
     return lambda x0: scale * log_likelihood(chosen, logits(sign * x0), labels, num_old=2, num_seen=4)
 
@@ -83,6 +78,7 @@ def test_p1_schedule():
     }  # fmt: skip
     assert {t: PROCESS.betas[t].item() for t in betas} == pytest.approx(betas, rel=1e-6)
     assert {t: PROCESS.alpha_bar[t].item() for t in alpha_bar} == pytest.approx(alpha_bar, rel=1e-6)
+    assert DDIM50.betas[[0, 25, 49]].tolist() == pytest.approx([1e-3, 0.18750941, 0.32496804], rel=1e-6)  # of P2
 
 
 @pytest.mark.parametrize(
@@ -104,48 +100,21 @@ def test_p2_kept_time_steps(spacing, first, last):
     assert (kept[: len(first)], kept[-len(last) :]) == (first, last)
 
 
-def test_p2_betas_of_ddim50():
-    assert DDIM50.betas[[0, 25, 49]].tolist() == pytest.approx([1e-3, 0.18750941, 0.32496804], rel=1e-6)
-
-
 # ---------------------------------------------------------------------- P3, P4
 
 
-@pytest.mark.parametrize(
-    ("variant", "gradient", "guided_x0", "following"),
-    [
-        (
-            "guide",
-            [-0.0563697, -0.0437682, 0.1482286, -0.0480909],
-            [0.0045493, -0.3231840, 0.6504931, -0.0376735],
-            [0.4967298, -1.0020487, 1.5076050, 0.2472725],
-        ),
-        (
-            "away current",
-            [-0.1789784, 0.0437682, 0.0871193, 0.0480909],
-            [-0.2415063, -0.1475124, 0.5278563, 0.1553477],
-            [0.4900010, -0.9972447, 1.5042512, 0.2525509],
-        ),
-        (
-            "toward previous",
-            [-0.1438820, 0.1438820, 0, 0],
-            [-0.1710737, 0.0533996, 0.3530221, 0.0588371],
-            [0.4919271, -0.9917504, 1.4994700, 0.2499117],
-        ),
-        (
-            "away previous",
-            [0.1438820, -0.1438820, 0, 0],
-            [0.4064218, -0.5240960, 0.3530221, 0.0588371],
-            [0.5077196, -1.0075430, 1.4994700, 0.2499117],
-        ),
-        (
-            "unguided",
-            [0, 0, 0, 0],
-            [0.1176741, -0.2353482, 0.3530221, 0.0588371],
-            [0.4998234, -0.9996468, 1.4994700, 0.2499117],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("variant", "gradient", "guided_x0", "following"), [
+    ("guide", [-0.0563697, -0.0437682, 0.1482286, -0.0480909],
+     [0.0045493, -0.3231840, 0.6504931, -0.0376735], [0.4967298, -1.0020487, 1.5076050, 0.2472725]),
+    ("away current", [-0.1789784, 0.0437682, 0.0871193, 0.0480909],
+     [-0.2415063, -0.1475124, 0.5278563, 0.1553477], [0.4900010, -0.9972447, 1.5042512, 0.2525509]),
+    ("toward previous", [-0.1438820, 0.1438820, 0, 0],
+     [-0.1710737, 0.0533996, 0.3530221, 0.0588371], [0.4919271, -0.9917504, 1.4994700, 0.2499117]),
+    ("away previous", [0.1438820, -0.1438820, 0, 0],
+     [0.4064218, -0.5240960, 0.3530221, 0.0588371], [0.5077196, -1.0075430, 1.4994700, 0.2499117]),
+    ("unguided", [0, 0, 0, 0],
+     [0.1176741, -0.2353482, 0.3530221, 0.0588371], [0.4998234, -0.9996468, 1.4994700, 0.2499117]),
+])  # fmt: skip
 def test_p3_one_guided_step(variant, gradient, guided_x0, following):
     x0, xt = step_from_500(shrink, images([0.5, -1, 1.5, 0.25]), guide_of(variant, [0], 0.5))
     assert_rows(x0, guided_x0)

@@ -12,6 +12,7 @@ from learners.run.configure import build_config
 from models.heads import LinearHead
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
+from utils.data.manager import Task
 from utils.run.words import read_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "exps"
@@ -36,7 +37,7 @@ def test_experiment_files_hold_the_settings_of_pycil(name, epochs, milestones):
     config, unused = build_config(read_experiment(EXPERIMENTS / f"{name}.json"))
     learner = object.__new__(LEARNERS[name])
     learner.config = config
-    first, later = learner.schedule(first=True), learner.schedule(first=False)
+    first, later = (learner.train_config(Task(index, range(10 * index, 20), ())) for index in (0, 1))
     assert unused == [] and config.convnet_type == "resnet32" and config.batch_size == 128
     assert (first.epochs, first.lr, first.milestones, first.weight_decay) == (200, 0.1, (60, 120, 170), 5e-4)
     assert (later.epochs, later.lr, later.milestones, later.weight_decay) == (epochs, 0.1, milestones, 2e-4)
@@ -60,10 +61,7 @@ def test_a_pycil_file_of_memo_runs_unchanged():
 
 @pytest.mark.parametrize(
     ("name", "stem", "trunk", "last_stage"),
-    [
-        ("resnet32", "cifar", 112_016, 351_488),
-        ("resnet18", "imagenet", 2_782_784, 8_393_728),
-    ],
+    [("resnet32", "cifar", 112_016, 351_488), ("resnet18", "imagenet", 2_782_784, 8_393_728)],
 )
 def test_memo_shares_and_adds_the_published_number_of_parameters(name, stem, trunk, last_stage):
     with torch.device("meta"):
@@ -74,7 +72,7 @@ def test_memo_shares_and_adds_the_published_number_of_parameters(name, stem, tru
 def test_der_has_the_parameters_that_were_counted_in_the_reference():
     with torch.device("meta"):
         backbone = build_backbone("resnet18", BackboneOptions(stem="imagenet_small"))
-    net = ExpandableNet(nn.Identity(), backbone, LinearHead(512))
+    net = ExpandableNet(nn.Identity(), backbone, LinearHead(512), train_trunk=True, train_old=False)
     totals = []
     for num_classes in (6, 9, 12):
         net.grow(num_classes)

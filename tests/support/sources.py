@@ -6,17 +6,18 @@ from pathlib import Path
 from synth import SOURCES
 from synth.requests import Requests
 from tests.support.toy import tiny_source, toy_dataset
-from utils.data.images import ImageSet
+from utils.data.images import ImageSet, encode_image
 from utils.data.manager import DataManager, Split
+from utils.run.files import atomic_write
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
 
-def make_source(name, folder, seed=7, kind=None, **keys):
+def make_source(name, folder, seed=7, kind=None, dataset=None, **keys):
     kind = kind or SOURCES[name]
     config = kind.Config.parse({**tiny_source(name), **keys})
     run = Run(folder, seed, Runtime(["cpu"], "fp32"), progress=False)
-    dataset = toy_dataset()
+    dataset = dataset or toy_dataset()
     return kind(config, run, dataset.num_classes, dataset.class_names, dataset)
 
 
@@ -38,3 +39,11 @@ def weigh(source, saved) -> tuple[int, int]:
     named = [name for name in sizes if any(fnmatch(name, file) for line in lines for file in line.files)]
     memory = sum(map(sizes.get, named)) + sum(line.nbytes for line in lines if not line.frozen)
     return memory, sum(line.nbytes for line in lines if line.frozen)
+
+
+def write_folders(folder: Path, images: ImageSet, class_names: list[str]) -> None:
+    """Lay a data set down as users do, `<train|test>/<class>/<i>.png`, with the same images in both."""
+    for position, label in enumerate(images.labels.tolist()):
+        for split in ("train", "test"):
+            path = folder / split / class_names[label] / f"{position}.png"
+            atomic_write(path, encode_image(images.image(position), ".png"), sync=False)

@@ -53,11 +53,7 @@ def tiny_prompt_vit(vit: nn.Module | None = None, *, trained: bool = True, **arg
 def attend_as_tokens(vit: nn.Module, x: Tensor, prompts: Tensor, behind: int | None = None) -> Tensor:
     """Class tokens (B, D) of a ViT whose blocks see prompts as further tokens, cut off again behind each block.
 
-    Args:
-        vit: of timm.
-        x: images, float (B, 3, H, W).
-        prompts: (B, L, P, D).
-        behind: the token that the prompts follow; None: the last.
+    Images x are float (B, 3, H, W), prompts (B, L, P, D); they follow the token ``behind``, or the last one.
     """
     h = vit._pos_embed(vit.patch_embed(x))  # (B, N, D)
     cut = h.shape[1] if behind is None else behind
@@ -77,16 +73,10 @@ def encode_layers(net: PromptViT, query: Tensor) -> tuple[Tensor, Tensor]:
 def prompted_as_tokens(
     net: PromptViT, x: Tensor, noise: Tensor | None = None, vits: tuple[nn.Module, nn.Module] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ASP's forward pass, step by step as its card counts them.
+    """ASP's forward pass, step by step as its card counts them: features (B, D), mu and sigma (B, L, p * D).
 
-    Args:
-        net: for its prompts and encoders.
-        x: images, float (B, 3, H, W).
-        noise: (B, L, p * D), scaled; None: none.
-        vits: the prompted one and the one that makes the query; None: both are the net's own.
-
-    Returns:
-        Features (B, D), mu and sigma (B, L, p * D).
+    ``net`` gives prompts and encoders, and both ViTs unless ``vits`` does: the prompted one and the query's. Images x
+    are float (B, 3, H, W); the noise (B, L, p * D) is scaled.
     """
     vit, query_vit = vits or (net.vit.network.network,) * 2
     with torch.no_grad():
@@ -102,12 +92,7 @@ def base_loss_as_tokens(
 ) -> dict[str, Tensor]:
     """The terms of the base session's loss before they are weighed, with a copy of its anchor for every image.
 
-    Args:
-        net: a PromptViT with a head.
-        images, labels: B of them.
-        anchors: one image for every class.
-        noise: (2B, L, p * D), of the images and of the copies.
-        vits: as in `prompted_as_tokens`.
+    There is one anchor for every class; noise is (2B, L, p * D), of the B images and of the copies.
     """
     both = torch.cat([images, anchors[labels]])
     features, mu, sigma = prompted_as_tokens(net.backbone, both, noise, vits)

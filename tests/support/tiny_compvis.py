@@ -39,18 +39,20 @@ TEXT_NAMES = {
 
 def compvis_weights(pipeline) -> dict[str, Tensor]:
     """A pipeline's weights under the names of the original code, with what else such a file holds."""
-    vae = {vae_name(key): as_compvis(key, value) for key, value in pipeline.vqvae.state_dict().items()}
-    sections = {
-        "model.diffusion_model.": {unet_name(key): value for key, value in pipeline.unet.state_dict().items()},
-        "first_stage_model.": vae,
-        "cond_stage_model.transformer.": {text_name(k): value for k, value in pipeline.bert.state_dict().items()},
-    }
-    named = {prefix + key: value for prefix, section in sections.items() for key, value in section.items()}
+    text = {f"cond_stage_model.transformer.{text_name(k)}": value for k, value in pipeline.bert.state_dict().items()}
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    return named | {"betas": betas, "logvar": torch.zeros(1000), "first_stage_model.loss.logvar": torch.zeros(1)}
+    unread = {"betas": betas, "logvar": torch.zeros(1000), "first_stage_model.loss.logvar": torch.zeros(1)}
+    return image_weights(pipeline.unet, pipeline.vqvae, LAYERS) | text | unread
 
 
-def unet_name(key: str, layers: int = LAYERS) -> str:
+def image_weights(unet, vae, layers: int) -> dict[str, Tensor]:
+    """Weights of UNet and VAE under the names of the original code."""
+    first = {f"model.diffusion_model.{unet_name(key, layers)}": value for key, value in unet.state_dict().items()}
+    second = {f"first_stage_model.{vae_name(key)}": as_compvis(key, value) for key, value in vae.state_dict().items()}
+    return first | second
+
+
+def unet_name(key: str, layers: int) -> str:
     """Blocks are counted through all levels: the input convolution first, then residual blocks and resamplers."""
     for old, new in UNET_ENDS.items():
         if key.startswith(old):

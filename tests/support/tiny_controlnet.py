@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.support.tiny_compvis import as_compvis, renamed, unet_name, vae_name
-from tests.support.tiny_ldm import clip_tokenizer, folder, tiny_stable_diffusion, tiny_unet
+from tests.support.tiny_compvis import image_weights, renamed, unet_name
+from tests.support.tiny_ldm import UNCHECKED, clip_encoder, clip_tokenizer, folder, tiny_stable_diffusion, tiny_unet
 
 HINT_NAMES = {"controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
               "controlnet_cond_embedding.conv_out.": "input_hint_block.14."}  # fmt: skip
@@ -52,37 +52,25 @@ def save(base, control) -> tuple[str, str]:
 def narrow_stable_diffusion():
     """Every layer of Stable Diffusion 1.x and of its ControlNet, a tenth as wide."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     widths, tokenizer = (32, 64, 128, 128), clip_tokenizer(folder())
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
     vae = AutoencoderKL(block_out_channels=widths, layers_per_block=LAYERS, down_block_types=["DownEncoderBlock2D"] * 4,
                         up_block_types=["UpDecoderBlock2D"] * 4)  # fmt: skip
     unet = UNet2DConditionModel(sample_size=64, block_out_channels=widths, cross_attention_dim=64)
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-    base = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    encoder = clip_encoder(tokenizer, width=64, heads=1)
+    base = StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, **UNCHECKED)
     return base, tiny_control(unet, hint_widths=(16, 32, 96, 256))
 
 
 def file_weights(base, control) -> dict[str, Tensor]:
     """What control_sd15_canny.pth would hold for these networks, with what else there is in it."""
-    text = {key.removeprefix("text_model."): value for key, value in base.text_encoder.state_dict().items()}
-    vae = {vae_name(key): as_compvis(key, value) for key, value in base.vae.state_dict().items()}
-    sections = {
-        "control_model.": {control_name(key): value for key, value in control.state_dict().items()},
-        "model.diffusion_model.": {unet_name(key, LAYERS): value for key, value in base.unet.state_dict().items()},
-        "first_stage_model.": vae,
-        "cond_stage_model.transformer.text_model.": text | {"embeddings.position_ids": torch.arange(77)[None]},
-    }
-    named = {prefix + key: value for prefix, section in sections.items() for key, value in section.items()}
-    return named | {"betas": torch.zeros(1000), "logvar": torch.zeros(1000)}
+    text = base.text_encoder.state_dict() | {"embeddings.position_ids": torch.arange(77)[None]}
+    text = {f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": text[key] for key in text}
+    edges = {f"control_model.{control_name(key)}": value for key, value in control.state_dict().items()}
+    unread = {"betas": torch.zeros(1000), "logvar": torch.zeros(1000)}
+    return edges | image_weights(base.unet, base.vae, LAYERS) | text | unread
 
 
 def control_name(key: str) -> str:

@@ -39,10 +39,10 @@ class TinyInversion(ClassInversion):
         return model
 
 
-def make_inversion(folder, seed: int = 7, kind: type = TinyInversion, class_names=None, **keys) -> ClassInversion:
+def make_inversion(folder, kind: type = TinyInversion, precision="fp32", class_names=None, **keys) -> ClassInversion:
     config = kind.Config.parse({"name": "tiny", **SHORT, **keys})
     dataset = toy_dataset()
-    run = Run(folder, seed, Runtime(["cpu"], "fp32"), progress=False)
+    run = Run(folder, 7, Runtime(["cpu"], precision), progress=False)
     return kind(config, run, dataset.num_classes, class_names or dataset.class_names, dataset)
 
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from synth.prompts import TRAIN_TEMPLATES
 
@@ -16,6 +17,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = sorted({word for template in TRAIN_TEMPLATES for word in template.replace("-", " - ").split()})
 BERT_WORDS = [*SPECIAL, *WORDS, "sculpture", "dog", "row", "##s"]
 CLIP_WORDS = ["a", "photo", "of", "sculpture", "dog", "*"]
+DDIM = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def folder() -> Path:
@@ -28,12 +31,9 @@ def folder() -> Path:
 @functools.cache
 def tiny_ldm_folder() -> str:
     """An LDM in diffusers' folder layout that draws grey images of 8x8 pixels, as the toy data set has them."""
-    return str(save_ldm(folder(), channels=1, vae_levels=2, latent_side=4))
-
-
-def save_ldm(path: Path, **sizes) -> Path:
-    tiny_ldm(**sizes).save_pretrained(path)
-    return path
+    path = folder()
+    tiny_ldm(channels=1, vae_levels=2, latent_side=4).save_pretrained(path)
+    return str(path)
 
 
 def tiny_ldm(channels: int = 3, vae_levels: int = 4, latent_side: int = 8, text_heads: int = 2):
@@ -46,35 +46,31 @@ def tiny_ldm(channels: int = 3, vae_levels: int = 4, latent_side: int = 8, text_
         vocab_size=len(BERT_WORDS), d_model=32, encoder_layers=2, encoder_attention_heads=text_heads, head_dim=8,
         encoder_ffn_dim=64,
     )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, **DDIM)
+    vae, bert, words = tiny_vae(channels, vae_levels), LDMBertModel(text).eval(), bert_tokenizer(folder())
     return LDMTextToImagePipeline(
-        vqvae=tiny_vae(channels, vae_levels), bert=LDMBertModel(text).eval(), tokenizer=bert_tokenizer(folder()),
-        unet=tiny_unet(latent_side), scheduler=scheduler,
-    )  # fmt: skip
+        vqvae=vae, bert=bert, tokenizer=words, unet=tiny_unet(latent_side), scheduler=scheduler
+    )
 
 
 def tiny_stable_diffusion(prediction_type: str = "v_prediction"):
     """The same with a CLIP text encoder, as Stable Diffusion has it."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     tokenizer = clip_tokenizer(folder())
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.001, beta_end=0.02, beta_schedule="scaled_linear", prediction_type=prediction_type,
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
-    return StableDiffusionPipeline(
-        vae=tiny_vae(3, 2), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=tiny_unet(8),
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.001, beta_end=0.02, prediction_type=prediction_type, **DDIM)
+    vae, encoder = tiny_vae(3, 2), clip_encoder(tokenizer, width=32, heads=2)
+    return StableDiffusionPipeline(vae, encoder, tokenizer, tiny_unet(8), scheduler, **UNCHECKED)
+
+
+def clip_encoder(tokenizer, width: int, heads: int):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=heads, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )).eval()  # fmt: skip
 
 
 def tiny_unet(latent_side: int):
@@ -121,3 +117,27 @@ def clip_tokenizer(path: Path):
     (path / "vocab.json").write_text(json.dumps(vocabulary))
     (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     return CLIPTokenizerFast.from_pretrained(path, model_max_length=77)
+
+
+# ---------------------------------------------------------------------- what tests do to folders
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Set keys; `...` takes one away."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def edit_weights(path: Path, change) -> None:
+    """Call ``change`` with the tensors of a safetensors file, which it may alter, and write them back."""
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def put_into_cache(cache: Path, name: str, files: str) -> Path:
+    """Leave behind what a download of the model `nobody/<name>` does, and return the folder of its files."""
+    repository = cache / f"models--nobody--{name}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    return Path(shutil.copytree(files, repository / "snapshots" / "abc"))

@@ -26,98 +26,62 @@ from utils.training.runtime import Runtime
 # The smallest settings of every source; a new source adds its own here and is then under contract.
 TINY_SOURCES = {
     "controlnet": {
-        "base": lambda: tiny_controlnet_folders()[0],
-        "controlnet": lambda: tiny_controlnet_folders()[1],
-        "short_side": 8,
-        "grid": 8,
-        "sample_steps": 2,
-        "guidance": 2.0,
-        "sample_batch": 4,
-        "syn_per_class": 3,
+        "base": lambda: tiny_controlnet_folders()[0], "controlnet": lambda: tiny_controlnet_folders()[1],
+        "short_side": 8, "grid": 8, "sample_steps": 2, "guidance": 2.0, "sample_batch": 4, "syn_per_class": 3,
     },
     "ddpm": {
-        "block_out_channels": [8, 8],
-        "layers_per_block": 1,
-        "attention_levels": [],
-        "attention_head_dim": 8,
-        "norm_num_groups": 4,
-        "first_task_num_steps": 3,
-        "num_steps": 3,
-        "batch_size": 8,
-        "ema_rate": 0.5,
-        "timestep_respacing": "ddim2",
-        "sample_batch": 4,
-        "syn_per_class": 3,
+        "block_out_channels": [8, 8], "layers_per_block": 1, "attention_levels": [], "attention_head_dim": 8,
+        "norm_num_groups": 4, "first_task_num_steps": 3, "num_steps": 3, "batch_size": 8, "ema_rate": 0.5,
+        "timestep_respacing": "ddim2", "sample_batch": 4, "syn_per_class": 3,
     },
     "ldm": {
         "ldm_ckpt": tiny_ldm_folder,  # a function: the model is made when it is first asked for
-        "samples_per_class": 12,
-        "g_local_bs": 6,
-        "sample_steps": 2,
-        "guidance": 2.0,
-        "sample_batch": 4,
+        "samples_per_class": 12, "g_local_bs": 6, "sample_steps": 2, "guidance": 2.0, "sample_batch": 4,
         "syn_per_class": 3,
     },
     "small_controlnet": {
-        "map_size": 16,
-        "block_out_channels": [8, 8],
-        "norm_num_groups": 4,
-        "unet_steps": 3,
-        "control_steps": 3,
-        "batch_size": 8,
-        "ema_rate": 0.5,
-        "sample_steps": 2,
-        "sample_batch": 4,
-        "syn_per_class": 3,
+        "map_size": 16, "block_out_channels": [8, 8], "norm_num_groups": 4, "unet_steps": 3, "control_steps": 3,
+        "batch_size": 8, "ema_rate": 0.5, "sample_steps": 2, "sample_batch": 4, "syn_per_class": 3,
     },
     "small_ldm": {
-        "vae_channels": [8, 8],
-        "vae_steps": 3,
-        "vae_batch_size": 8,
-        "block_out_channels": [8],
-        "attention_levels": [0],
-        "num_heads": 2,
-        "norm_num_groups": 2,
-        "vector_size": 8,
-        "num_tokens": 2,
-        "unet_steps": 3,
-        "unet_batch_size": 8,
-        "ema_rate": 0.5,
-        "samples_per_class": 12,
-        "g_local_bs": 6,
-        "sample_steps": 2,
-        "sample_batch": 4,
+        "vae_channels": [8, 8], "vae_steps": 3, "vae_batch_size": 8, "block_out_channels": [8], "attention_levels": [0],
+        "num_heads": 2, "norm_num_groups": 2, "vector_size": 8, "num_tokens": 2, "unet_steps": 3, "unet_batch_size": 8,
+        "ema_rate": 0.5, "samples_per_class": 12, "g_local_bs": 6, "sample_steps": 2, "sample_batch": 4,
         "syn_per_class": 3,
     },
-}
+}  # fmt: skip
 TINY_GUIDE = {
-    "convnet_type": "resnet20",
-    "classifier_init_lr": 0.05,
-    "disjoint_classifier_init_num_steps": 30,
-    "disjoint_classifier_num_steps": 4,
-    "classifier_scale_min_new": 1.0,
-    "guid_generation_interval": 3,
-    "timestep_respacing": "ddim2",
-    "classifier_augmentation": False,
-}
+    "convnet_type": "resnet20", "classifier_init_lr": 0.05, "disjoint_classifier_init_num_steps": 30,
+    "disjoint_classifier_num_steps": 4, "classifier_scale_min_new": 1.0, "guid_generation_interval": 3,
+    "timestep_respacing": "ddim2", "classifier_augmentation": False,
+}  # fmt: skip
 # What learners need that resnet20 and `TINY_TRAINING` do not serve.
 TINY_LEARNERS = {
     "asp": {
-        "convnet_type": "vit_tiny_patch16_224",
-        "pretrained": False,
+        "convnet_type": "vit_tiny_patch16_224", "pretrained": False,
         "backbone_args": {"patch_size": 2, "embed_dim": 48, "depth": 2, "num_heads": 2},
-        "pretrain_epochs": 8,
-        "pretrain_batch_size": 8,
-        "tuned_epoch": 2,
-        "fs_epoch": 2,
-        "fs_batch_size": 8,
+        "pretrain_epochs": 8, "pretrain_batch_size": 8, "tuned_epoch": 2, "fs_epoch": 2, "fs_batch_size": 8,
     },
     "dddr": {"com_round": 2, "local_ep": 1, "lr": 0.02, "scl_hidden": 8, "scl_size": 4},
     "guide": TINY_GUIDE,
     "guide_joint": TINY_GUIDE,
     "simplecil": {"pretrain_epochs": 8, "pretrain_batch_size": 8},
-}
+}  # fmt: skip
 TINY_TRAINING = {"init_epoch": 2, "epochs": 2, "init_lr": 0.05, "lrate": 0.05, "batch_size": 16}
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def interrupt(*call: Any, **keys: Any) -> None:
+    """Stands where a run is to be killed."""
+    raise Interrupted
+
+
+def without_clock(results: dict[str, Any]) -> dict[str, Any]:
+    """Results but for what two runs of the same bits may differ in."""
+    return {key: value for key, value in results.items() if key not in ("seconds", "command")}
 
 
 def toy_images(per_class: int, num_classes: int, key: str) -> ImageSet:
@@ -131,18 +95,10 @@ def toy_images(per_class: int, num_classes: int, key: str) -> ImageSet:
 def toy_dataset(num_classes: int = 6, per_class: int = 10) -> Dataset:
     """A data set that learners can really learn."""
     return Dataset(
-        name="toy",
-        train=toy_images(per_class, num_classes, "train"),
-        test=toy_images(4, num_classes, "test"),
-        class_names=[f"row {label}" for label in range(num_classes)],
-        image_size=8,
-        channels=1,
-        in_memory=True,
-        mean=(0.2, 0.2, 0.2),
-        std=(0.3, 0.3, 0.3),
-        augmentation="none",
-        source="made for tests",
-    )
+        name="toy", train=toy_images(per_class, num_classes, "train"), test=toy_images(4, num_classes, "test"),
+        class_names=[f"row {label}" for label in range(num_classes)], image_size=8, channels=1, in_memory=True,
+        mean=(0.2, 0.2, 0.2), std=(0.3, 0.3, 0.3), augmentation="none", source="made for tests",
+    )  # fmt: skip
 
 
 def tiny_source(name: str) -> dict[str, Any]:
@@ -178,11 +134,11 @@ def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) 
     return {**raw, **keys}
 
 
-def toy_experiment(learner: str, folder: Path, source: str | None = None, **keys: Any) -> Experiment:
+def toy_experiment(learner: str, folder: Path, source: str | None = None, data=None, **keys: Any) -> Experiment:
     """An experiment on the toy data, its folder claimed, ready to run; `ddpm` stands in where a source is needed."""
     if source is None and LEARNERS[learner].needs_source:
         source = "ddpm"
     config, _ = build_config(toy_raw(learner, folder, source, **keys))
     runtime = Runtime(config.device, config.precision)
     claim_machine(claim_folder(config, "toy", overwrite=False), runtime)
-    return Experiment(config, "toy", config.seed[0], toy_dataset(), runtime)
+    return Experiment(config, "toy", config.seed[0], data or toy_dataset(), runtime)

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from synth.base import ReplaySource
 from synth.replay import Features, Given, Redrawn, Replay, Stored, replay_kind
-from tests.synth.test_bank import Painter, drawn, greys, replay_of
+from tests.synth.test_bank import Painter, greys, replay_of
 from utils.data.images import FeatureSet, ImageSet
 from utils.run.config import RunConfig
 
 
-class Centres(ReplaySource):
+class Centres(Painter):
     """Makes features that tell label and copy, and notes under which keys."""
 
     samples = "features"
@@ -19,33 +18,24 @@ class Centres(ReplaySource):
         self.keys = {*getattr(self, "keys", ()), requests.key}
         return FeatureSet.of(torch.stack([requests.labels.float(), requests.copy.float()], 1), requests.labels)
 
-    def save(self, directory): ...
-
-    def load(self, directory): ...
-
 
 def learn(replay, index):
     """The source learns a task, and the replay hears of it."""
     task = replay.data.task(index)
     replay.source.fitted_classes |= set(task.classes)
     replay.learned(task)
-    return task
 
 
 def test_a_stored_class_is_drawn_once_when_its_source_has_learned_it_and_is_memory(tmp_path):
     replay = replay_of(Stored, tmp_path)
+    replay.learned(replay.data.task(0))
+    assert len(replay.drawn_of_new(replay.data.task(0))) == replay.source.drawn == 0  # it has not learned it
     learn(replay, 0), learn(replay, 1)
     assert replay.source.drawn == 12 and greys(replay.past(replay.data.task(1))) == [0, 1, 2, 20, 21, 22]
     assert len(replay.past(replay.data.task(2))) == 12 and replay.source.drawn == 12
     (line,) = replay.carried()
     size = sum(path.stat().st_size for path in (tmp_path / "bank").glob("task_*/*/*-*.png"))
     assert (line.name, line.nbytes, line.items.counts()) == ("bank", size, dict.fromkeys(range(4), 3))
-
-
-def test_what_a_source_has_not_learned_is_not_drawn(tmp_path):
-    replay = replay_of(Stored, tmp_path)
-    replay.learned(replay.data.task(0))
-    assert len(replay.drawn_of_new(replay.data.task(0))) == replay.source.drawn == 0
 
 
 def test_redrawn_classes_are_drawn_anew_before_every_task_and_nothing_is_carried(tmp_path):
@@ -56,24 +46,11 @@ def test_redrawn_classes_are_drawn_anew_before_every_task_and_nothing_is_carried
     assert replay.newest(0)[0].endswith("task_0/redraw_2/0/0-0.png")
 
 
-def test_given_images_are_memory_of_which_nothing_can_be_given_up(tmp_path):
-    drawn(tmp_path)
-    replay = replay_of(Given, tmp_path, need_syn_imgs=False)
-    assert len(replay.past(replay.data.task(2))) == 12
-    (line,) = replay.carried()
-    assert line.nbytes > 0 and line.items.counts() == {}
-
-
 def test_features_are_made_anew_before_every_task_and_nothing_is_carried(tmp_path):
-    replay = replay_of(Features, tmp_path)
-    replay.source = Centres(*vars_of(replay.source))
+    replay = replay_of(Features, tmp_path, source=Centres)
     made = replay.past(replay.data.task(2))
     assert made.labels.tolist() == [label for label in range(4) for _ in range(3)] and replay.carried() == []
     assert made.tensor()[:3].tolist() == [[0, 0], [0, 1], [0, 2]] and replay.source.keys == {(7, "painter", 2)}
-
-
-def vars_of(source):
-    return source.config, source.run, source.num_classes, source.class_names, source.dataset
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from learners.run.configure import build_config
 from synth import sample, train
 from synth.replay import Stored
 from synth.stored import keep_source
+from tests.support.sources import write_folders
 from tests.support.toy import tiny_source, toy_experiment, toy_images, toy_raw
-from utils.data.images import encode_image
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.files import load_tensors
 from utils.training.checkpoint import Checkpoints
@@ -33,16 +33,10 @@ def keeping(tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def kept(keeping) -> Path:
-    """Its seed's folder."""
-    return keeping.folder
-
-
 @pytest.fixture
-def copied(kept, tmp_path) -> Path:
-    """The same, to be spoilt."""
-    return shutil.copytree(kept / "sources", tmp_path / "copied" / "sources")
+def copied(keeping, tmp_path) -> Path:
+    """Its sources, to be spoilt."""
+    return shutil.copytree(keeping.folder / "sources", tmp_path / "copied" / "sources")
 
 
 def taking(folder, source_dir, **keys):
@@ -57,8 +51,9 @@ def outcome(run):
 
 
 def assert_same_outcome(one, other):
-    assert outcome(one)[0] == outcome(other)[0]
-    torch.testing.assert_close(outcome(one)[1], outcome(other)[1], rtol=0, atol=0)
+    (results, network), (others, weights) = outcome(one), outcome(other)
+    assert results == others
+    torch.testing.assert_close(network, weights, rtol=0, atol=0)
 
 
 def files(folder) -> dict[str, bytes]:
@@ -73,7 +68,7 @@ def purposes(run) -> set[str]:
 
 @pytest.mark.parametrize(
     ("source", "replay"),
-    [("ddpm", "keep"), ("ddpm", "redraw"), ("small_ldm", "keep")],  # small_ldm learns before the classifier
+    [("ddpm", "redraw"), ("small_ldm", "keep")],  # small_ldm learns before the classifier
 )
 def test_a_run_on_stored_sources_has_the_bits_of_the_run_that_trained_them(source, replay, tmp_path):
     first = experiment(tmp_path / "first", source, replay=replay, keep_sources=True)
@@ -84,36 +79,32 @@ def test_a_run_on_stored_sources_has_the_bits_of_the_run_that_trained_them(sourc
     assert purposes(first) > purposes(second) == {"train"}
 
 
-def test_another_learner_with_other_sampling_takes_the_same_sources(kept, tmp_path):
+def test_another_learner_with_other_sampling_takes_the_same_sources(keeping, tmp_path):
     drawn_otherwise = {"replay": "redraw", "timestep_respacing": "3", "sampler": "ddpm", "syn_per_class": 2}
     drawn_otherwise |= {"clip_x0": False}
-    run = taking(tmp_path, kept, learner="finetune", **drawn_otherwise, sample_batch=8, image_format="jpg")
+    run = taking(tmp_path, keeping.folder, learner="finetune", **drawn_otherwise, sample_batch=8, image_format="jpg")
     assert run.learn_all()["finished"] and run.learner.replay.source.fitted_classes == {0, 1, 2, 3}
-    stored = json.loads((kept / "sources" / "task_1" / "manifest.json").read_text())
+    stored = json.loads((keeping.folder / "sources" / "task_1" / "manifest.json").read_text())
     assert run.learner.replay.source.fingerprint() == stored["weights"]
 
 
 @pytest.mark.parametrize("place", [".", "..", "sources"])
-def test_a_source_dir_is_a_run_its_seed_or_their_sources(place, kept, tmp_path):
-    learner = taking(tmp_path, kept / place).check()
-    assert learner.replay.pupil.folder.resolve() == (kept / "sources").resolve()
+def test_a_source_dir_is_a_run_its_seed_or_their_sources(place, keeping, tmp_path):
+    learner = taking(tmp_path, keeping.folder / place).check()
+    assert learner.replay.pupil.folder.resolve() == (keeping.folder / "sources").resolve()
 
 
-def test_every_task_that_was_learned_is_kept_and_draws(kept, tmp_path):
-    assert sorted(path.name for path in (kept / "sources").iterdir()) == ["task_0", "task_1"]
-    command = ["--ckpt", str(kept / "sources" / "task_0"), "--num_samples", "2", "--output_dir", str(tmp_path)]
-    assert sample.main(command) == 0
+def test_every_task_that_was_learned_is_kept_and_draws(keeping, tmp_path):
+    sources = keeping.folder / "sources"
+    assert sorted(path.name for path in sources.iterdir()) == ["task_0", "task_1"]
+    assert sample.main(["--ckpt", f"{sources / 'task_0'}", "--num_samples", "2", "--output_dir", f"{tmp_path}"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1"]
 
 
-@pytest.mark.parametrize("fit_after_last_task", [False, True])
-def test_the_last_task_is_needed_only_where_the_source_learns_it(fit_after_last_task, kept, tmp_path):
-    run = taking(tmp_path, kept, fit_after_last_task=fit_after_last_task)
-    if not fit_after_last_task:
-        assert run.learn_all()["finished"]
-    else:
-        with pytest.raises(CheckpointError, match=r"no source of task 2 .*sources/task_2/manifest.json is not there"):
-            run.check()
+def test_the_last_task_is_needed_only_where_the_source_learns_it(keeping, tmp_path):
+    taking(tmp_path, keeping.folder).check()
+    with pytest.raises(CheckpointError, match=r"no source of task 2 .*sources/task_2/manifest.json is not there"):
+        taking(tmp_path / "learns it", keeping.folder, fit_after_last_task=True).check()
 
 
 def break_off(run, monkeypatch, owner, name, task):
@@ -135,18 +126,19 @@ STOPS = [(Stored, "past"), (Checkpoints, "save")]
 
 
 @pytest.mark.parametrize(("owner", "name"), STOPS)
-def test_a_run_that_was_cut_off_ends_with_the_same_sources(owner, name, kept, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_ends_with_the_same_sources(owner, name, keeping, tmp_path, monkeypatch):
     break_off(experiment(tmp_path, keep_sources=True), monkeypatch, owner, name, task=1)
     again = experiment(tmp_path, keep_sources=True)
     again.learn_all()
-    assert files(again.folder / "sources") == files(kept / "sources")
+    assert files(again.folder / "sources") == files(keeping.folder / "sources")
 
 
-def test_a_run_on_stored_sources_that_was_cut_off_ends_with_the_same_bits(keeping, kept, tmp_path, monkeypatch):
-    break_off(taking(tmp_path, kept), monkeypatch, *STOPS[0], task=1)
-    again = taking(tmp_path, kept)
+def test_a_run_on_stored_sources_that_was_cut_off_ends_with_the_same_bits(keeping, tmp_path, monkeypatch):
+    break_off(taking(tmp_path, keeping.folder), monkeypatch, *STOPS[0], task=1)
+    again = taking(tmp_path, keeping.folder)
     again.learn_all()
     assert_same_outcome(again, keeping)
+    assert purposes(keeping) > purposes(again) == {"train"}
 
 
 def test_a_kept_source_that_is_whole_is_left_alone_and_a_damaged_one_is_written_again(keeping, copied):
@@ -159,44 +151,34 @@ def test_a_kept_source_that_is_whole_is_left_alone_and_a_damaged_one_is_written_
     assert files(folder) == before
 
 
-# ---------------------------------------------------------------------- what is refused
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"synth.source_dir='nowhere/run': no such folder; name that of a run"):
-        experiment(tmp_path, source_dir="nowhere/run").check()
-
-
-def test_a_missing_task_is_missed_before_anything_is_learned(copied, tmp_path):
-    shutil.rmtree(copied / "task_1")
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda task: shutil.rmtree(task), r"no source of task 1 .*sources/task_1/manifest.json is not there"),
+        (lambda task: edit(task / "manifest.json", "{", "["), r"task_1/manifest.json is damaged"),
+        (lambda task: edit(task / "manifest.json", '"toy"', '"digits"'), 'dataset is "digits" there, "toy" here'),
+        (lambda task: (task / "source" / "network.safetensors").unlink(), "network.safetensors is missing or damaged"),
+    ],
+)
+def test_what_is_missing_or_of_other_data_is_said_before_anything_is_learned(spoil, said, copied, tmp_path):
+    spoil(copied / "task_1")
     run = taking(tmp_path, copied.parent)
-    with pytest.raises(CheckpointError, match=r"no source of task 1 .*sources/task_1/manifest.json is not there"):
+    with pytest.raises(CheckpointError, match=said):
         run.check()
     assert not (run.folder / "metrics.jsonl").exists()
 
 
-def test_a_run_without_the_seed_or_without_sources_says_where_it_looked(kept, tmp_path):
-    run = taking(tmp_path, kept.parent, keys={"seed": 8, "class_order_seed": 7})
-    with pytest.raises(CheckpointError, match=r"toy/seed_8/sources/task_0/manifest.json is not there.*keep_sources"):
-        run.check()
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
 
 
-def test_a_missing_file_is_missed_at_once_and_a_damaged_one_when_it_is_loaded(copied, tmp_path):
+def test_a_damaged_file_is_named_when_it_is_loaded(copied, tmp_path):
     path = copied / "task_1" / "source" / "generator.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     run = taking(tmp_path, copied)
     run.check()
     with pytest.raises(CheckpointError, match=r"task_1/source/generator.safetensors is missing or damaged: Name"):
         run.learn_all()
-    path.unlink()
-    with pytest.raises(CheckpointError, match=r"task_1/source/generator.safetensors is missing or damaged: Name"):
-        run.check()
-
-
-def test_a_damaged_manifest_is_named(copied, tmp_path):
-    (copied / "task_0" / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"task_0/manifest.json is damaged"):
-        taking(tmp_path, copied).check()
 
 
 @pytest.mark.parametrize(
@@ -210,25 +192,15 @@ def test_a_damaged_manifest_is_named(copied, tmp_path):
         ({}, {"num_steps": 4}, r"settings.num_steps is 3 there, 4 here"),
     ],
 )
-def test_a_source_of_something_else_is_refused_with_the_first_difference(keys, synth, said, kept, tmp_path):
+def test_a_source_of_something_else_is_refused_with_the_first_difference(keys, synth, said, keeping, tmp_path):
     with pytest.raises(CheckpointError, match=f"sources/task_0 is of another run: {said}. Name another"):
-        taking(tmp_path, kept, keys=keys, **synth).check()
-
-
-def test_a_source_of_another_data_set_is_refused(copied, tmp_path):
-    path = copied / "task_0" / "manifest.json"
-    path.write_text(path.read_text().replace('"toy"', '"digits"'))
-    with pytest.raises(CheckpointError, match='dataset is "digits" there, "toy" here'):
-        taking(tmp_path, copied).check()
+        taking(tmp_path, keeping.folder, keys=keys, **synth).check()
 
 
 def test_stored_sources_and_given_images_exclude_each_other(tmp_path):
     synth = {**tiny_source("ddpm"), "source_dir": "kept", "need_syn_imgs": False}
-    with pytest.raises(ConfigError, match=r"synth.source_dir='kept': with need_syn_imgs=false"):
+    with pytest.raises(ConfigError, match=r"synth.source_dir='kept': no source is used where need_syn_imgs=false"):
         build_config(toy_raw("finetune", tmp_path, synth=synth))
-
-
-# ---------------------------------------------------------------------- config, plan and command line
 
 
 def test_keeping_sources_is_no_part_of_a_runs_identity_and_taking_them_is(tmp_path):
@@ -239,25 +211,19 @@ def test_keeping_sources_is_no_part_of_a_runs_identity_and_taking_them_is(tmp_pa
     assert "keep_sources" not in identity()["synth"] and identity()["synth"]["num_steps"] == 3
 
 
-@pytest.fixture
-def on_disk(tmp_path, monkeypatch) -> Path:
-    """A place with a data set of six classes in folders and an experiment on it."""
-    monkeypatch.chdir(tmp_path)
-    images = toy_images(4, 6, "stored")
-    for position, label in enumerate(images.labels.tolist()):
-        for split in ("train", "test"):
-            path = tmp_path / "data" / "rows" / split / f"row {label}" / f"{position}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_image(images.image(position), ".png"))
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory) -> Path:
+    """A place with a data set in folders, and sources that `synth.train` and a run have kept."""
+    place = tmp_path_factory.mktemp("on_disk")
+    write_folders(place / "data" / "rows", toy_images(4, 6, "stored"), [f"row {label}" for label in range(6)])
     keys = {"dataset": "rows", "seed": [7, 8], "output_dir": "outputs", "init_epoch": 1, "epochs": 1, "shuffle": True}
-    raw = toy_raw("finetune", tmp_path, synth=tiny_source("ddpm"), **keys)
-    (tmp_path / "exp.json").write_text(json.dumps(raw))
-    return tmp_path
-
-
-def fit(folder, *overrides) -> int:
-    command = ["--config", "exp.json", "--ckpt_save_dir", folder, "--seed", "7"]
-    return train.main([*command, *(part for text in overrides for part in ("--set", text))])
+    (place / "exp.json").write_text(json.dumps(toy_raw("finetune", place, synth=tiny_source("ddpm"), **keys)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        fit = ["--config", "exp.json", "--ckpt_save_dir", "fitted", "--seed", "7"]
+        assert train.main([*fit, "--set", "synth.keep_sources=true"]) == 0
+        assert start("first", "seed=7", "synth.keep_sources=true") == 0
+    return place
 
 
 def start(name, *overrides, flags=()) -> int:
@@ -265,9 +231,11 @@ def start(name, *overrides, flags=()) -> int:
     return main.main([*command, *(part for text in overrides for part in ("--set", text))])
 
 
-def test_a_folder_of_synth_train_serves_as_well_and_holds_the_same_sources(on_disk, capsys):
-    assert fit("fitted", "synth.keep_sources=true") == 0
-    assert start("first", "seed=7", "synth.keep_sources=true") == 0
+def test_a_folder_of_synth_train_serves_as_well_and_holds_the_same_sources(on_disk, monkeypatch, capsys):
+    monkeypatch.chdir(on_disk)
+    assert start("second", "seed=7", "synth.source_dir=fitted", flags=["--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert "no source is trained: each task's comes from fitted/sources" in planned and "trained 3 steps" not in planned
     assert start("second", "seed=7", "synth.source_dir=fitted") == 0
     ours = {path: content for path, content in files("fitted/sources").items() if not path.startswith("task_2/")}
     assert ours == files("outputs/first/seed_7/sources")
@@ -275,22 +243,15 @@ def test_a_folder_of_synth_train_serves_as_well_and_holds_the_same_sources(on_di
     assert matrices[0]["accuracy_matrix"] == matrices[1]["accuracy_matrix"]
 
 
-def test_every_seed_looks_for_its_own_sources_before_the_first_one_learns(on_disk, capsys):
-    assert fit("first/seed_7", "synth.keep_sources=true") == 0
-    assert start("second", "synth.source_dir=first") == 2
-    assert "first/seed_8/sources/task_0/manifest.json is not there" in capsys.readouterr().err
-    assert not Path("outputs/second").exists()
-
-
-def test_a_training_without_the_key_keeps_none_and_the_remedy_is_named(on_disk, capsys):
-    assert fit("fitted") == 0 and not Path("fitted/sources").exists()
-    assert start("second", "seed=7", "synth.source_dir=fitted") == 2
-    assert "fitted/sources/task_0/manifest.json is not there. Sources are kept by" in capsys.readouterr().err
-
-
-def test_the_plan_says_where_sources_come_from(on_disk, capsys):
-    assert fit("fitted", "synth.keep_sources=true") == 0
-    capsys.readouterr()
-    assert start("second", "seed=7", "synth.source_dir=fitted", flags=["--plan"]) == 0
-    planned = capsys.readouterr().out
-    assert "no source is trained: each task's comes from fitted/sources" in planned and "trained 3 steps" not in planned
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["synth.source_dir=nowhere/run"], "synth.source_dir='nowhere/run': no such folder; name that of a run"),
+        (["synth.source_dir=outputs/first"], "first/seed_8/sources/task_0/manifest.json is not there"),  # of 7 and 8
+        (["seed=7", "synth.source_dir=data"], "data/sources/task_0/manifest.json is not there. Sources are kept by"),
+    ],
+)
+def test_every_seed_looks_for_its_sources_before_the_first_one_learns(overrides, said, on_disk, monkeypatch, capsys):
+    monkeypatch.chdir(on_disk)
+    assert start("third", *overrides) == 2
+    assert said in capsys.readouterr().err and not Path("outputs/third").exists()

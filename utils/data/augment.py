@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
+from utils.data.crops import Range
+
 IMAGENET_POLICY = AutoAugment(AutoAugmentPolicy.IMAGENET)
 
 
@@ -33,7 +35,7 @@ def rotate(images: Tensor, degrees: float, p: float, generator: torch.Generator)
     Returns:
         (B, C, H, W).
     """
-    count, height, width = len(images), images.shape[-2], images.shape[-1]
+    count, _, height, width = images.shape
     angle = _uniform(count, -degrees, degrees, generator).deg2rad().to(images.device)
     chosen = (torch.rand(count, 1, 1, 1, generator=generator) < p).to(images.device)
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
@@ -72,9 +74,7 @@ def jiggle(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     return images
 
 
-def erase(
-    images: Tensor, p: float, area: tuple[float, float], aspect: tuple[float, float], generator: torch.Generator
-) -> Tensor:
+def erase(images: Tensor, p: float, area: Range, aspect: Range, generator: torch.Generator) -> Tensor:
     """Blacken a random rectangle of some images.
 
     A rectangle is as likely to be tall as wide, its aspect uniform on either side of 1. A side that would be longer
@@ -91,15 +91,15 @@ def erase(
         (B, C, H, W).
     """
     assert aspect[0] <= 1 <= aspect[1], f"aspects {aspect} must lie around 1"
-    count, height, width = len(images), images.shape[-2], images.shape[-1]
+    count, _, height, width = images.shape
     size = height * width * _uniform(count, *area, generator)  # pixels
     tall, wide = _uniform(count, 1, aspect[1], generator), _uniform(count, aspect[0], 1, generator)
     ratio = tall.where(torch.rand(count, generator=generator) < 0.5, wide)
     rows = _draw_stretch((size * ratio).sqrt(), height, generator)  # (B, H)
     columns = _draw_stretch((size / ratio).sqrt(), width, generator)  # (B, W)
     rows &= torch.rand(count, 1, generator=generator) < p
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0)
+    erased = rows.to(images.device)[:, None, :, None] & columns.to(images.device)[:, None, None, :]  # (B, 1, H, W)
+    return images.masked_fill(erased, 0)
 
 
 def auto_augment(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -115,11 +115,10 @@ def auto_augment(image: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         uint8 (C, H, W).
     """
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
     # torchvision draws from the CPU's global generator alone. `torch.manual_seed` would reach a GPU's as well, which
     # the fork does not restore.
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
         return IMAGENET_POLICY(image)
 
 
@@ -145,7 +144,7 @@ def hsv_to_rgb(images: Tensor) -> Tensor:
 
 
 def _recolour(images: Tensor, saturation: Tensor | float = 1.0, turns: Tensor | float = 0.0) -> Tensor:
-    if images.shape[1] == 1:
+    if images.shape[1] == 1:  # grey
         return images
     hue, strength, value = rgb_to_hsv(images).split(1, dim=1)
     return hsv_to_rgb(torch.cat([hue + turns, (strength * saturation).clamp(max=1), value], dim=1))

@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from utils.data.images import FeatureSet, ImageSet, Samples
 from utils.data.transforms import stack_by_size
@@ -130,6 +131,9 @@ class ShuffledBatches(Batches):
         return pick[rank::world] if len(pick) >= world else pick
 
 
+NO_FEATURES = FeatureSet()
+
+
 class ImageBatches(ShuffledBatches):
     """Shuffled, augmented batches of images that are real, replayed or both.
 
@@ -137,26 +141,23 @@ class ImageBatches(ShuffledBatches):
         images: what stands for the present, and exemplars.
         replay: what stands for old classes beside them; None for none.
         loading: see `Loading`.
+        features: what stands for old classes behind the images; see `MixedBatches`.
     """
 
-    def __init__(self, images: ImageSet, replay: ImageSet | None, loading: Loading):
-        everything = images if replay is None else images + replay
-        super().__init__(everything.labels, loading)
-        self._take_labels(everything, len(images))
+    def __init__(self, images: ImageSet, replay: ImageSet | None, loading: Loading, features: FeatureSet = NO_FEATURES):
+        shown = images if replay is None else images + replay
+        samples = Samples(shown.parts + features.parts)
+        super().__init__(samples.labels, loading)
+        self.is_replay = torch.arange(len(samples), device=self.device) >= len(images)
+        soft_targets = samples.soft_targets()
+        self.soft_targets = None if soft_targets is None else soft_targets.to(self.device)
         self.transform = loading.transform
         if self.transform.whole_batch:
             # Mostly one tensor; replay of another size than the real images makes a second one.
-            stores = stack_by_size(everything, partial(self.transform.keep, training=True))
+            stores = stack_by_size(shown, partial(self.transform.keep, training=True))
             self.stores = [pixels.to(self.device) for pixels in stores]
         else:
-            self.images = everything
-
-    def _take_labels(self, samples: Samples, num_present: int) -> None:
-        """Take labels and soft targets of all samples, of which those after ``num_present`` stand for old classes."""
-        self.labels = samples.labels.to(self.device)
-        self.is_replay = torch.arange(len(samples), device=self.device) >= num_present
-        soft_targets = samples.soft_targets()
-        self.soft_targets = None if soft_targets is None else soft_targets.to(self.device)
+            self.images = shown
 
     def rows(self, epoch: int) -> Tensor:
         """Return where the image lies that stands for each sample in this epoch, int64 (N,)."""
@@ -180,8 +181,8 @@ class ImageBatches(ShuffledBatches):
         if self.transform.whole_batch:
             yield from (self.take(rows[pick], generator) for pick, generator in zip(picks, generators))
         else:
-            loaded = self._load(picks, rows, epoch)
-            yield from (self.transform.train(pixels, generator) for pixels, generator in zip(loaded, generators))
+            for pixels, generator in zip(self._load(picks, rows, epoch), generators):
+                yield self.transform.train(pixels, generator)
 
     def take(self, rows: Tensor, augment: torch.Generator) -> Tensor:
         """Return augmented float (B, C, S, S): images of one size together, then all in the order of the rows."""
@@ -202,8 +203,9 @@ class ImageBatches(ShuffledBatches):
     def _load(self, picks: list[Tensor], rows: Tensor, epoch: int) -> Iterator[Tensor]:
         """Yield uint8 (B, C, S, S) on the device, one per pick, decoded and cropped by workers."""
         loader = DataLoader(
-            _Decoded(self.images, self.transform.load_train, (*self.loading.key, "crop", epoch)),
-            batch_sampler=[list(zip(rows[pick].tolist(), pick.tolist())) for pick in picks],
+            [list(zip(rows[pick].tolist(), pick.tolist())) for pick in picks],
+            batch_size=None,  # each entry is one already
+            collate_fn=partial(_decode_training, self.images, self.transform, (*self.loading.key, "crop", epoch)),
             num_workers=self.loading.num_workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -220,9 +222,8 @@ class MixedBatches(ImageBatches):
     """
 
     def __init__(self, images: ImageSet, features: FeatureSet, loading: Loading):
-        super().__init__(images, None, loading)
+        super().__init__(images, None, loading, features)
         self.num_images, self.features = len(images), features.tensor().to(self.device)
-        self._take_labels(Samples([*images.parts, *features.parts]), self.num_images)
 
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
         # Images first, so that the rows of images and features behind each other are those of the labels.
@@ -253,32 +254,24 @@ class PairedBatches(Batches):
         return len(self.current)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        beside = self._endless(epoch * len(self) + start)
-        for batch in self.current.epoch(epoch, start):
-            yield replace(batch, replay=next(beside))
-
-    def _endless(self, step: int) -> Iterator[Batch]:
-        epoch, start = divmod(step, len(self.replay))
-        while True:
-            yield from self.replay.epoch(epoch, start)
-            epoch, start = epoch + 1, 0
+        current, skipped = divmod(epoch * len(self) + start, len(self.replay))
+        later = chain.from_iterable(self.replay.epoch(number) for number in count(current + 1))
+        beside = chain(self.replay.epoch(current, skipped), later)
+        for batch, replayed in zip(self.current.epoch(epoch, start), beside):
+            yield replace(batch, replay=replayed)
 
 
-class _Decoded(Dataset):
-    """Large images, decoded and cropped in a worker; every sample's crop has its own key, whatever image it shows."""
+def _decode_training(images: ImageSet, transform, key: tuple, places: list[tuple[int, int]]) -> Tensor:
+    """Load one batch in a worker: of every place, the image at a row for the sample that it stands for.
 
-    def __init__(self, images: ImageSet, load, key: tuple | None):
-        self.images, self.load, self.key = images, load, key
+    Every sample's crop has its own key, whatever image it shows.
+    """
+    loaded = [transform.load_train(images.image(row), seeding.generator(*key, sample)) for row, sample in places]
+    return torch.stack([image.contiguous() for image in loaded])
 
-    def __len__(self) -> int:
-        return len(self.images)
 
-    def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
-        """Load the test image at a position, or the training image at a row for the sample that it stands for."""
-        if self.key is None:
-            return self.load(self.images.image(place)).contiguous()
-        row, sample = place
-        return self.load(self.images.image(row), seeding.generator(*self.key, sample)).contiguous()
+def _decode_test(images: ImageSet, transform, rows: list[int]) -> Tensor:
+    return torch.stack([transform.load_test(images.image(row)).contiguous() for row in rows])
 
 
 def test_batches(images: ImageSet, transform, batch_size: int, device, num_workers: int = 0) -> Iterator[Tensor]:
@@ -287,7 +280,8 @@ def test_batches(images: ImageSet, transform, batch_size: int, device, num_worke
         stores = stack_by_size(images, partial(transform.keep, training=False))
         chunks = (chunk for pixels in stores for chunk in pixels.split(batch_size))
     else:
-        chunks = DataLoader(_Decoded(images, transform.load_test, None), batch_size, num_workers=num_workers)
+        decode = partial(_decode_test, images, transform)
+        chunks = DataLoader(range(len(images)), batch_size, num_workers=num_workers, collate_fn=decode)
     yield from (transform.test(chunk.to(device)) for chunk in chunks)
 
 

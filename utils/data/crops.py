@@ -9,6 +9,8 @@ import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
+Range = tuple[float, float]
+
 
 def shift_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Crop a zero-padded batch at random and mirror some of its images, all in one gather.
@@ -22,25 +24,20 @@ def shift_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Ge
     Returns:
         (B, C, H, W), the same dtype.
     """
-    size, height, width = len(images), images.shape[-2], images.shape[-1]
-    top = torch.randint(2 * padding + 1, (size, 1), generator=generator)
-    left = torch.randint(2 * padding + 1, (size, 1), generator=generator)
-    rows = torch.arange(height) + top  # (B, H)
-    columns = (torch.arange(width) + left).where(
-        torch.rand(size, 1, generator=generator) < 0.5 if flip else torch.ones(size, 1, dtype=torch.bool),
-        torch.arange(width).flip(0) + left,
-    )
+    count, _, height, width = images.shape
+    rows = torch.arange(height) + torch.randint(2 * padding + 1, (count, 1), generator=generator)  # (B, H)
+    columns = torch.arange(width) + torch.randint(2 * padding + 1, (count, 1), generator=generator)  # (B, W)
+    if flip:
+        columns = columns.where(torch.rand(count, 1, generator=generator) < 0.5, columns.flip(1))
     padded = torch.nn.functional.pad(images, (padding,) * 4) if padding else images
     rows, columns = rows.to(images.device), columns.to(images.device)
-    batch = torch.arange(size, device=images.device)
+    batch = torch.arange(count, device=images.device)
     # Channels move last so that one index fetches a whole pixel; the result is in channels_last order.
     picked = padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2)
 
 
-def crop_boxes(
-    count: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def crop_boxes(count: int, height: int, width: int, scale: Range, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Draw boxes as torchvision's RandomResizedCrop does: area in ``scale``, aspect from 3/4 to 4/3.
 
     Returns:
@@ -51,9 +48,8 @@ def crop_boxes(
     ratio = torch.empty(count, 10).uniform_(-1, 1, generator=generator).mul(torch.tensor(4 / 3).log()).exp()
     widths, heights = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)  # (count, 10)
-    first, found, side = fits.int().argmax(1, keepdim=True), fits.any(1), min(height, width)
-    h = heights.gather(1, first).flatten().where(found, torch.tensor(side))
-    w = widths.gather(1, first).flatten().where(found, torch.tensor(side))
+    first, found = fits.int().argmax(1, keepdim=True), fits.any(1)
+    h, w = (sides.gather(1, first).flatten().where(found, min(height, width)) for sides in (heights, widths))
     top, left = (
         (torch.rand(count, generator=generator) * (room + 1)).long().where(found, torch.round(room / 2).long())
         for room in (height - h, width - w)
@@ -61,15 +57,13 @@ def crop_boxes(
     return top, left, h, w
 
 
-def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
+def random_resized_crop(image: Tensor, size: int, scale: Range, generator: torch.Generator) -> Tensor:
     """Cut a random box out of one image, uint8 (C, H, W), and resize it to (C, size, size); see ``crop_boxes``."""
     top, left, h, w = (int(number) for number in crop_boxes(1, *image.shape[-2:], scale, generator))
     return F.resized_crop(image, top, left, h, w, [size, size], antialias=True)
 
 
-def crop_and_flip(
-    images: Tensor, size: int, scale: tuple[float, float], flip: bool, generator: torch.Generator
-) -> Tensor:
+def crop_and_flip(images: Tensor, size: int, scale: Range, flip: bool, generator: torch.Generator) -> Tensor:
     """Cut and enlarge random boxes of a batch of small images, and mirror some, in two matrix products.
 
     It is bilinear and equals ``random_resized_crop`` within rounding. Antialiasing is left out, since it has no effect

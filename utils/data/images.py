@@ -6,24 +6,28 @@ Features, float32 (N, D), are the other kind of samples that a replay source may
 from __future__ import annotations
 
 import io
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
 
 from utils.run.errors import DataError
 
-S = TypeVar("S", bound="Samples")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -35,28 +39,18 @@ def decode_image(path: str | Path) -> Tensor:
     """
     with _opened(path) as image:
         if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
-            pixels = (np.array(image) >> 8).astype(np.uint8)
-        else:
-            pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    return torch.from_numpy(pixels).unsqueeze(0) if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1)
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        return pil_to_tensor(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
-class Header(NamedTuple):
-    """Size of an image file in pixels, and whether it has one channel."""
-
-    height: int
-    width: int
-    grey: bool
-
-
-def read_header(path: str) -> Header:
-    """Read what a file says of its image, without decoding it.
+def read_header(path: str) -> tuple[int, int, bool]:
+    """Return height, width and whether the image has one channel, as its file says, without decoding it.
 
     Raises:
         DataError: if it is no image; the message names it.
     """
     with _opened(path) as image:
-        return Header(image.height, image.width, image.mode in ("1", "L"))
+        return image.height, image.width, image.mode in ("1", "L")
 
 
 @contextmanager
@@ -69,23 +63,17 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def encode_image(image: Tensor, suffix: str) -> bytes:
-    """One uint8 (C, H, W) image as the bytes of a PNG, or a JPEG of quality 95."""
-    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    """Turn one uint8 (C, H, W) image into the bytes of a PNG, or of a JPEG of quality 95."""
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG" if suffix == ".png" else "JPEG", quality=95)
+    to_pil_image(image).save(buffer, "PNG" if suffix == ".png" else "JPEG", quality=95)
     return buffer.getvalue()
 
 
-def image_sizes(images: ImageSet) -> Counter[tuple[int, int]]:
-    """(height, width) of all images and how many have it; of files only the header is read."""
-    sizes: Counter[tuple[int, int]] = Counter()
-    for part in images.parts:
-        if isinstance(part.images, Tensor):
-            sizes[tuple(part.images.shape[-2:])] += len(part.images)
-        else:
-            with ThreadPoolExecutor() as pool:
-                sizes.update((header.height, header.width) for header in pool.map(read_header, part.images))
-    return sizes
+def map_in_threads(function: Callable[[str], Any], paths: Sequence[str], description: str) -> list[Any]:
+    """Apply a function to every path, in order; the first error ends the work."""
+    with ThreadPool(min(32, (os.cpu_count() or 1) + 4)) as pool:  # more than cores: reading waits for the disk
+        # 256 files per job: a job for each file would cost more than reading its header.
+        return list(tqdm(pool.imap(function, paths, 256), description, len(paths), delay=2, leave=False))
 
 
 @dataclass(frozen=True)
@@ -122,28 +110,18 @@ class Part:
         columns = {name: column[positions] for name, column in self.columns.items()}
         return Part(taken, self.labels[positions], columns)
 
-    def decoded(self) -> Part:
-        """Read the images into memory; all files of the part must have one size."""
-        if isinstance(self.images, Tensor):
-            return self
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(decode_image, self.images))
-        for path, image in zip(self.images, images):
-            if image.shape != images[0].shape:
-                raise DataError(
-                    f"{path} has shape {tuple(image.shape)}, but {self.images[0]} has {tuple(images[0].shape)}: "
-                    "images that are kept in memory must have one size"
-                )
-        return replace(self, images=torch.stack(images))
-
 
 def _joined(parts: list[Part]) -> Part:
     """Join parts of one kind that have the same columns."""
-    labels = torch.cat([part.labels for part in parts])
+    images = [part.images for part in parts]
+    joined = torch.cat(images) if isinstance(images[0], Tensor) else tuple(chain(*images))
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
-    if isinstance(parts[0].images, Tensor):
-        return Part(torch.cat([part.images for part in parts]), labels, columns)
-    return Part(tuple(path for part in parts for path in part.images), labels, columns)
+    return Part(joined, torch.cat([part.labels for part in parts]), columns)
+
+
+def _in_one_row(pieces: Iterable[Tensor]) -> Tensor:
+    """Join int64 (n,) tensors; of none, it is empty."""
+    return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
 
 
 class Samples:
@@ -151,18 +129,17 @@ class Samples:
 
     def __init__(self, parts: Iterable[Part] = ()):
         self.parts = tuple(part for part in parts if len(part.labels))
-        labels = [part.labels for part in self.parts]
-        self.labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)  # (N,)
+        self.labels = _in_one_row(part.labels for part in self.parts)  # (N,)
 
     @classmethod
-    def of(cls: type[S], images: Tensor | Sequence[str], labels: Tensor, **columns: Tensor) -> S:
+    def of(cls, images: Tensor | Sequence[str], labels: Tensor, **columns: Tensor) -> Self:
         """Make one part; see `Part`."""
         return cls([Part(images if isinstance(images, Tensor) else tuple(images), labels, columns)])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __add__(self: S, other: S) -> S:
+    def __add__(self, other: Self) -> Self:
         return type(self)(self.parts + other.parts)
 
     @property
@@ -175,7 +152,7 @@ class Samples:
         """The labels that occur, ascending."""
         return self.labels.unique().tolist()
 
-    def take(self: S, positions: Sequence[int] | Tensor) -> S:
+    def take(self, positions: Sequence[int] | Tensor) -> Self:
         """Return the samples at these positions, in this order where they lie in one part, else part by part."""
         positions = torch.as_tensor(positions, dtype=torch.int64)
         parts, start = [], 0
@@ -185,19 +162,19 @@ class Samples:
             start += len(part.labels)
         return type(self)(parts)
 
-    def select(self: S, classes: Iterable[int]) -> S:
+    def select(self, classes: Iterable[int]) -> Self:
         """Return the samples of these classes, in their stored order."""
         wanted = torch.isin(self.labels, torch.tensor(list(classes), dtype=torch.int64))
         return self.take(wanted.nonzero().flatten())
 
-    def first_of_each(self: S, per_class: int) -> S:
+    def first_of_each(self, per_class: int) -> Self:
         """Return the first samples of every class, as they are stored."""
-        kept = [(self.labels == label).nonzero().flatten()[:per_class] for label in self.classes]
-        return self.take(torch.cat(kept).sort().values) if kept else self
+        kept = _in_one_row((self.labels == label).nonzero().flatten()[:per_class] for label in self.classes)
+        return self.take(kept.sort().values)
 
-    def relabelled(self: S, labels: Tensor) -> S:
+    def relabelled(self, labels: Tensor) -> Self:
         """Return the same samples with other labels, int64 (N,)."""
-        pieces = labels.split([len(part.labels) for part in self.parts]) if self.parts else ()
+        pieces = labels.split([len(part.labels) for part in self.parts])
         return type(self)(replace(part, labels=piece) for part, piece in zip(self.parts, pieces))
 
     def counts(self, num_classes: int) -> Tensor:
@@ -206,24 +183,21 @@ class Samples:
 
     def items(self) -> Tensor:
         """Return the exemplar that each sample is made of, int64 (N,); -1 for none."""
-        columns = [part.columns.get("items", torch.full_like(part.labels, -1)) for part in self.parts]
-        return torch.cat(columns) if columns else torch.empty(0, dtype=torch.int64)
+        return _in_one_row(part.columns.get("items", torch.full_like(part.labels, -1)) for part in self.parts)
 
     def soft_targets(self) -> Tensor | None:
         """Return a distribution over classes per sample, (N, K): its own, else its label's; None if none has one.
 
         Samples kept from an earlier task know fewer classes than K: later ones have probability 0 there.
         """
-        own = [part.columns.get("soft_targets") for part in self.parts]
-        widths = [targets.shape[1] for targets in own if targets is not None]
+        widths = [part.columns["soft_targets"].shape[1] for part in self.parts if "soft_targets" in part.columns]
         if not widths:
             return None
-        width = max([*widths, int(self.labels.max()) + 1])
-        hard = F.one_hot(self.labels, width).float().split([len(part.labels) for part in self.parts])
-        return torch.cat([
-            rows if targets is None else F.pad(targets, (0, width - targets.shape[1]))
-            for rows, targets in zip(hard, own)
-        ])  # fmt: skip
+        width, rows = max(*widths, int(self.labels.max()) + 1), []
+        for part in self.parts:
+            targets = part.columns.get("soft_targets", F.one_hot(part.labels, width).float())
+            rows.append(F.pad(targets, (0, width - targets.shape[1])))
+        return torch.cat(rows)
 
 
 class FeatureSet(Samples):
@@ -244,12 +218,7 @@ class ImageSet(Samples):
             size = part.images.shape[1:] if isinstance(part.images, Tensor) else None
             return size, {name: column.shape[1:] for name, column in part.columns.items()}
 
-        stretches = groupby(self.parts, key=kind)
-        return ImageSet(_joined(list(parts)) for _, parts in stretches)
-
-    def decoded(self) -> ImageSet:
-        """Return the same images with every part in memory."""
-        return ImageSet(part.decoded() for part in self.parts)
+        return ImageSet(_joined(list(parts)) for _, parts in groupby(self.parts, kind))
 
     def image(self, position: int) -> Tensor:
         """Return one image, uint8 (C, H, W)."""

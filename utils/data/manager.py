@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils.data import subsets
 from utils.data.datasets import Dataset
-from utils.data.images import ImageSet, image_sizes
+from utils.data.images import ImageSet, map_in_threads, read_header
 from utils.run.config import RunConfig
 from utils.run.errors import SealedDataError
 from utils.training import seeding
@@ -32,7 +32,7 @@ class Split:
     Args:
         init_cls, increment: classes in the first and in every later task; the last may be smaller.
         limit_tasks: keep only so many tasks, as if the classes of the others did not exist; None: all.
-        shuffle: permute the classes by ``order_seed`` (PyCIL); else the data set's own order.
+        shuffle: permute the classes by ``order_seed`` (PyCIL); else they come by id.
         run_seed: seed of few-shot and validation draws; None: ``order_seed``.
         kshot: training images per class after the first task; 0: all.
         few_shot_draw: "reference" is the reference's draw (Liu et al., arXiv:2403.09857).
@@ -51,11 +51,6 @@ class Split:
     imb_factor: float = 1.0
     imb_type: Literal["exp", "step"] = "exp"
     val_share: float = 0.0
-
-    @property
-    def draw_seed(self) -> int:
-        """The seed of few-shot and validation draws."""
-        return self.order_seed if self.run_seed is None else self.run_seed
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,9 @@ class DataManager:
         upper_bound: allow ``all_seen_images``.
 
     Attributes:
+        task_sizes: new classes of each of the ``num_tasks`` tasks; they sum to ``num_classes``.
+        class_order: original class ids in the order of learning; ``class_names`` are theirs.
+        class_counts: training images per class in learning order, after every subset.
         few_shot_indices: by class, positions of its few shots within its images in the data set.
 
     Raises:
@@ -103,12 +101,14 @@ class DataManager:
         self.split, self.upper_bound = split, upper_bound
         sizes = subsets.task_sizes(dataset.num_classes, split.init_cls, split.increment, dataset.name)
         self.task_sizes = sizes[: split.limit_tasks]
-        order = _order_classes(dataset, split)
-        self.class_order = order[: sum(self.task_sizes)]
+        self.num_tasks, self.num_classes = len(self.task_sizes), sum(self.task_sizes)
+        order = subsets.class_order(dataset.num_classes, split.shuffle, split.order_seed)
+        self.class_order = order[: self.num_classes]
         self.class_names = [dataset.class_names[original] for original in self.class_order]
+        spans = [range(stop - size, stop) for size, stop in zip(self.task_sizes, accumulate(self.task_sizes))]
+        self._tasks = [Task(i, span, tuple(self.class_names[span.start : span.stop])) for i, span in enumerate(spans)]
+        self._current = -1  # the task that is being learned
         self.few_shot_indices: dict[int, list[int]] = {}
-        self._tasks = _cut(self.task_sizes, self.class_names)
-        self._current: Task | None = None
 
         rank = torch.tensor(order).argsort()  # original id -> place in the order of learning
         self._test = dataset.test.relabelled(rank[dataset.test.labels]).select(range(self.num_classes))
@@ -117,19 +117,7 @@ class DataManager:
         self._val = train.take(held_out)
         # A set that is kept whole is not copied: it may fill half of the memory.
         self._train = train if len(self._kept) == len(train) else train.take(self._kept)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_order)
-
-    @property
-    def num_tasks(self) -> int:
-        return len(self._tasks)
-
-    @property
-    def class_counts(self) -> list[int]:
-        """Training images per class in learning order, after every subset."""
-        return self._train.counts(self.num_classes).tolist()
+        self.class_counts: list[int] = self._train.counts(self.num_classes).tolist()
 
     def images_hash(self, classes: Iterable[int]) -> str:
         """Hash which images of these classes are trained on, of all that the data set has of them, by SHA-256."""
@@ -153,8 +141,14 @@ class DataManager:
 
     @cached_property
     def image_sizes(self) -> Counter[tuple[int, int]]:
-        """(height, width) of all training images as they are stored, and how many have it."""
-        return image_sizes(self._train)
+        """(height, width) of all training images as they are stored, and how many have it; headers tell of files."""
+        sizes: Counter[tuple[int, int]] = Counter()
+        for part in self._train.parts:
+            if isinstance(part.images, Tensor):
+                sizes[tuple(part.images.shape[-2:])] += len(part.images)
+            else:
+                sizes.update(header[:2] for header in map_in_threads(read_header, part.images, "measuring images"))
+        return sizes
 
     def task(self, index: int) -> Task:
         """Return the task of this index; looking at it does not begin it."""
@@ -168,7 +162,7 @@ class DataManager:
 
     def advance(self, task: Task) -> None:
         """Begin this task: its images become readable, those of the task before are sealed."""
-        self._current = task
+        self._current = task.index
 
     def train_images(self, task: Task) -> ImageSet:
         """Return training images of the task's new classes.
@@ -186,10 +180,8 @@ class DataManager:
             SealedDataError: unless the learner declares ``upper_bound`` and the task is being learned.
         """
         if not self.upper_bound:
-            raise SealedDataError(
-                f"real images of the tasks before task {task.index} are sealed: keep exemplars, replay from a source, "
-                "or declare upper_bound = True in the learner, which the report will say"
-            )
+            remedy = "keep exemplars, replay, or declare upper_bound = True in the learner, which the report will say"
+            raise SealedDataError(f"real images of the tasks before task {task.index} are sealed: {remedy}")
         self._require_current(task)
         return self._train.select(range(task.num_seen))
 
@@ -205,36 +197,31 @@ class DataManager:
         return self._val.select(classes)
 
     def _pick(self, originals: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of the training and the validation images, int64; notes the few shots.
+        """Return positions of the training and the validation images, int64; note the few shots.
 
         Args:
             originals, labels: of all images of the data set, by original id and in learning order.
         """
         split, kept = self.split, torch.arange(len(labels))
+        seed = split.order_seed if split.run_seed is None else split.run_seed
         if split.imb_factor < 1:
             # By original ids: the tail is the same whatever the order of learning.
             kept = subsets.long_tail_indices(originals, self.dataset.num_classes, split.imb_factor, split.imb_type)
         kept = kept[labels[kept] < self.num_classes]
-        fit, held_out = subsets.split_validation(labels[kept], split.val_share, split.draw_seed)
+        fit, held_out = subsets.split_validation(labels[kept], split.val_share, seed)
         kept, held_out = kept[fit], kept[held_out]
-        return (self._draw_few_shots(labels, kept) if split.kshot > 0 else kept), held_out
-
-    def _draw_few_shots(self, labels: Tensor, kept: Tensor) -> Tensor:
-        """``kept`` with K drawn images for every class after the first task; notes which they are."""
-        split, sessions = self.split, [task.classes for task in self._tasks[1:]]
-        drawn = subsets.few_shot_indices(
-            labels[kept], sessions, split.kshot, split.draw_seed, split.few_shot_draw, self.class_names
-        )
-        chosen = [kept[labels[kept] < self.task_sizes[0]]]
-        for label, positions in drawn.items():
-            shots = kept[labels[kept] == label][positions]
-            chosen.append(shots)
+        if split.kshot == 0:
+            return kept, held_out
+        own, sessions = labels[kept], [task.classes for task in self._tasks[1:]]
+        drawn = subsets.few_shot_indices(own, sessions, split.kshot, seed, split.few_shot_draw, self.class_names)
+        shots = {label: kept[own == label][positions] for label, positions in drawn.items()}
+        for label, chosen in shots.items():
             of_class = (labels == label).nonzero().flatten()  # ascending
-            self.few_shot_indices[label] = torch.searchsorted(of_class, shots).tolist()
-        return torch.cat(chosen)
+            self.few_shot_indices[label] = torch.searchsorted(of_class, chosen).tolist()
+        return torch.cat([kept[own < self.task_sizes[0]], *shots.values()]), held_out
 
     def _hash_contents(self) -> str:
-        """SHA-256 of all training images in their order: labels and pixels, or labels, paths and sizes of files."""
+        """Hash all training images in their order: labels and pixels, or labels, paths and sizes of files."""
         digest = hashlib.sha256(self._train.labels.numpy())
         folder = f"{self.dataset.root}{os.sep}"
         for part in self._train.parts:
@@ -249,15 +236,11 @@ class DataManager:
         return digest.hexdigest()
 
     def _require_current(self, task: Task) -> None:
-        if self._current is None:
+        if task.index > self._current:
             raise SealedDataError(f"task {task.index} has not begun: iterate tasks(), or call advance(task)")
-        if task.index > self._current.index:
-            raise SealedDataError(f"task {task.index} has not begun: task {self._current.index} is being learned")
-        if task.index < self._current.index:
-            raise SealedDataError(
-                f"the real images of task {task.index} are sealed while task {self._current.index} is being learned: "
-                "keep exemplars of them, or replay them from a source"
-            )
+        if task.index < self._current:
+            now, remedy = f"task {self._current} is being learned", "keep exemplars of them, or replay from a source"
+            raise SealedDataError(f"the real images of task {task.index} are sealed while {now}: {remedy}")
 
 
 def cut_tasks(config: RunConfig, seed: int, dataset: Dataset, upper_bound: bool = False) -> DataManager:
@@ -265,14 +248,3 @@ def cut_tasks(config: RunConfig, seed: int, dataset: Dataset, upper_bound: bool 
     seeds = {"order_seed": config.order_seed(seed), "run_seed": config.train_seed(seed)}
     shared = {field.name: getattr(config, field.name) for field in fields(Split) if field.name not in seeds}
     return DataManager(dataset, Split(**shared, **seeds), upper_bound)
-
-
-def _cut(sizes: list[int], class_names: list[str]) -> list[Task]:
-    spans = [range(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes))]
-    return [Task(i, span, tuple(class_names[span.start : span.stop])) for i, span in enumerate(spans)]
-
-
-def _order_classes(dataset: Dataset, split: Split) -> list[int]:
-    if not split.shuffle and dataset.class_order is not None:
-        return list(dataset.class_order)
-    return subsets.class_order(dataset.num_classes, split.shuffle, split.order_seed)

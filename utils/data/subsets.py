@@ -19,18 +19,12 @@ from torch import Tensor
 from utils.run.errors import ConfigError, DataError
 from utils.training.seeding import numpy_generator
 
+Tail = Literal["exp", "step"]
+
 
 def class_order(num_classes: int, shuffle: bool, seed: int) -> list[int]:
-    """Return original class ids in the order of learning: PyCIL's permutation, or the identity without ``shuffle``.
-
-    Raises:
-        ConfigError: if NumPy's legacy generator cannot take the seed.
-    """
-    if not shuffle:
-        return list(range(num_classes))
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"the class order's seed={seed} must lie in 0..{2**32 - 1}")
-    return np.random.RandomState(seed).permutation(num_classes).tolist()
+    """Return original class ids in the order of learning: PyCIL's permutation, or the identity without ``shuffle``."""
+    return np.random.RandomState(seed).permutation(num_classes).tolist() if shuffle else list(range(num_classes))
 
 
 def task_sizes(num_classes: int, init_cls: int, increment: int, dataset: str = "the data set") -> list[int]:
@@ -40,16 +34,13 @@ def task_sizes(num_classes: int, init_cls: int, increment: int, dataset: str = "
         ConfigError: if there are fewer than ``init_cls`` classes.
     """
     if not 1 <= init_cls <= num_classes:
-        raise ConfigError(
-            f"init_cls={init_cls}, but {dataset} has only {num_classes} classes: use a value from 1 to {num_classes}"
-        )
+        remedy = f"use a value from 1 to {num_classes}"
+        raise ConfigError(f"init_cls={init_cls}, but {dataset} has only {num_classes} classes: {remedy}")
     full, rest = divmod(num_classes - init_cls, increment)
     return [init_cls] + [increment] * full + [rest] * (rest > 0)
 
 
-def long_tail_counts(
-    num_images: int, num_classes: int, imb_factor: float, kind: Literal["exp", "step"] = "exp"
-) -> list[int]:
+def long_tail_counts(num_images: int, num_classes: int, imb_factor: float, kind: Tail = "exp") -> list[int]:
     """Return images per class of a long-tailed set, by label index (Cao et al., NeurIPS 2019, arXiv:1906.07413).
 
     Args:
@@ -65,14 +56,13 @@ def long_tail_counts(
     return [int(most * imb_factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
 
 
-def long_tail_indices(
-    labels: Tensor, num_classes: int, imb_factor: float, kind: Literal["exp", "step"] = "exp", seed: int = 0
-) -> Tensor:
+def long_tail_indices(labels: Tensor, num_classes: int, imb_factor: float, kind: Tail = "exp") -> Tensor:
     """Return positions of the images that a long-tailed set keeps, class by class in label order.
+
+    The seed is 0 as in the reference (Qin et al., CVPR 2023, arXiv:2305.00562), so all runs share one set.
 
     Args:
         labels: int64 (N,), original class ids: class 0 is the head, whatever the order of learning.
-        seed: the reference (Qin et al., CVPR 2023, arXiv:2305.00562) always uses 0, so all runs share one set.
 
     Returns:
         int64 (M,).
@@ -80,15 +70,13 @@ def long_tail_indices(
     Raises:
         ConfigError: if a class would keep no image.
     """
-    stream, labels_array, kept = np.random.RandomState(seed), labels.numpy(), []
-    counts = long_tail_counts(len(labels_array), num_classes, imb_factor, kind)
-    if min(counts) < 1:
-        raise ConfigError(
-            f"imb_factor={imb_factor} leaves class {counts.index(min(counts))} no image: "
-            f"use at least {math.ceil(num_classes / len(labels_array) * 1e6) / 1e6:g}"
-        )
+    counts = long_tail_counts(len(labels), num_classes, imb_factor, kind)
+    if 0 in counts:
+        least = math.ceil(num_classes / len(labels) * 1e6) / 1e6
+        raise ConfigError(f"imb_factor={imb_factor} leaves class {counts.index(0)} no image: use at least {least:g}")
+    stream, kept = np.random.RandomState(0), []
     for label, count in enumerate(counts):
-        positions = np.flatnonzero(labels_array == label)
+        positions = np.flatnonzero(labels.numpy() == label)
         stream.shuffle(positions)
         kept.append(positions[:count])
     return torch.from_numpy(np.concatenate(kept))
@@ -121,7 +109,11 @@ def few_shot_indices(
     counts, stream, chosen = Counter(labels.tolist()), random.Random(seed), {}
     for session in sessions:
         sizes = {label: counts[label] for label in sorted(session)}
-        _check_shots(sizes, kshot, class_names)
+        least = min(sizes, key=sizes.__getitem__)
+        if sizes[least] < kshot:
+            name, size = repr(class_names[least]) if class_names else least, sizes[least]
+            remedy = f"use kshot of at most {size}, or add images"
+            raise DataError(f"kshot={kshot}, but class {name} has only {size} training images: {remedy}")
         if draw == "reference":
             # Its code draws every session twice, first for augmented data that it never uses.
             for _ in range(2):
@@ -129,22 +121,10 @@ def few_shot_indices(
                 for positions in shuffled.values():
                     stream.shuffle(positions)
         else:
-            shuffled = {
-                label: numpy_generator(seed, "few_shot", label).permutation(size).tolist()
-                for label, size in sizes.items()
-            }
+            draws = {label: numpy_generator(seed, "few_shot", label) for label in sizes}
+            shuffled = {label: draws[label].permutation(size).tolist() for label, size in sizes.items()}
         chosen |= {label: positions[:kshot] for label, positions in shuffled.items()}
     return chosen
-
-
-def _check_shots(sizes: dict[int, int], kshot: int, class_names: Sequence[str] | None) -> None:
-    for label, size in sizes.items():
-        if size < kshot:
-            name = repr(class_names[label]) if class_names else label
-            raise DataError(
-                f"kshot={kshot}, but class {name} has only {size} training images: "
-                f"use kshot of at most {size}, or add images"
-            )
 
 
 def split_validation(labels: Tensor, share: float, *key: int | str) -> tuple[Tensor, Tensor]:

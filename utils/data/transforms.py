@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from utils.data.augment import auto_augment, erase, jiggle, rotate, scale_brightness
-from utils.data.crops import crop_and_flip, random_resized_crop, shift_and_flip
+from utils.data.crops import Range, crop_and_flip, random_resized_crop, shift_and_flip
 from utils.data.images import ImageSet, decode_image
 
 if TYPE_CHECKING:  # its photographs import this module
@@ -32,13 +32,13 @@ class Augmentation:
     padding: int = 0  # random crop after zero padding
     flip: bool = False  # horizontal, p = 0.5
     brightness: float = 0.0  # factor drawn from [1 - b, 1 + b]
-    crop_scale: tuple[float, float] | None = None  # RandomResizedCrop's area; None: no resized crop
+    crop_scale: Range | None = None  # RandomResizedCrop's area; None: no resized crop
     auto_augment: bool = False  # ImageNet's, image by image after crop, flip and brightness; needs crop_scale
     rotation: float = 0.0  # degrees to either side, p = 0.5
     jiggle: float = 0.0  # brightness, contrast, saturation and hue by up to this much: `utils.data.augment.jiggle`
     erasing: float = 0.0  # probability of a black rectangle
-    erased_area: tuple[float, float] = (0.1, 0.5)  # its share of the image
-    erased_aspect: tuple[float, float] = (0.3, 3.3)  # its height / width
+    erased_area: Range = (0.1, 0.5)  # its share of the image
+    erased_aspect: Range = (0.3, 3.3)  # its height / width
     test_resize: str = "bilinear"  # of large test images
 
 
@@ -52,11 +52,6 @@ AUGMENTATIONS = {
     "auto_augment": Augmentation(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0), auto_augment=True),
     "strong": Augmentation(padding=4, flip=True, rotation=30, jiggle=0.1, erasing=0.5),
 }
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Bring [0, 1] float (B, C, H, W) to zero mean and unit spread; one grey channel becomes three."""
-    return (images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -77,8 +72,6 @@ def resize_and_crop(image: Tensor, size: int, resize: str = "bilinear") -> Tenso
 
 def resize_to_square(pixels: Tensor, size: int, resize: str) -> Tensor:
     """Resize images (..., C, H, W) to (..., C, size, size) with antialiasing; leave those of this size alone."""
-    if pixels.shape[-2:] == (size, size):
-        return pixels
     return F.resize(pixels, [size, size], interpolation=InterpolationMode(resize), antialias=True)
 
 
@@ -136,26 +129,31 @@ class ClassifierTransform:
     ):
         self.augmentation, self.size, self.resize, self.whole_batch = augmentation, size, resize, in_memory
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-
-    @property
-    def _crops_batches(self) -> bool:
-        return self.whole_batch and self.augmentation.crop_scale is not None
+        self._crops_batches = in_memory and augmentation.crop_scale is not None
 
     def keep(self, pixels: Tensor, training: bool) -> Tensor:
         """Bring uint8 (..., C, H, W) to the size that small images, and replay beside them, are kept at."""
-        if not self._crops_batches:
-            return resize_to_square(pixels, self.size, self.resize)
-        if max(pixels.shape[-2:]) <= self.size:
+        if self._crops_batches and max(pixels.shape[-2:]) <= self.size:
             return pixels
-        return resize_to_square(pixels, self.size, self.resize) if training else self._test_view(pixels)
+        if self._crops_batches and not training:
+            return self._test_view(pixels)
+        return resize_to_square(pixels, self.size, self.resize)
 
     def load_train(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Turn one uint8 (C, H, W) image into uint8 (3, S, S), in a worker."""
-        scale = self.augmentation.crop_scale
-        if scale is None:
+        steps = self.augmentation
+        if steps.crop_scale is None:
             return self.load_test(image)
-        image = match_channels(random_resized_crop(image, self.size, scale, generator), 3)
-        return self._auto_augment(image, generator) if self.augmentation.auto_augment else image
+        image = match_channels(random_resized_crop(image, self.size, steps.crop_scale, generator), 3)
+        if not steps.auto_augment:
+            return image
+        # What comes before AutoAugment has to follow the crop here. Each step gives whole grey levels, as with PIL.
+        if steps.flip and torch.rand((), generator=generator) < 0.5:
+            image = image.flip(-1)
+        if steps.brightness:
+            factor = torch.empty(()).uniform_(1 - steps.brightness, 1 + steps.brightness, generator=generator)
+            image = F.adjust_brightness(image, float(factor))
+        return auto_augment(image, generator)
 
     def load_test(self, image: Tensor) -> Tensor:
         """Turn one uint8 (C, H, W) image into uint8 (3, S, S), in a worker."""
@@ -170,8 +168,7 @@ class ClassifierTransform:
             return self.test(images)  # at the network's size, so that only the normalisation is left
         if self._crops_batches:
             # Colours first, on the few stored pixels; stretching changes neither their scale nor their mean.
-            pixels = self._alter(images, generator)
-            return crop_and_flip(pixels, self.size, steps.crop_scale, steps.flip, generator)
+            return crop_and_flip(self._alter(images, generator), self.size, steps.crop_scale, steps.flip, generator)
         padding = steps.padding if self.whole_batch else 0
         if padding or steps.flip:
             # The code that "strong" comes from flips after its rotation. Angles to either side are equally likely, so
@@ -183,20 +180,11 @@ class ClassifierTransform:
         """Turn uint8 (B, C, H, W), as kept or as loaded, into a float batch (B, 3, S, S)."""
         if images.shape[-2:] != (self.size, self.size):
             images = self._test_view(images)
-        return self._normalise(images.float() / 255).contiguous(memory_format=torch.channels_last)
+        pixels = F.normalize(images.float() / 255, self.mean, self.std)  # one grey channel becomes three
+        return pixels.contiguous(memory_format=torch.channels_last)
 
     def _test_view(self, images: Tensor) -> Tensor:
         return resize_and_crop(images, self.size, self.augmentation.test_resize)
-
-    def _auto_augment(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """What follows the crop, on one uint8 (3, S, S) image; each step gives whole grey levels, as with PIL."""
-        steps = self.augmentation
-        if steps.flip and torch.rand((), generator=generator) < 0.5:
-            image = image.flip(-1)
-        if steps.brightness:
-            factor = torch.empty(()).uniform_(1 - steps.brightness, 1 + steps.brightness, generator=generator)
-            image = F.adjust_brightness(image, float(factor))
-        return auto_augment(image, generator)
 
     def _alter(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """What follows shift and flip; a step that is left out draws nothing."""
@@ -209,10 +197,7 @@ class ClassifierTransform:
             pixels = jiggle(pixels, steps.jiggle, generator)
         if steps.erasing:
             pixels = erase(pixels, steps.erasing, steps.erased_area, steps.erased_aspect, generator)
-        return self._normalise(pixels)
-
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        return normalise(pixels, self.mean.to(pixels.device), self.std.to(pixels.device))
+        return F.normalize(pixels, self.mean, self.std)
 
 
 class DiffusionTransform:
@@ -232,25 +217,13 @@ class DiffusionTransform:
         images = shift_and_flip(images, 0, True, generator) if self.flip else images
         return to_unit_range(images).contiguous()
 
-    def test(self, images: Tensor) -> Tensor:
-        """Turn uint8 (B, C, S, S) into float (B, C, S, S) in [-1, 1]."""
-        return to_unit_range(images)
 
-
-def classifier_transform(
-    dataset: Dataset,
-    resize: str = "bicubic",
-    augmentation: str | None = None,
-    mean: Triple | None = None,
-    std: Triple | None = None,
-) -> ClassifierTransform:
-    """Build the transform that a data set asks for, or a learner in its place.
+def classifier_transform(dataset: Dataset, resize: str = "bicubic") -> ClassifierTransform:
+    """Build the transform that a data set asks for.
 
     Args:
-        dataset: gives what the learner leaves open, size and place of the images.
+        dataset: a learner with an augmentation, a mean or a deviation of its own replaces them in it.
         resize: how replay of another size is brought to the network's.
-        augmentation: a name in ``AUGMENTATIONS``; None: the data set's.
-        mean, std: for images in [0, 1], per channel; None: the data set's.
     """
-    steps, mean, std = AUGMENTATIONS[augmentation or dataset.augmentation], mean or dataset.mean, std or dataset.std
-    return ClassifierTransform(steps, dataset.image_size, mean, std, dataset.in_memory, resize)
+    steps, size = AUGMENTATIONS[dataset.augmentation], dataset.image_size
+    return ClassifierTransform(steps, size, dataset.mean, dataset.std, dataset.in_memory, resize)

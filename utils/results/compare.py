@@ -6,24 +6,31 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from utils.results.figures import human_bytes, human_seconds
-from utils.results.plot import Line, check_suffix, plot_lines
+from utils.results.plot import SUFFIXES, Line, plot_lines
 from utils.run.command import exit_code
 from utils.run.errors import CheckpointError, RepriseError
-from utils.run.files import atomic_write, in_numeric_order
+from utils.run.files import atomic_write, in_numeric_order, read_json
 
 REPLAY_MEMORY = ("exemplars", "bank", "source")  # all that a run keeps beside its classifier
-UNFINISHED = "*"
-FOOTNOTE = f"{UNFINISHED} unfinished seed, not in the means"
+FOOTNOTE = "* unfinished seed, not in the means"
 WORDS = ("run", "learner", "source", "data set", "seeds")  # titles of the first columns; numbers follow
+NUMBERS = {  # by their name in csv
+    "final_accuracy": "final acc. (%)", "average_incremental_accuracy": "avg. incremental (%)",
+    "forgetting": "forgetting (pts)", "replay_memory_bytes": "replay memory", "seconds": "time",
+}  # fmt: skip
+FEW_SHOT = {  # of the last session; columns that only few-shot runs have
+    "base": "base (%)", "novel": "novel (%)", "harmonic_mean": "harmonic mean (%)", "performance_drop": "drop (pts)",
+}  # fmt: skip
+WRITTEN_AS = {"replay_memory_bytes": human_bytes, "seconds": human_seconds}  # others: mean ± deviation
 LATEX_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX_WORDS)
 
@@ -47,8 +54,6 @@ class SeedResults(BaseModel, protected_namespaces=()):
 
     task_sizes: list[int]
     accuracy_matrix: list[list[float]]
-    model_name: str | None = None
-    source: str | None = None
     dataset: str | None = None
     upper_bound: bool | None = None
     top1_curve: list[float] | None = None
@@ -59,42 +64,12 @@ class SeedResults(BaseModel, protected_namespaces=()):
     seconds: dict[str, float | None] | None = None
     fscil: dict[str, list[float | None]] | None = Field(None, description="figures per session")
 
-    @property
-    def is_finished(self) -> bool:
-        return 0 < len(self.task_sizes) <= len(self.accuracy_matrix)
-
-    @property
-    def replay_bytes(self) -> float | None:
-        memory = self.memory_bytes
-        return None if memory is None else sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
-
-    def last(self, name: str) -> float | None:
-        """Return a figure of the last few-shot session; None for other runs."""
-        values = (self.fscil or {}).get(name)
-        return values[-1] if values else None
-
-
-class Number(NamedTuple):
-    """A column of numbers: its title, a seed's value, and how a cell is written; bytes and times have no deviation."""
-
-    title: str
-    value: Callable[[SeedResults], float | None]
-    write: Callable[[float], str] | None = None  # None: mean ± deviation
-
-
-NUMBERS = {  # by their name in csv
-    "final_accuracy": Number("final acc. (%)", lambda seed: seed.final_accuracy),
-    "average_incremental_accuracy": Number("avg. incremental (%)", lambda seed: seed.average_incremental_accuracy),
-    "forgetting": Number("forgetting (pts)", lambda seed: seed.forgetting),
-    "replay_memory_bytes": Number("replay memory", lambda seed: seed.replay_bytes, human_bytes),
-    "seconds": Number("time", lambda seed: (seed.seconds or {}).get("total"), human_seconds),
-}
-FEW_SHOT = {  # of the last session; columns that only few-shot runs have
-    "base": Number("base (%)", lambda seed: seed.last("base")),
-    "novel": Number("novel (%)", lambda seed: seed.last("novel")),
-    "harmonic_mean": Number("harmonic mean (%)", lambda seed: seed.last("harmonic_mean")),
-    "performance_drop": Number("drop (pts)", lambda seed: seed.last("performance_drop")),
-}
+    def numbers(self) -> dict[str, float | None]:
+        """Return every number that can be compared, by its name in csv; of few-shot sessions the last one's."""
+        memory, seconds, sessions = self.memory_bytes, self.seconds or {}, self.fscil or {}
+        replay = None if memory is None else sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
+        last = {name: values[-1] for name, values in sessions.items() if values}
+        return dict(self) | last | {"replay_memory_bytes": replay, "seconds": seconds.get("total")}
 
 
 @dataclass(frozen=True)
@@ -106,54 +81,53 @@ class Row:
     source: str
     dataset: str
     finished: dict[str, SeedResults]  # by seed
-    unfinished: tuple[str, ...]
+    unfinished: list[str]
 
     def words(self) -> list[str]:
-        seeds = ", ".join([*self.finished, *(seed + UNFINISHED for seed in self.unfinished)])
+        seeds = ", ".join([*self.finished, *(f"{seed}*" for seed in self.unfinished)])
         return [self.run, self.learner, self.source, self.dataset, seeds]
 
-    def spread(self, number: Number) -> tuple[float | None, float | None]:
+    def spread(self, number: str) -> tuple[float | None, float | None]:
         """Return mean and sample standard deviation over seeds; None where there are too few values."""
-        known = [value for value in map(number.value, self.finished.values()) if value is not None]
+        values = [seed.numbers().get(number) for seed in self.finished.values()]
+        known = [value for value in values if value is not None]
         return fmean(known) if known else None, stdev(known) if len(known) > 1 else None
 
-    def text(self, number: Number) -> str:
+    def text(self, number: str) -> str:
         mean, std = self.spread(number)
         if mean is None:
             return "-"
-        if number.write:
-            return number.write(mean)
+        if number in WRITTEN_AS:
+            return WRITTEN_AS[number](mean)
         return f"{mean:.2f}" + ("" if std is None else f" ± {std:5.2f}")  # of one width: ± stands below ±
 
-    def line(self) -> Line | None:
-        """Return the curves of the finished seeds for a plot; None if there are none."""
+    def line(self) -> Line:
+        """Return the curves of the finished seeds, for a plot."""
         seeds = [seed for seed in self.finished.values() if seed.top1_curve]
-        return Line(self.run, seeds[0].task_sizes, [seed.top1_curve for seed in seeds]) if seeds else None
+        return Line(self.run, seeds[0].task_sizes if seeds else [], [seed.top1_curve for seed in seeds])
 
 
-def read_run(folder: str | Path) -> Row | None:
+def read_run(folder: Path) -> Row | None:
     """Return the row of one run folder; None if it is not a run (no config.json, or no seed has begun).
 
     Raises:
         CheckpointError: if a file of the run is damaged or none of ours.
     """
-    folder = Path(folder)
     seeds = in_numeric_order(path for path in folder.glob("seed_*") if path.is_dir())
     if not seeds or not (folder / "config.json").is_file():
         return None
     config = _read(folder / "config.json", RunManifest).config
     paths = {path.name.removeprefix("seed_"): path / "results.json" for path in seeds}
     results = {seed: _read(path, SeedResults) for seed, path in paths.items() if path.is_file()}
-    finished = {seed: result for seed, result in results.items() if result.is_finished}
+    finished = {seed: each for seed, each in results.items() if 0 < len(each.task_sizes) <= len(each.accuracy_matrix)}
     first = next(iter(finished.values()), None)
-    learner = (first and first.model_name) or config.model_name or "-"
     return Row(
         run=folder.resolve().name,
-        learner=f"{learner} (upper bound)" if first and first.upper_bound else learner,
-        source=(first.source if first else (config.synth or {}).get("name")) or "-",
+        learner=(config.model_name or "-") + (" (upper bound)" if first and first.upper_bound else ""),
+        source=(config.synth or {}).get("name", "-"),
         dataset=(first and first.dataset) or config.dataset or "-",
         finished=finished,
-        unfinished=tuple(seed for seed in paths if seed not in finished),
+        unfinished=[seed for seed in paths if seed not in finished],
     )
 
 
@@ -171,8 +145,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Row]:
         rows += [row] if row else filter(None, map(read_run, sorted(folder.glob("*/"))))
     if not rows:
         raise RepriseError(
-            f"no run found in {', '.join(map(str, folders))}: a run is a folder with config.json and seed_<s> folders, "
-            "as main.py writes below its output_dir"
+            f"no run found in {', '.join(map(str, folders))}: a run holds config.json and seed_<s> folders"
         )
     return rows
 
@@ -206,7 +179,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer.writerow(head + [f"{name}_{part}" for name in numbers for part in ("mean", "std")])
     for row in rows:
         words = [*row.words()[:-1], " ".join(row.finished), " ".join(row.unfinished)]
-        writer.writerow(words + [value for number in numbers.values() for value in row.spread(number)])
+        writer.writerow(words + [value for number in numbers for value in row.spread(number)])
     return file.getvalue()
 
 
@@ -224,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    if options.plot:
-        check_suffix(options.plot)
+    if options.plot and options.plot.suffix.lower() not in SUFFIXES:
+        raise RepriseError(f"cannot draw {options.plot}: its name must end in .pdf, .png or .svg")
     rows = find_runs(options.folders)
     table = FORMATS[options.format](rows)
     if options.output:
@@ -238,25 +211,26 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
-    lines = {row.run: row.line() for row in rows}
-    absent = [run for run, line in lines.items() if line is None]
-    if len(absent) == len(lines):
-        raise RepriseError(f"cannot draw {path}: no seed of {', '.join(absent)} has finished; wait, or run main.py")
-    plot_lines([line for line in lines.values() if line], path)
+    lines = [row.line() for row in rows]
+    drawn = [line for line in lines if line.curves]
+    absent = ", ".join(line.name for line in lines if not line.curves)
+    if not drawn:
+        raise RepriseError(f"cannot draw {path}: no seed of {absent} has finished; wait, or run main.py")
+    plot_lines(drawn, path)
     if absent:
-        print(f"not in {path}, because no seed has finished: {', '.join(absent)}", file=sys.stderr)
+        print(f"not in {path}, because no seed has finished: {absent}", file=sys.stderr)
 
 
-def _numbers(rows: Sequence[Row]) -> dict[str, Number]:
+def _numbers(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the columns of numbers: titles by name."""
     few_shot = any(seed.fscil for row in rows for seed in row.finished.values())
     return NUMBERS | (FEW_SHOT if few_shot else {})
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return titles, then a line per run."""
-    numbers = _numbers(rows).values()
-    head = [*WORDS, *(number.title for number in numbers)]
-    return [head, *([*row.words(), *map(row.text, numbers)] for row in rows)]
+    numbers = _numbers(rows)
+    return [[*WORDS, *numbers.values()], *([*row.words(), *map(row.text, numbers)] for row in rows)]
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
@@ -269,22 +243,14 @@ def _latex(cell: str) -> str:
     return "--" if cell == "-" else cell.translate(LATEX_ESCAPES)
 
 
-Facts = TypeVar("Facts", bound=BaseModel)
-
-
-def _read(path: Path, kind: type[Facts]) -> Facts:
+def _read(path: Path, kind: type[BaseModel]) -> Any:
+    remedy = f"delete {path.parent} and repeat the run"
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate(read_json(path, remedy))
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"{part}: " for part in first["loc"])
-        raise CheckpointError(f"{path} is damaged or not ours: {place}{first['msg']}; {_remedy(path)}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; {_remedy(path)}") from error
-
-
-def _remedy(path: Path) -> str:
-    return f"delete {path.parent} and repeat the run"
+        raise CheckpointError(f"{path} is damaged or not ours: {place}{first['msg']}; {remedy}") from error
 
 
 if __name__ == "__main__":

@@ -35,17 +35,14 @@ class Chart:
 
     Args:
         series: percentages by name, each at most as long as ``xs``; None is left out of its line.
-        xs: ascending, at least one.
+        xs: ascending, at least two.
         x_title: name of the axis.
     """
 
     series: dict[str, Sequence[float | None]]
     xs: Sequence[int]
     x_title: str
-    height: int = 300
-    left: int = 36
-    top: int = 12
-    bottom: int = 44
+    height, left, top, floor = 300, 36, 12, 256
 
     @property
     def is_narrow(self) -> bool:
@@ -62,18 +59,13 @@ class Chart:
         return self.width - max(130, 70 + 7 * max(map(len, self.series)))
 
     @property
-    def floor(self) -> int:
-        return self.height - self.bottom
-
-    @property
     def lowest(self) -> int:
         """The percentage at the floor."""
         known = [value for values in self.series.values() for value in values if value is not None]
         return min(int(min(known, default=0) // 20) * 20, 80)
 
     def across(self, x: float) -> float:
-        first, last = self.xs[0], self.xs[-1]
-        share = (x - first) / (last - first) if last > first else 0.5
+        share = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
         return round(self.left + share * (self.end - self.left), 1)
 
     def down(self, value: float) -> float:
@@ -96,9 +88,9 @@ class Chart:
 
     def end_labels(self) -> list[tuple[int, str, float, float, float]]:
         """Return (number, name, last value, x, y) of every line from top to bottom, at least a text line apart."""
-        ends = [(points[-1], number) for number, points in enumerate(self.lines()) if points]
-        labels, below, names = [], 0.0, list(self.series)
-        for (x, y, value), number in sorted(ends, key=lambda end: end[0][1]):
+        ends = [(i, name, *points[-1]) for i, (name, points) in enumerate(zip(self.series, self.lines())) if points]
+        labels, below = [], 0.0
+        for number, name, x, y, value in sorted(ends, key=lambda end: end[3]):
             below = max(y, below + LINE_HEIGHT)
-            labels.append((number, names[number], value, x, below))
+            labels.append((number, name, value, x, below))
         return labels

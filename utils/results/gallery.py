@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from utils.data.images import decode_image
 
@@ -37,8 +38,7 @@ def thumbnail(image: Tensor | str | Path, longest: int) -> str:
     Raises:
         DataError: if the file cannot be read.
     """
-    pixels = (image if isinstance(image, Tensor) else decode_image(image)).cpu()
-    picture = Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+    picture = to_pil_image(image if isinstance(image, Tensor) else decode_image(image))
     kind = "PNG" if max(picture.size) <= LOSSLESS_UP_TO else "JPEG"
     if kind == "JPEG":
         picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)

@@ -7,7 +7,7 @@ right after task i (j <= i), with the argmax over all classes seen by then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice, zip_longest
 from statistics import fmean
 
 import numpy as np
@@ -38,7 +38,7 @@ def accuracy_row(scores: Array, labels: Array, task_sizes: Sequence[int]) -> lis
     labels = torch.as_tensor(labels)
     correct = torch.as_tensor(scores).argmax(dim=1) == labels  # (N,)
     row = []
-    for first, last in _spans(task_sizes):
+    for first, last in spans(task_sizes):
         inside = (labels >= first) & (labels <= last)
         if not inside.any():
             raise DataError(f"task {len(row)} (classes {first} to {last}) has no test image: its accuracy is undefined")
@@ -78,11 +78,11 @@ def group_accuracies(predictions: Array, labels: Array, num_old: int, groups: Se
     """Return PyCIL's table of one phase: total, then groups of classes (``00-09``, ...), then old and new.
 
     Groups come in numeric order, also over 100 classes, and one without any test image is left out. The last class
-    of a group of fixed width is nominal: 15 classes in tens give ``10-19``.
+    of a group of fixed width is nominal: 15 classes in tens give ``10-19``. ``old`` is 0.0 in phase 0, as in PyCIL.
 
     Args:
         predictions, labels: (N,) integers in learning order.
-        num_old: classes known before this phase; 0 in phase 0, where ``old`` is 0.0 as in PyCIL.
+        num_old: classes known before this phase; 0 in phase 0.
         groups: the real task sizes so far, or one width: 10 is what PyCIL prints whatever the tasks are.
 
     Returns:
@@ -92,21 +92,14 @@ def group_accuracies(predictions: Array, labels: Array, num_old: int, groups: Se
     if isinstance(groups, int):
         groups = [groups] * -(-(int(labels.max()) + 1) // groups)
     members = {"total": labels >= 0}
-    members |= {f"{first:02d}-{last:02d}": (labels >= first) & (labels <= last) for first, last in _spans(groups)}
+    members |= {f"{first:02d}-{last:02d}": (labels >= first) & (labels <= last) for first, last in spans(groups)}
     members |= {"old": labels < num_old, "new": labels >= num_old}
     correct = predictions == labels
-    table = {}
-    for name, inside in members.items():
-        if inside.any():
-            table[name] = float(np.round(_percent(correct[inside]), 2))  # np.round, for PyCIL's way with ties
-        elif name == "old" and num_old == 0:
-            table[name] = 0.0
-    return table
-
-
-def average_incremental_accuracy(curve: Sequence[float]) -> float:
-    """Return the mean accuracy over all seen classes after every task, the first included (Rebuffi et al., 2017)."""
-    return fmean(curve)
+    return {
+        name: float(np.round(_percent(correct[inside]), 2))  # np.round, for PyCIL's way with ties
+        for name, inside in members.items()
+        if inside.any() or name == "old"
+    }
 
 
 def forgetting_per_task(matrix: Matrix) -> list[float]:
@@ -134,11 +127,9 @@ def class_forgetting(rows: Sequence[Sequence[float | None]]) -> float:
         rows: accuracy per class after every task, each row as long as the classes seen by then; None (a class
             without test images) is left out.
     """
-    lost = []
-    for label in range(len(rows[-2]) if len(rows) > 1 else 0):
-        values = [row[label] for row in rows if label < len(row) and row[label] is not None]
-        lost += [max(values) - values[-1]] if values else []
-    return fmean(lost or [0.0])
+    old = islice(zip_longest(*rows), len(rows[-2:][0]))  # a tuple over tasks per class; None before it was learned
+    known = ([value for value in values if value is not None] for values in old)
+    return fmean([max(values) - values[-1] for values in known if values] or [0.0])
 
 
 def backward_transfer(matrix: Matrix) -> float:
@@ -149,8 +140,10 @@ def backward_transfer(matrix: Matrix) -> float:
     return fmean([matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)] or [0.0])
 
 
-def harmonic_mean(base: float, novel: float) -> float:
-    """Return 2 b n / (b + n): high only if base and novel classes both are; 0.0 where both are 0."""
+def harmonic_mean(base: float | None, novel: float | None) -> float | None:
+    """Return 2 b n / (b + n): high only if base and novel classes both are; 0.0 where both are 0, None without both."""
+    if base is None or novel is None:
+        return None
     return 2 * base * novel / (base + novel) if base + novel else 0.0
 
 
@@ -169,12 +162,12 @@ def fscil(matrix: Matrix, test_counts: Sequence[int]) -> dict[str, list[float | 
         ``performance_drop``: points that the accuracy over all seen classes lies below session 0's.
     """
     base = [float(row[0]) for row in matrix]
-    novel = [_weighted(row[1:], test_counts[1:]) if row[1:] else None for row in matrix]
+    novel = [_weighted(row[1:], test_counts[1:]) for row in matrix]
     overall = [_weighted(row, test_counts) for row in matrix]
     return {
         "base": base,
         "novel": novel,
-        "harmonic_mean": [None if n is None else harmonic_mean(b, n) for b, n in zip(base, novel)],
+        "harmonic_mean": list(map(harmonic_mean, base, novel)),
         "performance_drop": [overall[0] - value for value in overall],
     }
 
@@ -196,11 +189,9 @@ def group_averages(predictions: Array, labels: Array, init_cls: int, increment: 
     table = group_accuracies(predictions, labels, init_cls, increment)
     ends = {int(name.split("-")[1]): value for name, value in table.items() if "-" in name}
     # As in the authors' code, a group that ends exactly at init_cls (``increment`` 1) is neither old nor new.
-    old = [value for end, value in ends.items() if end < init_cls]
-    new = [value for end, value in ends.items() if end > init_cls]
-    old, new = fmean(old) if old else None, fmean(new) if new else None
-    both = None if old is None or new is None else harmonic_mean(old, new)
-    return {"old": old, "new": new, "harmonic_mean": both}
+    old = _mean([value for end, value in ends.items() if end < init_cls])
+    new = _mean([value for end, value in ends.items() if end > init_cls])
+    return {"old": old, "new": new, "harmonic_mean": harmonic_mean(old, new)}
 
 
 def many_medium_few(accuracies: Sequence[float | None], counts: Sequence[int]) -> dict[str, float | None]:
@@ -210,24 +201,29 @@ def many_medium_few(accuracies: Sequence[float | None], counts: Sequence[int]) -
 
     Args:
         accuracies: percentage per class; None (a class without test images) is left out.
-        counts: training images per class.
+        counts: training images of at least as many classes.
     """
     groups: dict[str, list[float]] = {"many": [], "medium": [], "few": []}
-    for accuracy, count in zip(accuracies, counts, strict=True):
+    for accuracy, count in zip(accuracies, counts):
         if accuracy is not None:
             groups["many" if count > 100 else "few" if count < 20 else "medium"].append(accuracy)
-    return {name: fmean(members) if members else None for name, members in groups.items()}
+    return {name: _mean(members) for name, members in groups.items()}
 
 
-def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last class of each group."""
+def spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the first and the last class of each group."""
     return [(end - size, end - 1) for size, end in zip(sizes, accumulate(sizes))]
 
 
 def _percent(correct: Tensor) -> float:
-    return 100 * int(correct.sum()) / correct.numel()
+    return 100 * int(correct.sum()) / max(correct.numel(), 1)
 
 
-def _weighted(values: Sequence[float], counts: Sequence[int]) -> float:
-    weights = counts[: len(values)]
-    return sum(value * weight for value, weight in zip(values, weights)) / sum(weights)
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _weighted(values: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Mean of the values by their counts, of which there may be more."""
+    total = sum(value * count for value, count in zip(values, counts))
+    return total / sum(counts[: len(values)]) if values else None

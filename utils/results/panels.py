@@ -71,20 +71,12 @@ class Panels:
         """
         if not self.enabled:
             return
-        rows = [
-            {"name": row.name, "cells": [self._store(name, i, j, cell) for j, cell in enumerate(row.cells)]}
-            for i, row in enumerate(panel.rows)
-        ]
-        words = {"title": panel.title, "part": panel.part, "note": panel.note, "columns": list(panel.columns)}
+        rows = []
+        for i, row in enumerate(panel.rows):
+            cells = [_store(self.folder / name / f"{i}-{j}.png", cell) for j, cell in enumerate(row.cells)]
+            rows.append({"name": row.name, "cells": cells})
         # Last, because a panel without it does not count: one that was cut off is never read.
-        write_json(self.folder / name / INDEX, words | {"rows": rows})
-
-    def _store(self, name: str, row: int, column: int, cell: Cell | None) -> dict[str, str] | None:
-        if cell is None:
-            return None
-        file = f"{row}-{column}.png"
-        atomic_write(self.folder / name / file, encode_image(cell.image.cpu(), ".png"), sync=False)
-        return {"image": file, "caption": cell.caption}
+        write_json(self.folder / name / INDEX, vars(panel) | {"rows": rows})
 
     def read(self) -> list[Panel]:
         """Return all panels in the order of their names, in which numbers count as numbers.
@@ -93,9 +85,15 @@ class Panels:
             CheckpointError: if a `panel.json` is damaged.
             DataError: if an image cannot be read.
         """
-        return [
-            _read(folder / INDEX) for folder in in_numeric_order(self.folder.glob("*")) if (folder / INDEX).exists()
-        ]
+        indices = (folder / INDEX for folder in in_numeric_order(self.folder.glob("*")))
+        return [_read(index) for index in indices if index.exists()]
+
+
+def _store(path: Path, cell: Cell | None) -> dict[str, str] | None:
+    if cell is None:
+        return None
+    atomic_write(path, encode_image(cell.image.cpu(), ".png"), sync=False)
+    return {"image": path.name, "caption": cell.caption}
 
 
 def _read(path: Path) -> Panel:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, stdev
+from typing import NamedTuple
 
-from utils.run.errors import RepriseError
+import numpy as np
+
 from utils.run.files import atomic_write
 
 SUFFIXES = (".pdf", ".png", ".svg")
@@ -25,23 +25,12 @@ STYLE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One run in the figure: percentages after every task, a curve per seed."""
 
     name: str
     task_sizes: Sequence[int]
     curves: Sequence[Sequence[float]]
-
-
-def check_suffix(path: Path) -> None:
-    """Refuse a file of a kind that is not drawn.
-
-    Raises:
-        RepriseError: naming the kinds that are.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise RepriseError(f"cannot draw {path}: its name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
 def plot_lines(lines: Sequence[Line], path: Path) -> None:
@@ -50,25 +39,21 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     Args:
         lines: at least one, each of at least one seed; one seed has no band.
         path: the file, a .pdf, .png or .svg; it appears whole or not at all.
-
-    Raises:
-        RepriseError: if it is of another kind.
     """
     # Here, because it takes a second to import and no training needs it.
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from cycler import cycler
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    check_suffix(path)
+    looks = cycler(linestyle=STYLES) * cycler(color=COLOURS, marker=MARKERS)
     num_columns = 1 if max(len(line.name) for line in lines) > 26 else 2
     height = AXES_HEIGHT + LEGEND_ROW * -(-len(lines) // num_columns)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": looks}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasAgg(figure)  # needs no display
         axes = figure.add_subplot(xlabel="classes seen", ylabel="accuracy (%)")
-        for number, line in enumerate(lines):
-            draw_line(axes, line, number)
+        for line in lines:
+            draw_line(axes, line)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)  # beside, it would cover lines
@@ -77,15 +62,11 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     atomic_write(path, file.getvalue())
 
 
-def draw_line(axes, line: Line, number: int) -> None:
-    """Draw one run on matplotlib's ``axes``; its number chooses colour, marker and style."""
-    tasks = list(zip(*line.curves))  # a tuple over seeds per task
-    seen = list(accumulate(line.task_sizes))[: len(tasks)]
-    means = [fmean(values) for values in tasks]
-    rounds, place = divmod(number, len(COLOURS))
-    colour, style = COLOURS[place], STYLES[rounds % len(STYLES)]
-    axes.plot(seen, means, color=colour, linestyle=style, marker=MARKERS[place], label=line.name.replace("$", r"\$"))
+def draw_line(axes, line: Line) -> None:
+    """Draw one run on matplotlib's ``axes``, in the next look of their cycle."""
+    tasks = np.array(list(zip(*line.curves)))  # (tasks, seeds)
+    seen, means = list(accumulate(line.task_sizes))[: len(tasks)], tasks.mean(axis=1)
+    (drawn,) = axes.plot(seen, means, label=line.name.replace("$", r"\$"))
     if len(line.curves) > 1:
-        stds = [stdev(values) for values in tasks]
-        low, high = zip(*((mean - std, mean + std) for mean, std in zip(means, stds)))
-        axes.fill_between(seen, low, high, color=colour, alpha=0.18, linewidth=0)
+        stds = tasks.std(axis=1, ddof=1)
+        axes.fill_between(seen, means - stds, means + stds, color=drawn.get_color(), alpha=0.18, linewidth=0)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby, pairwise
+from collections.abc import Sequence
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.results.figures import Chart, human_bytes, human_seconds
 from utils.results.gallery import GalleryRow, thumbnail
-from utils.results.metrics import FSCIL, forgetting_per_task
+from utils.results.metrics import FSCIL, forgetting_per_task, spans
 from utils.results.panels import Panel
 from utils.run.files import atomic_write
 
@@ -27,9 +27,10 @@ MEMORY = (
 )  # fmt: skip
 ALWAYS_SHOWN = {"exemplars", "bank", "source", "network", "total", "frozen", "all_real_data"}  # others only if not 0
 UNITS = ("real", "compressed", "compressed_units", "nominal", "true")
-CURVES = {
-    "top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve", "val top-1": "val_top1_curve"
-}  # fmt: skip
+CURVES = {"top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve", "val top-1": "val_top1_curve"}
+# A misspelled variable is an error instead of an empty place on the page.
+PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+PAGES.filters.update(human_bytes=human_bytes, human_seconds=human_seconds, thumbnail=thumbnail)
 
 
 class Column(NamedTuple):
@@ -37,7 +38,7 @@ class Column(NamedTuple):
 
     Args:
         title: its head.
-        kind: "text", "n" (numbers), "share" (%), "bytes", "seconds", "bar" (a fraction), "change" (a signed one), or
+        kind: "text", "n" (numbers), "share" (%), "bytes", "seconds", "bar" (a share), "change" (a signed one), or
             "phase", "unit" and "memory", whose words the template has.
         values: a cell per row; None is shown as a dash, text as it is.
     """
@@ -45,13 +46,6 @@ class Column(NamedTuple):
     title: str
     kind: str
     values: Sequence[Any]
-
-
-class Curves(NamedTuple):
-    """A table of curves; the chart is None where they have one point only."""
-
-    columns: list[Column]
-    chart: Chart | None
 
 
 def write_report(
@@ -72,88 +66,59 @@ def write_report(
         DataError: if an image file of the gallery cannot be read.
     """
     results = defaultdict(lambda: None, results)
-    page = _template().render(
+    page = PAGES.get_template("report.html.j2").render(
         results=results,
-        few_shot=_few_shot(results),
         curves=_curves(results),
         lost=_lost(results),
-        sessions=_sessions(_few_shot(results)),
+        sessions=results["fscil"] and _sessions(results["fscil"]),
         long_tail=_long_tail(results["long_tail"] or {}),
         classes=_classes(results),
-        gallery=_by_task(gallery),
+        gallery=[row for row in gallery if row.real or row.synthetic],
         panels=[(*key, list(group)) for key, group in groupby(panels, lambda panel: (panel.title, panel.note))],
         memory=_memory(results["memory_bytes"] or {}),
         units=_units(results["memory_units"] or {}),
-        seconds=_seconds(results["seconds"] or {}),
+        seconds=results["seconds"] and _seconds(dict(results["seconds"])),
         environment=_pairs(environment or results["environment"] or {}),
-        config=_pairs(dict(_flat(config))),
+        config=_pairs(_flat(config)),
     )
-    atomic_write(path, page)
+    atomic_write(path, page + "\n")
 
 
-def _template() -> Template:
-    loader = FileSystemLoader(Path(__file__).parent)
-    # A misspelled variable is an error instead of an empty place on the page.
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    pages.filters.update(short=_short, human_bytes=human_bytes, human_seconds=human_seconds, thumbnail=thumbnail)
-    return pages.get_template("report.html.j2")
-
-
-def _short(value: Any) -> str:
-    """Write numbers short and None as a dash."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:,.1f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _curves(results: dict[str, Any]) -> Curves | None:
+def _curves(results: dict[str, Any]) -> tuple[list[Column], Chart | None]:
     curves = {name: results[key] for name, key in CURVES.items() if results[key]}
-    if not curves or not results["task_sizes"]:
-        return None
-    seen = list(accumulate(results["task_sizes"]))[: max(map(len, curves.values()))]
+    seen = list(accumulate(results["task_sizes"] or []))[: max(map(len, curves.values()), default=0)]
     tasks = Column("task", "text", [f"after {task}" for task in range(len(seen))])
-    numbers = [Column(name, "n", _padded(curve, len(seen))) for name, curve in curves.items()]
-    chart = Chart(curves, seen, "classes seen") if len(seen) > 1 else None
-    return Curves([tasks, Column("classes", "n", seen), *numbers], chart)
+    return _drawn([tasks, Column("classes", "n", seen)], curves, Chart(curves, seen, "classes seen"))
+
+
+def _sessions(figures: dict[str, list[float | None]]) -> tuple[list[Column], Chart | None]:
+    curves = {name.replace("_", " "): figures[name] for name in FSCIL}
+    sessions = range(len(figures["base"]))
+    drawn = {name: curves[name] for name in list(curves)[:3]}  # the drop is no accuracy
+    return _drawn([Column("session", "text", list(map(str, sessions)))], curves, Chart(drawn, sessions, "session"))
+
+
+def _drawn(first: list[Column], curves: dict[str, Sequence], chart: Chart) -> tuple[list[Column], Chart | None]:
+    """Return a table of curves, and their chart where they have more than one point."""
+    numbers = [Column(name, "n", _padded(values, len(chart.xs))) for name, values in curves.items()]
+    return [*first, *numbers], chart if len(chart.xs) > 1 else None
 
 
 def _lost(results: dict[str, Any]) -> list[Column]:
     """What every task but the last has lost since its best."""
     matrix = results["accuracy_matrix"] or []
-    lost = forgetting_per_task(matrix) if len(matrix) > 1 else []
-    bounds = [0, *accumulate(results["task_sizes"] or [1] * len(matrix))]
-    spans = [(first, end - 1) for first, end in pairwise(bounds[: len(lost) + 1])]
-    final = [matrix[-1][task] for task in range(len(lost))]
+    lost = forgetting_per_task(matrix)
+    classes = spans(results["task_sizes"] or [1] * len(matrix))[: len(lost)]
+    final = matrix[-1][: len(lost)] if matrix else []
     return lost and [
-        Column("task", "text", [f"{task}" for task in range(len(lost))]),
-        Column("classes", "text", [f"{first}–{last}" if last > first else f"{first}" for first, last in spans]),
-        Column("when new", "n", [matrix[task][task] for task in range(len(lost))]),
+        Column("task", "text", list(map(str, range(len(lost))))),
+        Column("classes", "text", [f"{first}–{last}" if last > first else f"{first}" for first, last in classes]),
+        Column("when new", "n", [row[-1] for row in matrix[:-1]]),
         Column("best", "n", [end + points for end, points in zip(final, lost)]),
         Column("at the end", "n", final),
         Column("lost", "n", lost),
-        Column("", "change", [points / 100 for points in lost]),
+        Column("", "change", lost),
     ]
-
-
-def _few_shot(results: dict[str, Any]) -> dict[str, list[float | None]]:
-    """The few-shot figures per session; empty for other runs."""
-    given = results["fscil"]
-    return {name: list(given.get(name) or [None]) for name in FSCIL} if given else {}
-
-
-def _sessions(figures: dict[str, list[float | None]]) -> Curves | None:
-    if not figures:
-        return None
-    sessions = range(max(map(len, figures.values())))
-    curves = {name.replace("_", " "): _padded(values, len(sessions)) for name, values in figures.items()}
-    columns = [Column(name, "n", values) for name, values in curves.items()]
-    drawn = {name: curves[name] for name in list(curves)[:3]}  # the drop is no accuracy
-    chart = Chart(drawn, sessions, "session") if len(sessions) > 1 else None
-    return Curves([Column("session", "text", [f"{i}" for i in sessions]), *columns], chart)
 
 
 def _long_tail(groups: dict[str, float | None]) -> list[Column]:
@@ -164,22 +129,17 @@ def _long_tail(groups: dict[str, float | None]) -> list[Column]:
 def _classes(results: dict[str, Any]) -> list[Column]:
     accuracies = results["per_class_accuracy"] or []
     count = len(accuracies)
-    tasks = [f"{task}" for task, size in enumerate(results["task_sizes"] or []) for _ in range(size)]
+    tasks = [str(task) for task, size in enumerate(results["task_sizes"] or []) for _ in range(size)]
     columns = [
-        Column("label", "text", [f"{label}" for label in range(count)]),
+        Column("label", "text", list(map(str, range(count)))),
         Column("class", "text", _padded(results["class_names"], count)),
         Column("task", "text", _padded(tasks, count)),
         Column("train", "n", _padded(results["train_counts"], count)),
         Column("test", "n", _padded(results["test_counts"], count)),
         Column("accuracy (%)", "n", accuracies),
-        Column("", "bar", [None if value is None else value / 100 for value in accuracies]),
+        Column("", "bar", accuracies),
     ]
     return [column for column in columns if any(cell is not None for cell in column.values)]
-
-
-def _by_task(gallery: Sequence[GalleryRow]) -> list[tuple[int, list[GalleryRow]]]:
-    rows = sorted((row for row in gallery if row.real or row.synthetic), key=lambda row: (row.task, row.class_index))
-    return [(task, list(group)) for task, group in groupby(rows, lambda row: row.task)]
 
 
 def _memory(counts: dict[str, int | None]) -> list[Column]:
@@ -191,7 +151,7 @@ def _memory(counts: dict[str, int | None]) -> list[Column]:
         Column("", "memory", list(memory)),
         Column("size", "bytes", list(memory.values())),
         Column("of all real data", "share", [100 * count / real if real else None for count in memory.values()]),
-        Column("", "bar", [count / largest for count in memory.values()]),
+        Column("", "bar", [100 * count / largest for count in memory.values()]),
     ] if memory else []  # fmt: skip
 
 
@@ -204,17 +164,15 @@ def _units(units: dict[str, float]) -> list[Column]:
     return [Column(title, "unit", UNITS), Column("", "n", numbers)]
 
 
-def _seconds(given: dict[str, float | None]) -> list[Column]:
-    seconds = {key: value for key, value in given.items() if value is not None}
-    if not seconds:
-        return []
+def _seconds(seconds: dict[str, float]) -> list[Column]:
     total = seconds.pop("total", None) or sum(seconds.values()) or 1
     seconds["other"] = max(total - sum(seconds.values()), 0.0)
+    shares = [100 * value / total for value in seconds.values()]
     return [
         Column("", "phase", [*seconds, "total"]),
         Column("time", "seconds", [*seconds.values(), total]),
-        Column("% of the total", "n", [*(100 * value / total for value in seconds.values()), 100.0]),
-        Column("", "bar", [*(value / total for value in seconds.values()), ""]),
+        Column("% of the total", "n", [*shares, 100.0]),
+        Column("", "bar", [*shares, ""]),
     ]
 
 
@@ -224,12 +182,11 @@ def _pairs(values: dict[str, Any]) -> list[Column]:
     return [Column("key", "text", list(values)), Column("value", "text", texts)] if values else []
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def _padded(values: Sequence | None, count: int) -> list:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable
 
 from utils.run.errors import RepriseError
+from utils.run.files import explained_full_disk
 
 
 def promised_offline() -> bool:
@@ -17,15 +17,12 @@ def promised_offline() -> bool:
 
 
 def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """What ``run`` returns, or 2 after one message about a mistake that the user can repair."""
+    """Return what ``run`` returns, or 2 after one message about a mistake that the user can repair."""
     if promised_offline() or getattr(args, "offline", False):
         os.environ["HF_HUB_OFFLINE"], args.offline = "1", True
     try:
-        return run(args)
+        with explained_full_disk():
+            return run(args)
     except RepriseError as error:
         print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: the disk is full: {error.filename or ''}; make room and give the command again", file=sys.stderr)
-    return 2
+        return 2

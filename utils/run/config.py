@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import types
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator
 
@@ -18,44 +17,33 @@ from utils.run.errors import ConfigError
 from utils.run.registry import nearest
 
 # Two settings that differ only in these are the same experiment; of a source_dir, each may hold other weights.
-NOT_IDENTITY = (
-    "seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every", "synth.keep_sources",
-    "init_from", "log_with",
-)  # fmt: skip
+NOT_IDENTITY = ("seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every", "init_from",
+                "log_with", "synth.keep_sources")  # fmt: skip
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's legacy generator takes, which orders PyCIL's classes
 
 
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation itself."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return get_args(annotation)
-    return (annotation,)
-
-
-class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False):
+class BaseConfig(
+    BaseModel, frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
+):
     """A frozen set of keys that reads JSON as PyCIL's users write it."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _read_as_written(cls, value: Any, info) -> Any:
-        """A scalar or a comma string fills a list; "true" is a boolean; a boolean is never a number."""
-        annotations = _choices(cls.model_fields[info.field_name].annotation)
-        origins = [get_origin(annotation) or annotation for annotation in annotations]
-        if list in origins and not isinstance(value, list) and value is not None:
+        """Fill a list from a scalar or a comma string; take no boolean for a number."""
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = {get_origin(member) or member for member in (annotation, *get_args(annotation))}
+        if list in kinds and not isinstance(value, list) and value is not None:
             value = [item.strip() for item in value.split(",")] if isinstance(value, str) else [value]
-        if str in origins and int not in origins and type(value) in (int, float):
-            value = str(value)  # a data set may be called 101
-        if bool in origins and isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, bool) != (bool in origins) and isinstance(item, (bool, int, float)):
+            if isinstance(item, bool) != (bool in kinds) and isinstance(item, (bool, int, float)):
                 raise ValueError("a boolean is not a number" if isinstance(item, bool) else "use true or false")
         return value
 
     @classmethod
     def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """The keys with an original's words replaced by ours; default: there are none."""
+        """Replace an original's words by ours; default: there are none."""
         return raw
 
     @classmethod
@@ -71,32 +59,29 @@ class BaseConfig(BaseModel, frozen=True, extra="forbid", validate_default=True, 
             ConfigError: for an unknown key (names the nearest known one), a missing key, or a wrong value (names
                 key, value and what is allowed).
         """
-        given = {key: value for key, value in raw.items() if value is not None}
-        for key in given:
-            if key not in cls.model_fields:
-                raise ConfigError(f"unknown key {where + key!r}{nearest(key, cls.model_fields)}")
         try:
-            return cls(**given)
+            return cls(**{key: value for key, value in raw.items() if value is not None})
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(where, item) for item in error.errors())) from error
+            raise ConfigError("; ".join(cls._explain(where, item) for item in error.errors())) from error
+
+    @classmethod
+    def _explain(cls, where: str, item: dict[str, Any]) -> str:
+        key = where + ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden":
+            return f"unknown key {key!r}{nearest(item['loc'][-1], cls.model_fields)}"
+        if item["type"] == "missing":
+            return f"the key {key!r} is missing"
+        message = item["msg"].removeprefix("Value error, ")
+        # A mistake of several keys together has no place; its message names them.
+        return f"{key}={item['input']!r}: {message}" if item["loc"] else message
 
     def dump_without(self, keys: Iterable[str]) -> dict[str, Any]:
-        """All resolved keys but these, as JSON has them; dots reach into nested objects."""
+        """Return all resolved keys but these, as JSON has them; dots reach into nested objects."""
         exclude: dict[str, Any] = {}
         for key in keys:
             outer, _, inner = key.partition(".")
             exclude[outer] = {*exclude.get(outer, ()), inner} if inner else True
         return self.model_dump(mode="json", exclude=exclude)
-
-
-def _explain(where: str, item: dict[str, Any]) -> str:
-    key = where + ".".join(str(part) for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
-    if not item["loc"]:  # of several keys together, which the message names
-        return message
-    if item["type"] == "missing":
-        return f"the key {key!r} is missing"
-    return f"{key}={item['input']!r}: {message}"
 
 
 class SourceConfig(BaseConfig):
@@ -107,10 +92,8 @@ class SourceConfig(BaseConfig):
         drawing: keys of a subclass that shape the drawing alone, in which runs that share learned weights may differ.
     """
 
-    elsewhere: ClassVar[set[str]] = {
-        "need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class", "fit_after_last_task", "keep_sources",
-        "source_dir",
-    }  # fmt: skip
+    elsewhere: ClassVar[set[str]] = {"need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class",
+                                     "fit_after_last_task", "keep_sources", "source_dir"}  # fmt: skip
     drawing: ClassVar[set[str]] = set()
 
     name: str = Field(description="which source: see `python main.py --list`")
@@ -196,26 +179,26 @@ class RunConfig(BaseConfig):
 
     @property
     def data_name(self) -> str:
-        """The data set as `utils.data.datasets` knows it: splits of one data set are data sets of their own."""
+        """Return the data set's name in `utils.data.datasets`: splits of one data set are data sets of their own."""
         official = self.dataset.lower() == "cub" and self.cub_split == "official"
         return "cub_official" if official else self.dataset
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same experiment: every resolved key but the ones that name a place or a machine."""
+        """Return what makes two runs the same experiment: every resolved key that names no place and no machine."""
         return self.dump_without(NOT_IDENTITY)
 
     def identity_hash(self) -> str:
-        """Six hexadecimal digits of the identity."""
+        """Return six hexadecimal digits of the identity."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:6]
 
     def order_seed(self, seed: int) -> int:
-        """The seed of the class order in the run of this seed."""
+        """Return the seed of the class order in the run of this seed."""
         return seed if self.class_order_seed is None else self.class_order_seed
 
     def train_seed(self, seed: int) -> int:
-        """The seed of weights, batches and replay in the run of this seed."""
+        """Return the seed of weights, batches and replay in the run of this seed."""
         return seed if self.model_seed is None else self.model_seed
 
     def seed_tag(self, seed: int) -> str:
-        """The name of this seed's folder; with a model_seed it carries both."""
+        """Return the name of this seed's folder; with a model_seed it carries both."""
         return f"seed_{seed}" if self.model_seed is None else f"seed_{seed}_{self.model_seed}"

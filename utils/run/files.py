@@ -33,22 +33,34 @@ def atomic_write(path: str | Path, content: bytes | str, sync: bool = True) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with explained_full_disk(path):
+            with open(temporary, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+@contextmanager
+def explained_full_disk(path: Path | None = None) -> Iterator[None]:
+    """Say what to do about a full disk.
+
+    Args:
+        path: what is written inside; None: as the system names it.
+
+    Raises:
+        RepriseError: in place of the system's error.
+    """
+    try:
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
-
-
-def disk_error(error: OSError, path: Path) -> Exception:
-    """Return the error itself, or for a full disk one that says what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RepriseError(f"the disk is full: cannot write {path}; make room and give the same command again")
-    return error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = path or error.filename or "a file"
+        raise RepriseError(f"the disk is full: cannot write {place}; make room and give the command again") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -80,8 +92,8 @@ def read_json(path: str | Path, remedy: str, error: type[RepriseError] = Checkpo
 
 def in_numeric_order(paths: Iterable[Path]) -> list[Path]:
     """Sort paths by their names, in which numbers count as numbers: `seed_9` before `seed_10`."""
-    parts = {path: re.split(r"(\d+)", path.name) for path in paths}  # at every second place a number
-    return sorted(parts, key=lambda path: [int(part) if part.isdecimal() else part for part in parts[path]])
+    # At every second place of the split is a number.
+    return sorted(paths, key=lambda path: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)])
 
 
 def file_hash(path: str | Path) -> str:
@@ -103,12 +115,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+        with explained_full_disk(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed
 

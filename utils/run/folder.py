@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -21,15 +19,15 @@ from utils.data.manager import DataManager
 from utils.run.config import RunConfig
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.files import read_json, write_json
+from utils.run.log import log
 from utils.run.manifest import Manifest
 from utils.training.runtime import Runtime
 
-log = logging.getLogger("reprise")
 CONFIG = "config.json"  # of a run: its manifest
 DESCRIPTION = "data.json"  # of a seed: its manifest, and what its network expects of images
 ENVIRONMENT = "environment.json"  # of a run: packages, device, threads, precision
 RESULTS = "results.json"  # of a seed
-PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")  # whose versions move last bits
 
 
 def replay_folder(config: RunConfig, name: str, seed: int) -> Path:
@@ -41,8 +39,7 @@ def replay_folder(config: RunConfig, name: str, seed: int) -> Path:
 
 def replay_manifest(folder: Path) -> Manifest:
     """Return the manifest by which a folder of replay images is known as this project's."""
-    remedy = "give another --name, or move the folder away"
-    return Manifest(folder, "bank", {}, remedy=remedy)
+    return Manifest(folder, "bank", {}, remedy="give another --name, or move the folder away")
 
 
 def run_manifest(folder: Path, identity: dict[str, Any] | None, flag: str = "--name") -> Manifest:
@@ -110,16 +107,14 @@ def claim_machine(folder: Path, runtime: Runtime) -> None:
     Raises:
         CheckpointError: if the file is damaged.
     """
-    path, here = folder / ENVIRONMENT, describe_machine(runtime)
-    if not path.exists():
-        return write_json(path, here)
+    if not (folder / ENVIRONMENT).exists():
+        return write_json(folder / ENVIRONMENT, describe_machine(runtime))
     stored = read_environment(folder)
     torch.set_num_threads(stored["threads"])
     runtime.bf16 = stored["precision"] == "bf16"
-    changed = [key for key in here if key not in ("threads", "precision") and stored.get(key) != here[key]]
-    if changed:
-        words = ", ".join(f"{key} was {stored.get(key)}, is {here[key]}" for key in changed)
-        log.warning("This run began on another machine or with other packages (%s): its last bits may differ", words)
+    here = describe_machine(runtime).items()
+    if changed := ", ".join(f"{key} was {stored.get(key)}, is {now}" for key, now in here if stored.get(key) != now):
+        log.warning("This run began on another machine or with other packages (%s): its last bits may differ", changed)
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
@@ -154,8 +149,7 @@ def claim_data(folder: Path, data: DataManager, write: bool = True) -> None:
         CheckpointError: if class order, classes or images were others when the run began.
     """
     remedy = "Put the data back as it was, or give --overwrite or another --name"
-    fields = {field.name: getattr(data.dataset, field.name) for field in dataclasses.fields(Dataset)}
-    plain = {name: value for name, value in fields.items() if not isinstance(value, ImageSet) and name != "root"}
+    plain = {key: value for key, value in vars(data.dataset).items() if key not in ("train", "test", "root")}
     manifest = Manifest(folder, "seed", data.fingerprint(), remedy=remedy, name=DESCRIPTION)
     manifest.claim(write=write, view=plain)
 
@@ -166,13 +160,13 @@ def read_data(folder: Path) -> tuple[Dataset, list[str], list[int]]:
     Raises:
         CheckpointError: if it is damaged or absent.
     """
-    stored = Manifest(folder, "seed", remedy="repeat the run with --overwrite", name=DESCRIPTION).read()
+    remedy = "repeat the run with --overwrite"
+    stored = Manifest(folder, "seed", remedy=remedy, name=DESCRIPTION).read()
     try:
         dataset = Dataset(**stored["view"], train=ImageSet(), test=ImageSet())
         return dataset, stored["class_names"], stored["class_order"]
     except (KeyError, TypeError) as error:
-        message = f"{folder / DESCRIPTION} is damaged ({error!r}): repeat the run with --overwrite"
-        raise CheckpointError(message) from error
+        raise CheckpointError(f"{folder / DESCRIPTION} is damaged ({error!r}): {remedy}") from error
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,6 @@ from utils.run.errors import CheckpointError, RepriseError
 from utils.run.files import file_hash, read_json, write_json
 
 MANIFEST = "manifest.json"
-WRITTEN_BY = {"written_by": "reprise"}  # without it a folder is never deleted
 
 
 class Manifest:
@@ -37,7 +36,7 @@ class Manifest:
         name: str = MANIFEST, error: type[RepriseError] = CheckpointError, names: re.Pattern | None = None,
     ):  # fmt: skip
         self.folder, self.kind, self.remedy, self.error, self.names = Path(folder), kind, remedy, error, names
-        self.identity = None if identity is None else json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps(identity))  # as it comes back from the disk
         self.path = self.folder / name
 
     @property
@@ -82,9 +81,8 @@ class Manifest:
         files = content.get("files")
         if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
             raise self.error(f"{self.path} is damaged (no list of files): {self.remedy}")
-        for name in files:
-            if not self._is_ours(name):
-                raise self.error(f"{self.path} lists {name!r}, which is none of this folder's files: {self.remedy}")
+        if foreign := [name for name in files if not self._is_ours(name)]:
+            raise self.error(f"{self.path} lists {foreign[0]!r}, which is none of this folder's files: {self.remedy}")
         return content
 
     # ------------------------------------------------------------------ files
@@ -106,10 +104,9 @@ class Manifest:
 
     def store(self, files: dict[str, str], **notes: Any) -> None:
         """Write the list of files with hashes that are known already; see ``seal``."""
-        for name in files:
-            assert self._is_ours(name), name
-        notes = {**(self.read() if self.exists else {}), **notes}
-        write_json(self.path, self._content(files, notes))
+        assert all(map(self._is_ours, files)), files
+        stored = self.read() if self.exists else {}
+        write_json(self.path, self._content(files, {**stored, **notes}))
 
     def damaged(self) -> list[str]:
         """Return the listed files that are missing or changed since they were sealed."""
@@ -130,8 +127,7 @@ class Manifest:
 
     def holds(self, name: str, digest: str) -> bool:
         """Whether a file is there and has this hash."""
-        path = self.folder / name
-        return path.is_file() and file_hash(path) == digest
+        return (self.folder / name).is_file() and file_hash(self.folder / name) == digest
 
     def delete(self) -> None:
         """Delete the folder with all that is in it.
@@ -150,7 +146,8 @@ class Manifest:
         return inside and (self.names is None or self.names.fullmatch(name) is not None)
 
     def _content(self, files: dict[str, str], notes: dict[str, Any]) -> dict[str, Any]:
-        return {**WRITTEN_BY, "kind": self.kind, **(self.identity or {}), **notes, "files": files}
+        # Without the first of these a folder is never deleted.
+        return {"written_by": "reprise", "kind": self.kind, **(self.identity or {}), **notes, "files": files}
 
 
 def first_difference(stored: dict[str, Any], here: dict[str, Any], fields: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as `; did you mean 'icarl'?`, or an empty string if nothing is near."""
+    """Return a hint such as `; did you mean 'icarl'?`, or an empty string if nothing is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -28,13 +28,11 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, package: str):
-        self.kind = kind
-        self.package = package
+        self.kind, self.package, self._is_loaded = kind, package, False
         self._entries: dict[str, T] = {}
-        self._loaded = False
 
     def register(self, *names: str) -> Callable[[T], T]:
-        """Decorator: make a class or function known under these names. A name taken twice is our own mistake."""
+        """Make the decorated class or function known under these names. A name taken twice is our own mistake."""
 
         def add(entry: T) -> T:
             for name in names:
@@ -45,14 +43,14 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
-        """All registered names, sorted."""
+        """List all registered names, sorted."""
         return sorted(self._load())
 
     def __contains__(self, name: str) -> bool:
         return name in self._load()
 
     def __getitem__(self, name: str) -> T:
-        """The entry of this name.
+        """Return the entry of this name.
 
         Raises:
             ConfigError: if nothing has this name; the message holds the nearest name and all of them.
@@ -64,8 +62,8 @@ class Registry(Generic[T]):
         return entries[name]
 
     def _load(self) -> dict[str, T]:
-        if not self._loaded:
+        if not self._is_loaded:  # to look again takes half a millisecond, and names are asked for by the hundred
             for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
-            self._loaded = True
+            self._is_loaded = True
         return self._entries

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,10 @@ class Words:
     relatives: tuple[str, ...] = ()
     switches: tuple[str, ...] | None = None
     off: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    idle: frozenset[str] = field(default_factory=frozenset)
+    idle: frozenset[str] = frozenset()
 
 
-WORDS: list[Words] = []
-
-
-def register_words(words: Words) -> None:
-    """Make the flat keys of an original known."""
-    WORDS.append(words)
+WORDS: list[Words] = []  # every room that has some appends its own
 
 
 def flat_keys() -> dict[str, tuple[Words, str]]:
@@ -71,9 +66,7 @@ def read_experiment(path: str | Path, parse: Callable[[str], Any] = json.loads) 
         raw = parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"no experiment file {path}; the ones that come with Reprise lie in exps/") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # JSON's and YAML's name line and column
         raise ConfigError(f"cannot read the experiment file {path}: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values as one JSON object, not a {type(raw).__name__}")

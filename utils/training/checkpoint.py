@@ -18,6 +18,7 @@ from utils.run.files import load_tensors, read_json, save_tensors, whole_folder,
 from utils.run.manifest import Manifest
 
 STATE = "state.json"
+Tensors = dict[str, dict[str, Tensor]]  # file stem -> named tensors
 REMEDY = "delete the folder, and the same command goes on from the checkpoint before it"
 
 
@@ -46,15 +47,12 @@ class Checkpoints:
         identity = {"name": self.name, "number": number}
         return Manifest(folder or self.path(number), "checkpoint", identity, remedy=REMEDY)
 
-    def save(
-        self, number: int, tensors: dict[str, dict[str, Tensor]], state: dict,
-        fill: Callable[[Path], None] | None = None,
-    ) -> None:  # fmt: skip
+    def save(self, number: int, tensors: Tensors, state: dict, fill: Callable[[Path], None] | None = None) -> None:
         """Write one checkpoint and forget all but the two newest.
 
         Args:
             number: larger than the ones before.
-            tensors: file stem -> named tensors.
+            tensors: of each file.
             state: JSON.
             fill: called with the new folder to let others add files, such as a replay source.
         """
@@ -68,7 +66,7 @@ class Checkpoints:
         for old in self.numbers()[2:]:
             shutil.rmtree(self.path(old))
 
-    def load(self, number: int) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    def load(self, number: int) -> tuple[Tensors, dict]:
         """Return the tensors at the top of the folder and the state.
 
         Raises:
@@ -76,12 +74,11 @@ class Checkpoints:
         """
         manifest = self.manifest(number)
         manifest.claim(write=False)
-        names = manifest.verify()["files"]
-        stems = [name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")]
-        state = read_json(self.path(number) / STATE, REMEDY)
-        return {s: load_tensors(self.path(number) / f"{s}.safetensors") for s in stems if "/" not in s}, state
+        files = [self.path(number) / name for name in manifest.verify()["files"] if "/" not in name]
+        tensors = {path.stem: load_tensors(path) for path in files if path.suffix == ".safetensors"}
+        return tensors, read_json(self.path(number) / STATE, REMEDY)
 
-    def load_newest(self, log, discard: bool = True) -> tuple[int, dict[str, dict[str, Tensor]], dict] | None:
+    def load_newest(self, log, discard: bool = True) -> tuple[int, Tensors, dict] | None:
         """Load the newest checkpoint that is whole.
 
         Args:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from utils.data.batches import Batch, Batches
 from utils.data.manager import Task
 from utils.run.errors import TrainingError
+from utils.run.log import log
 from utils.training import seeding
-from utils.training.checkpoint import Checkpoints
 from utils.training.run import Run
 from utils.training.schedule import TrainConfig
 
-log = logging.getLogger("reprise")
 LossFunction = Callable[[Batch], dict[str, Tensor]]  # named scalar terms
 LOG_EVERY = 50  # steps between two looks at the loss; looking synchronises a GPU
 
@@ -79,14 +80,17 @@ class Step:
         runtime = self.training.run.runtime
         with runtime.autocast():
             value = loss()
-        gradients = torch.autograd.grad(value, self.parameters, allow_unused=True)
-        whole = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients)]
-        return runtime.average(whole)
+        # Where the loss does not reach, the gradient is 0.
+        return runtime.average(list(torch.autograd.grad(value, self.parameters, materialize_grads=True)))
+
+
+def nothing(step: Step) -> None:
+    """Do nothing: the hook of whoever brings none."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is called inside a training; None: nothing.
+    """What is called inside a training.
 
     Attributes:
         before_epoch: before the first step of an epoch, not again when resumed inside it.
@@ -95,77 +99,86 @@ class Hooks:
         stateful: further things with state_dict / load_state_dict that a checkpoint must hold.
     """
 
-    before_epoch: Callable[[Step], None] | None = None
-    after_backward: Callable[[Step], None] | None = None
-    after_step: Callable[[Step], None] | None = None
+    before_epoch: Callable[[Step], None] = nothing
+    after_backward: Callable[[Step], None] = nothing
+    after_step: Callable[[Step], None] = nothing
     stateful: dict[str, object] = field(default_factory=dict)
 
 
 class Progress:
-    """Where a training stands: everything that a checkpoint inside it must hold."""
+    """Where a training stands: everything that a checkpoint inside it must hold, and how it takes a step."""
 
-    def __init__(self, module: nn.Module, config: TrainConfig, stateful: dict[str, object]):
-        self.module, self.stateful, self.step = module, stateful, 0
+    def __init__(self, module: nn.Module, config: TrainConfig, training: Training, stateful: dict[str, object]):
+        self.module, self.config, self.training, self.stateful = module, config, training, stateful
+        self.step = 0
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = config.make_optimizer(self.parameters)
-        self.ema = None
-        if config.ema_decay:
-            self.ema = copy.deepcopy(module).eval().requires_grad_(False)
+        self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
+        self.networks = {"module": module} if self.ema is None else {"module": module, "ema": self.ema}
+        self.losses = LossLog(training)
+        self.checkpoints = training.run.fit_checkpoints(training.index, training.purpose)
 
-    def update_ema(self, decay: float) -> None:
-        averages, values = list(self.ema.parameters()), list(self.module.parameters())
-        torch._foreach_lerp_(averages, [value.detach() for value in values], 1 - decay)
-        for average, value in zip(self.ema.buffers(), self.module.buffers()):
-            average.copy_(value)
+    def take(self, step: Step, loss_fn: LossFunction, rate: float, after_backward: Callable[[Step], None]) -> None:
+        """Run forward, backward, clip, step, average; keep the named terms of the loss."""
+        runtime = self.training.run.runtime
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        runtime.share_buffers(self.module)
+        with runtime.autocast():
+            terms = loss_fn(step.batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        runtime.accelerator.backward(sum(terms.values()))
+        runtime.average_gradients(self.parameters)
+        after_backward(step)
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            move = get_ema_multi_avg_fn(self.config.ema_decay)
+            move(list(self.ema.parameters()), list(self.module.parameters()), None)
+            for average, value in zip(self.ema.buffers(), self.module.buffers()):
+                average.copy_(value)
+        self.losses.add(self.step, rate, terms)
 
-    def save(self, checkpoints: Checkpoints, losses: LossLog, run: Run) -> None:
+    def save(self) -> None:
         """Write a checkpoint, after a look at the losses: one that is not finite must not be kept."""
-        losses.flush()
-        if not run.runtime.is_main:
+        self.losses.flush()
+        if not self.training.run.runtime.is_main:
             return
-        optimizer, numbers = {}, {}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    optimizer[f"{index}.{name}"] = value
-                else:
-                    numbers[f"{index}.{name}"] = value
-        tensors = {"module": self.module.state_dict(), "optimizer": optimizer}
-        if self.ema is not None:
-            tensors["ema"] = self.ema.state_dict()
-        state = {"step": self.step, "optimizer": numbers, "json": {}}
+        tensors = {name: network.state_dict() for name, network in self.networks.items()}
+        state = {"step": self.step, "json": {}}
+        moments = self.optimizer.state_dict()["state"].items()
+        flat = {f"{index}.{name}": value for index, values in moments for name, value in values.items()}
+        tensors["optimizer"], state["optimizer"] = _split(flat)
         for name, thing in self.stateful.items():
-            values = thing.state_dict()
-            tensors[f"of_{name}"] = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-            state["json"][name] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-        checkpoints.save(self.step, tensors, state)
+            tensors[f"of_{name}"], state["json"][name] = _split(thing.state_dict())
+        self.checkpoints.save(self.step, tensors, state)
 
-    def load(self, checkpoints: Checkpoints) -> bool:
+    def load(self) -> None:
         """Continue from the newest checkpoint that is whole, if there is one."""
-        found = checkpoints.load_newest(log)
+        found = self.checkpoints.load_newest(log)
         if found is None:
-            return False
-        _, tensors, state = found
-        self.module.load_state_dict(tensors["module"])
-        if self.ema is not None:
-            self.ema.load_state_dict(tensors["ema"])
-        values: dict[int, dict] = {}
-        for name, value in [*tensors["optimizer"].items(), *state["optimizer"].items()]:
+            return
+        self.step, tensors, state = found
+        for name, network in self.networks.items():
+            network.load_state_dict(tensors[name])
+        moments = defaultdict(dict)
+        for name, value in {**tensors["optimizer"], **state["optimizer"]}.items():
             index, key = name.split(".", 1)
-            values.setdefault(int(index), {})[key] = self._like_parameter(int(index), value)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": values, "param_groups": groups})
+            parameter = self.parameters[int(index)]
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # In the parameter's own memory order: another order takes another kernel, and so other last bits.
+                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            moments[int(index)][key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         for name, thing in self.stateful.items():
             thing.load_state_dict({**tensors[f"of_{name}"], **state["json"][name]})
-        self.step = state["step"]
-        return True
 
-    def _like_parameter(self, index: int, value):
-        # In the parameter's own memory order: another order takes another kernel, and so other last bits.
-        parameter = self.parameters[index]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            return torch.empty_like(parameter, requires_grad=False).copy_(value)
-        return value
+
+def _split(values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Part tensors from what JSON holds."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in values.items() if name not in tensors}
 
 
 class LossLog:
@@ -174,19 +187,18 @@ class LossLog:
     def __init__(self, training: Training):
         self.training = training
         self.kept: list[tuple[int, float, dict[str, Tensor]]] = []
-        self.latest = ""
 
     def add(self, step: int, rate: float, terms: dict[str, Tensor]) -> None:
         self.kept.append((step, rate, {name: term.detach() for name, term in terms.items()}))
 
     def flush(self) -> str:
-        """Write the means of the kept terms to metrics.jsonl; return the newest in words.
+        """Write the means of the kept terms to metrics.jsonl; return them in words, "" where none are kept.
 
         Raises:
             TrainingError: if a term is not finite; names step, terms and learning rate.
         """
         if not self.kept:
-            return self.latest
+            return ""
         run, task, purpose = self.training.run, self.training.index, self.training.purpose
         # A step may lack a term, such as distillation where a batch holds no replay: it then adds nothing.
         names = list(dict.fromkeys(name for _, _, terms in self.kept for name in terms))
@@ -196,27 +208,20 @@ class LossLog:
         for (step, rate, _), row in zip(self.kept, values):
             if not row.isfinite().all():
                 terms = ", ".join(f"{name}={value:g}" for name, value in zip(names, row.tolist()))
-                raise TrainingError(
-                    f"the loss is not finite in {purpose} of task {task}, step {step}: {terms}, "
-                    f"learning rate {rate:g}. Try a smaller rate, clip_norm, or precision=fp32"
-                )
+                place = f"in {purpose} of task {task}, step {step}: {terms}, learning rate {rate:g}"
+                raise TrainingError(f"the loss is not finite {place}. Try a smaller rate, clip_norm, or precision=fp32")
         step, rate, _ = self.kept[-1]
         means = dict(zip(names, values.mean(0).tolist()))
         place = {"task": task, "purpose": purpose, "step": step + 1, "lr": rate}
         run.metrics.write(**place, **{"loss": sum(means.values()), **means})
-        self.latest = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
         self.kept = []
-        return self.latest
+        return ", ".join(f"{name} {value:.3f}" for name, value in means.items())
 
 
 def fit(
-    module: nn.Module,
-    batches: Batches,
-    loss_fn: LossFunction,
-    config: TrainConfig,
-    training: Training,
+    module: nn.Module, batches: Batches, loss_fn: LossFunction, config: TrainConfig, training: Training,
     hooks: Hooks = Hooks(),
-) -> nn.Module | None:
+) -> nn.Module | None:  # fmt: skip
     """Train a module, from its newest checkpoint if this training was cut off.
 
     Every step reseeds the global random generators from (seed, task, purpose, step), so a loss may draw from them.
@@ -236,62 +241,34 @@ def fit(
         TrainingError: if the loss is NaN or infinite.
     """
     run, task, purpose = training.run, training.index, training.purpose
-    progress = Progress(module, config, {"batches": batches, **hooks.stateful})
-    checkpoints, losses = run.fit_checkpoints(task, purpose), LossLog(training)
+    progress = Progress(module, config, training, {"batches": batches, **hooks.stateful})
     per_epoch = len(batches)
     total = config.num_steps(per_epoch)
-    if progress.load(checkpoints):
+    progress.load()
+    if progress.step:
         log.info("Task %d: %s continues at step %d of %d", task, purpose, progress.step, total)
     run.metrics.rewind(task, purpose, progress.step)  # also of a training that was cut off before its first checkpoint
     rank = run.runtime.shard[0]
-    bar = run.bar(total, f"task {task} {purpose}", progress.step)
-    while progress.step < total:
-        epoch, start = divmod(progress.step, per_epoch)
-        if start == 0:
-            _call(hooks.before_epoch, Step(training, epoch, progress.step, progress.parameters))
-        module.train()
-        for batch in islice(batches.epoch(epoch, start), total - progress.step):
-            rate = config.learning_rate(progress.step, per_epoch)
-            seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))  # own noise
-            step = Step(training, epoch, progress.step, progress.parameters, batch)
-            losses.add(progress.step, rate, train_step(progress, step, loss_fn, config, rate, hooks))
-            progress.step = step.number = progress.step + 1
-            bar.update()
-            _call(hooks.after_step, step)
-            if progress.step % LOG_EVERY == 0:
-                bar.set_postfix_str(losses.flush(), refresh=False)
-            if progress.step % run.checkpoint_every == 0:
-                progress.save(checkpoints, losses, run)
-    bar.close()
+    with run.bar(total, f"task {task} {purpose}", progress.step) as bar:
+        while progress.step < total:
+            epoch, start = divmod(progress.step, per_epoch)
+            if start == 0:
+                hooks.before_epoch(Step(training, epoch, progress.step, progress.parameters))
+            module.train()
+            for batch in islice(batches.epoch(epoch, start), total - progress.step):
+                rate = config.learning_rate(progress.step, per_epoch)
+                seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))  # own noise
+                step = Step(training, epoch, progress.step, progress.parameters, batch)
+                progress.take(step, loss_fn, rate, hooks.after_backward)
+                progress.step = step.number = progress.step + 1
+                bar.update()
+                hooks.after_step(step)
+                if progress.step % LOG_EVERY == 0:
+                    bar.set_postfix_str(progress.losses.flush(), refresh=False)
+                if progress.step % run.checkpoint_every == 0:
+                    progress.save()
     run.runtime.share_buffers(module)
-    if checkpoints.numbers()[:1] != [total]:
-        progress.save(checkpoints, losses, run)
+    if progress.checkpoints.numbers()[:1] != [total]:
+        progress.save()
     module.eval()
     return progress.ema
-
-
-def train_step(
-    progress: Progress, step: Step, loss_fn: LossFunction, config: TrainConfig, rate: float, hooks: Hooks
-) -> dict[str, Tensor]:
-    """Run forward, backward, clip, step, average; return the named terms of the loss."""
-    runtime = step.training.run.runtime
-    for group in progress.optimizer.param_groups:
-        group["lr"] = rate
-    runtime.share_buffers(progress.module)
-    with runtime.autocast():
-        terms = loss_fn(step.batch)
-    progress.optimizer.zero_grad(set_to_none=True)
-    runtime.accelerator.backward(sum(terms.values()))
-    runtime.average_gradients(progress.parameters)
-    _call(hooks.after_backward, step)
-    if config.clip_norm:
-        torch.nn.utils.clip_grad_norm_(progress.parameters, config.clip_norm)
-    progress.optimizer.step()
-    if progress.ema is not None:
-        progress.update_ema(config.ema_decay)
-    return terms
-
-
-def _call(hook: Callable[[Step], None] | None, step: Step) -> None:
-    if hook is not None:
-        hook(step)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from utils.data.batches import Loading
@@ -46,7 +45,6 @@ class Metrics:
         """End what a tracker shows as one run."""
         if self.tracker is not None:
             self.tracker.finish()
-            self.tracker = None
 
     def rewind(self, task: int, purpose: str, step: int) -> None:
         """Forget the lines of this training after this step, and lines that a crash cut off."""
@@ -76,26 +74,23 @@ class Run:
         num_workers: decoding processes, -1 by the machine.
         checkpoint_every: steps between two checkpoints inside a training.
         progress: show bars.
+
+    Attributes:
+        metrics: of its trainings.
+        panels: pictures for the report.
+        seconds: spent on each kind of work.
     """
 
     def __init__(
         self, folder: Path, seed: int, runtime: Runtime, *, num_workers=-1, checkpoint_every=500, progress=True
     ):
-        self.folder, self.seed, self.runtime = Path(folder), seed, runtime
+        self.folder, self.seed, self.runtime, self.device = Path(folder), seed, runtime, runtime.device
         self.num_workers = runtime.workers(num_workers)
         self.checkpoint_every, self.progress = checkpoint_every, progress and runtime.is_main
         self.metrics = Metrics(self.folder / "metrics.jsonl", runtime.is_main)
+        self.panels = Panels(self.folder / "panels", runtime.is_main)
         self.seconds: dict[str, float] = {}
         self._inside = 0.0  # seconds of the timed blocks inside the present one
-
-    @property
-    def device(self) -> torch.device:
-        return self.runtime.device
-
-    @property
-    def panels(self) -> Panels:
-        """Pictures for the report."""
-        return Panels(self.folder / "panels", self.runtime.is_main)
 
     def loading(self, transform: Any, batch_size: int, task: int, purpose: str, **options: Any) -> Loading:
         """Say how this run makes batches of a training, named by task and purpose; options are `Loading`'s."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 
 from utils.run.errors import ConfigError
-
-log = logging.getLogger("reprise")
+from utils.run.log import log
 
 
 def choose_device(wanted: list[int | str], local_rank: int = 0) -> torch.device:
-    """The device of this process.
+    """Choose the device of this process.
 
     Args:
         wanted: GPU ids as numbers or text, "cpu", -1 (the CPU) or "auto". Several ids are for several processes
@@ -31,15 +29,13 @@ def choose_device(wanted: list[int | str], local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if names[0] in ("auto", "cuda"):
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    for name in names:
-        if not name.isdigit():
-            raise ConfigError(f'device={name!r}: use GPU ids such as ["0"], "cpu", -1 or "auto"')
+    if wrong := [name for name in names if not name.isdigit()]:
+        raise ConfigError(f'device={wrong[0]!r}: use GPU ids such as ["0"], "cpu", -1 or "auto"')
     if not torch.cuda.is_available():
         log.warning("device=%s, but this machine has no GPU: using the CPU", ",".join(names))
         return torch.device("cpu")
-    for name in names:
-        if int(name) >= torch.cuda.device_count():
-            raise ConfigError(f"device={name}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+    if missing := [name for name in names if int(name) >= torch.cuda.device_count()]:
+        raise ConfigError(f"device={missing[0]}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > len(names):
         raise ConfigError(f'device={",".join(names)}: {processes} processes need as many GPU ids, or "auto"')
@@ -62,6 +58,12 @@ class Runtime:
     Args:
         device: as the experiment file says it.
         precision: "auto", "fp32" or "bf16"; weights are fp32 in either case, bf16 is autocast.
+
+    Attributes:
+        device: of this process.
+        bf16: whether autocast is on.
+        is_main: whether this process writes what all share.
+        shard: (rank, number of processes).
     """
 
     def __init__(self, device: list[int | str], precision: str = "auto"):
@@ -74,23 +76,16 @@ class Runtime:
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        self.is_main = self.accelerator.is_main_process
+        self.shard = (self.accelerator.process_index, self.accelerator.num_processes)
         self.bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(self.device))
 
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        """(rank, number of processes)."""
-        return self.accelerator.process_index, self.accelerator.num_processes
-
     def autocast(self) -> AbstractContextManager:
-        """bf16 for matrix products and convolutions where the run wants it."""
+        """Use bf16 for matrix products and convolutions where the run wants it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def share_buffers(self, module: torch.nn.Module) -> None:
-        """Every process takes the first one's buffers (BatchNorm statistics), as DistributedDataParallel does."""
+        """Give every process the first one's buffers (BatchNorm statistics), as DistributedDataParallel does."""
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast
 
@@ -112,18 +107,15 @@ class Runtime:
                 parameter.grad = mean
 
     def share(self, items: list[Any], work: Callable[[Any], Any]) -> list[Any]:
-        """``work`` on every item, each done by one process and its result known to all, in the order of the items."""
-        rank, world = self.shard
-        if world == 1:
-            return [work(item) for item in items]
+        """Do each item in one process and tell all the results, in the order of the items."""
         from accelerate.utils import gather_object
 
-        done = gather_object([work(item) for item in items[rank::world]])  # one process after the other
-        order = [position for first in range(world) for position in range(first, len(items), world)]
-        return [result for _, result in sorted(zip(order, done), key=lambda pair: pair[0])]
+        rank, world = self.shard
+        done = dict(gather_object([(place, work(items[place])) for place in range(rank, len(items), world)]))
+        return [done[place] for place in range(len(items))]
 
     def workers(self, wanted: int) -> int:
-        """Decoding processes: what was asked for, or this process's share of the cores, eight at most."""
+        """Return the number of decoding processes: as wanted, or this process's share of the cores, eight at most."""
         if wanted >= 0:
             return wanted
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

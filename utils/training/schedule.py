@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -44,10 +45,9 @@ class TrainConfig:
         With ``epochs`` it moves once per epoch, as PyCIL's schedulers do; with ``steps`` at every step, or with
         ``hold`` whenever the number of the step, counted from 1, is a multiple of it.
         """
-        position = step // steps_per_epoch if self.epochs is not None else step
+        position, length = (step, self.steps) if self.epochs is None else (step // steps_per_epoch, self.epochs)
         if self.hold:
             position = (step + 1) // self.hold * self.hold
-        length = self.epochs if self.epochs is not None else self.steps
         warm = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "step":
             return warm * self.lr * self.lr_decay ** sum(milestone <= position for milestone in self.milestones)
@@ -59,7 +59,6 @@ class TrainConfig:
         return warm * self.lr
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, fused=True)
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        sgd = partial(torch.optim.SGD, momentum=self.momentum)
+        kind = {"sgd": sgd, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
         return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=True)

@@ -14,19 +14,19 @@ import torch
 
 
 def derive(*key: int | str) -> int:
-    """An integer in [0, 2**63) that depends on every part of the key and on nothing else."""
+    """Compute an integer in [0, 2**63) that depends on every part of the key and on nothing else."""
     plain = tuple(part if isinstance(part, str) else index(part) for part in key)  # a NumPy integer is its number
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator for this key. Draw on the CPU and move: a seed then means the same on every device."""
+    """Make a CPU generator for this key. Draw on the CPU and move: a seed then means the same on every device."""
     return torch.Generator().manual_seed(derive(*key))
 
 
 def numpy_generator(*key: int | str) -> np.random.Generator:
-    """NumPy's counterpart of ``generator``."""
+    """Make NumPy's counterpart of ``generator``."""
     return np.random.default_rng(derive(*key))
 
 
@@ -36,7 +36,7 @@ def seed_everything(*key: int | str) -> None:
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names and values, in hexadecimal."""
+    """Compute the SHA-256 of names and values, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())

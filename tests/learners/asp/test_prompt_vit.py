@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
 from torch.testing import assert_close
 
 from learners.asp.network import PromptViT
@@ -30,35 +30,22 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", [*VARIANTS, "deit_tiny_distilled_patch16_224"], ids=str)
 def test_the_query_is_what_timm_itself_says(variant):
-    vit = tiny_vit(**variant)
-    net = tiny_prompt_vit(vit)
+    vit = timm.create_model(variant, **TINY_VIT).eval() if isinstance(variant, str) else tiny_vit(**variant)
     with torch.no_grad():
-        assert_close(net.query(IMAGES), vit(IMAGES))
+        assert_close(tiny_prompt_vit(vit).query(IMAGES), vit(IMAGES))
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:4], ids=str)
-def test_features_are_those_of_prompts_that_pass_the_blocks_as_tokens(variant):
+def test_features_and_gradients_are_those_of_prompts_that_pass_the_blocks_as_tokens(variant):
     net = tiny_prompt_vit(tiny_vit(**variant))
-    noise = torch.randn(net.noise_shape(5))
+    noise = torch.randn(10, 144)
     features, mu, sigma = net.prompted(IMAGES, net.query(IMAGES), noise)
     expected = prompted_as_tokens(net, IMAGES, noise.view(5, 2, -1))
     assert_close((features, mu.view(5, 2, -1), sigma.view(5, 2, -1)), expected, rtol=0, atol=1e-5)
-
-
-def test_its_gradients_are_those_of_prompts_that_pass_the_blocks_as_tokens():
-    net, noise = tiny_prompt_vit(), torch.randn(10, 144)
-    features = net.prompted(IMAGES, net.query(IMAGES), noise)[0]
-    expected = prompted_as_tokens(net, IMAGES, noise.view(5, 2, -1))[0]
-    gradients = [torch.autograd.grad(f.square().sum(), list(net.parameters())) for f in (features, expected)]
+    gradients = [torch.autograd.grad(f.square().sum(), list(net.parameters())) for f in (features, expected[0])]
     assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
-
-
-def test_a_distilled_vit_keeps_both_of_its_tokens():
-    vit = timm.create_model("deit_tiny_distilled_patch16_224", **TINY_VIT).eval()
-    with torch.no_grad():
-        assert_close(tiny_prompt_vit(vit).query(IMAGES), vit(IMAGES))
 
 
 def test_all_tokens_are_computed_where_the_pool_reads_them_all():
@@ -68,14 +55,10 @@ def test_all_tokens_are_computed_where_the_pool_reads_them_all():
     assert (net(changed) - net(IMAGES)).abs().max() > 1e-3
 
 
-def test_it_is_called_like_any_backbone_and_then_draws_no_noise():
+def test_it_is_called_like_any_backbone_and_holds_prompts_and_encoders_alone():
     net = tiny_prompt_vit()
     assert net.num_features == 48
-    assert_close(net(IMAGES), prompted_as_tokens(net, IMAGES)[0], rtol=0, atol=1e-5)
-
-
-def test_a_checkpoint_holds_prompts_and_encoders_alone():
-    net = tiny_prompt_vit()
+    assert_close(net(IMAGES), prompted_as_tokens(net, IMAGES)[0], rtol=0, atol=1e-5)  # without noise
     linear = [f"{name}.{i}.{part}" for name in ("f_mu", "f_sigma") for i in (0, 1) for part in ("weight", "bias")]
     assert sorted(net.state_dict()) == sorted(["tip", "average_prompt", *linear])
 
@@ -114,14 +97,10 @@ def test_a_network_that_is_no_vision_transformer_is_refused_by_name(name):
         PromptViT(Frozen(backbone))
 
 
-@pytest.mark.parametrize("block", [partial(ResPostBlock, init_values=1e-5), ParallelThingsBlock])
-def test_blocks_of_another_build_are_refused(block):
-    with pytest.raises(ConfigError, match="plain pre-norm blocks"):
-        PromptViT(Frozen(TimmBackbone(tiny_vit(block_fn=block))))
-
-
-def test_gated_attention_is_refused():
-    vit = tiny_vit()
-    vit.blocks[1].attn.gate = torch.nn.Linear(48, 48)
+@pytest.mark.parametrize("block", [partial(ResPostBlock, init_values=1e-5), ParallelThingsBlock, Block])
+def test_blocks_of_another_build_and_gated_attention_are_refused(block):
+    vit = tiny_vit(block_fn=block)
+    if block is Block:
+        vit.blocks[1].attn.gate = torch.nn.Linear(48, 48)
     with pytest.raises(ConfigError, match="plain pre-norm blocks"):
         PromptViT(Frozen(TimmBackbone(vit)))

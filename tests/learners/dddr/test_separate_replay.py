@@ -1,5 +1,7 @@
 """DDDR's classifier: which images stand where, and the terms of its loss."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,22 +27,20 @@ class Painter(ReplaySource):
         grey = (10 * requests.labels + requests.copy).to(torch.uint8)
         return ImageSet.of(grey.view(-1, 1, 1, 1).expand(-1, 1, 8, 8), requests.labels)
 
-    def save(self, directory):
-        """Nothing to keep."""
+    def save(self, directory): ...
 
-    def load(self, directory):
-        """Nothing was kept."""
+    def load(self, directory): ...
 
 
-def make_learner(folder, source=Painter, name="dddr", **keys):
+def make_learner(folder, replay="keep", **keys):
     """A learner on the toy data, three painted images of each class; nothing is learned yet."""
-    synth = {"name": "ddpm", **TINY_SOURCES["ddpm"], **keys.pop("synth", {})}
-    experiment = toy_experiment(name, folder, synth=synth, **keys)
+    synth = {"name": "ddpm", **TINY_SOURCES["ddpm"], "replay": replay}
+    experiment = toy_experiment("dddr", folder, synth=synth, **keys)
     config, data = experiment.config, experiment.data
     run = Run(experiment.folder, 7, experiment.runtime, progress=False)
-    source = source(config.synth, run, data.num_classes, data.class_names, data.dataset)
-    way = replay_kind(config, type(source), None)
-    return LEARNERS[name](config, data, run, way(config, source, data, run, folder / "bank"))
+    source = Painter(config.synth, run, data.num_classes, data.class_names, data.dataset)
+    kind = replay_kind(config, Painter, None)
+    return LEARNERS["dddr"](config, data, run, kind(config, source, data, run, folder / "bank"))
 
 
 def begin(learner, index, prepare=True):
@@ -61,20 +61,16 @@ def greys(images: ImageSet) -> list[int]:
     return [int(images.image(i).float().mean()) for i in range(len(images))]
 
 
-# ---------------------------------------------------------------------- which images stand where
-
-
-@pytest.mark.parametrize(("index", "added"), [(0, {0: 1, 1: 1}), (1, {2: 2, 3: 2})])
-def test_painted_images_of_the_new_classes_join_the_real_ones(index, added, tmp_path):
+@pytest.mark.parametrize(("index", "counts"), [(0, [11, 11, 0, 0, 0, 0]), (1, [0, 0, 12, 12, 0, 0])])
+def test_painted_images_of_the_new_classes_join_the_real_ones(index, counts, tmp_path):
     learner = make_learner(tmp_path, base_cur_size=1, cur_size=2)
     task = begin(learner, index)
-    counts = (learner.present + learner.current_synthetic(task)).counts(6).tolist()
-    assert counts == [10 + added[label] if label in added else 0 for label in range(6)]
+    assert (learner.present + learner.current_synthetic(task)).counts(6).tolist() == counts
 
 
 @pytest.mark.parametrize("replay", ["keep", "redraw"])
 def test_the_first_stored_images_are_the_ones_that_are_used(replay, tmp_path):
-    learner = make_learner(tmp_path, cur_size=2, pre_size=1, synth={"replay": replay})
+    learner = make_learner(tmp_path, replay, cur_size=2, pre_size=1)
     task = begin(learner, 1)
     assert greys(learner.current_synthetic(task)) == [20, 21, 30, 31]
     learner.batches(task)
@@ -88,19 +84,14 @@ def test_all_that_was_drawn_is_replayed_where_no_size_is_given(tmp_path):
     assert greys(learner.past) == [10 * label + copy for label in range(4) for copy in range(3)]
 
 
-def test_a_source_that_learns_after_training_gives_the_present_nothing(tmp_path):
+@pytest.mark.parametrize("has_source", [True, False])  # one that learns after the training, or none
+def test_where_nothing_was_painted_the_present_is_its_real_images(has_source, tmp_path):
     learner = make_learner(tmp_path, cur_size=2)
+    if not has_source:
+        learner.replay = Replay(learner.config, None, learner.data, learner.run, tmp_path)
     task = begin(learner, 1, prepare=False)
-    assert len(learner.current_synthetic(task)) == 0
-    assert learner.present.classes == [2, 3]
-
-
-def test_without_a_source_a_task_is_its_real_images(tmp_path):
-    learner = make_learner(tmp_path)
-    learner.replay = Replay(learner.config, None, learner.data, learner.run, tmp_path)
-    task = begin(learner, 1)
-    assert len(learner.present + learner.current_synthetic(task)) == 20
-    assert all(batch.replay is None for batch in learner.batches(task).epoch(0))
+    assert learner.present.classes == [2, 3] and len(learner.current_synthetic(task)) == 0
+    assert all((batch.replay is not None) == has_source for batch in learner.batches(task).epoch(0))
 
 
 def test_replay_stands_in_batches_of_its_own(tmp_path):
@@ -121,76 +112,57 @@ def test_the_first_of_each_class_keep_their_place_over_several_parts():
     assert len(ImageSet().first_of_each(2)) == 0
 
 
-# ---------------------------------------------------------------------- the loss
-
-
 def randn(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 LOGITS, REPLAYED, OLD = randn(3, 4, seed=0), randn(5, 4, seed=1), randn(5, 2, seed=2)
 LABELS, REPLAY_LABELS = torch.tensor([2, 3, 2]), torch.tensor([0, 1, 1, 0, 1])
+NEW_ONES = F.cross_entropy(LOGITS[:, 2:], LABELS - 2)
+OLD_ONES = F.cross_entropy(REPLAYED[:, :2], REPLAY_LABELS)
+DISTILLED = distillation_loss(REPLAYED[:, :2], OLD, 2.0)
 
 
-def batch_of(labels, replay=None) -> Batch:
-    return Batch(torch.zeros(len(labels), 3, 8, 8), labels, torch.zeros(len(labels)).bool(), replay=replay)
-
-
-def terms_of(learner, replay=True):
+def terms_of(folder, replay, **keys):
     """The terms where the networks give fixed logits: four classes, two of them old."""
-    task = learner.data.task(1)
-    learner.network, learner.old_network = lambda images: REPLAYED, lambda images: OLD
-    return learner.replay_terms(LOGITS, batch_of(LABELS, batch_of(REPLAY_LABELS) if replay else None), task)
+    learner = make_learner(folder, w_scl=0.0, **keys)
+    learner.network = SimpleNamespace(features=lambda logits: logits, head=lambda logits: logits)
+    learner.old_network = lambda images: OLD
+    replayed = Batch(REPLAYED, REPLAY_LABELS, REPLAY_LABELS >= 0) if replay else None
+    return learner.compute_loss(Batch(LOGITS, LABELS, LABELS < 0, replay=replayed), learner.data.task(1))
 
 
-def test_split_softmax_lets_new_and_old_classes_compete_among_themselves(tmp_path):
-    terms = terms_of(make_learner(tmp_path, replay_softmax="split"))
-    assert_close(terms["cross_entropy"], F.cross_entropy(LOGITS[:, 2:], LABELS - 2))
-    assert_close(terms["replay"], 0.5 * F.cross_entropy(REPLAYED[:, :2], REPLAY_LABELS))
-
-
-def test_joint_softmax_lets_all_classes_compete(tmp_path):
-    terms = terms_of(make_learner(tmp_path, replay_softmax="joint", w_ce_pre=2.0))
-    assert_close(terms["cross_entropy"], F.cross_entropy(LOGITS, LABELS))
-    assert_close(terms["replay"], 2 * F.cross_entropy(REPLAYED, REPLAY_LABELS))
-
-
-@pytest.mark.parametrize("w_ce_pre", [0.0, 0.5])  # distillation also works without the other term
-def test_distillation_binds_the_old_outputs_on_replay(w_ce_pre, tmp_path):
-    terms = terms_of(make_learner(tmp_path, w_ce_pre=w_ce_pre))
-    assert_close(terms["distill"], 10 * distillation_loss(REPLAYED[:, :2], OLD, 2.0))
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        # split: new and old classes compete among themselves
+        ({}, {"cross_entropy": NEW_ONES, "replay": 0.5 * OLD_ONES, "distill": 10 * DISTILLED}),
+        (
+            {"replay_softmax": "joint", "w_ce_pre": 2.0, "w_kd": 0.0},
+            {"cross_entropy": F.cross_entropy(LOGITS, LABELS), "replay": 2 * F.cross_entropy(REPLAYED, REPLAY_LABELS)},
+        ),
+        # distillation also works without the other term
+        ({"w_ce_pre": 0.0, "w_kd": 1.0}, {"cross_entropy": NEW_ONES, "replay": 0 * OLD_ONES, "distill": DISTILLED}),
+    ],
+)
+def test_new_classes_and_replayed_ones_have_terms_of_their_own(keys, expected, tmp_path):
+    assert_close(terms_of(tmp_path, replay=True, **keys), expected)
 
 
 def test_without_replay_the_cross_entropy_stands_alone(tmp_path):
-    assert list(terms_of(make_learner(tmp_path), replay=False)) == ["cross_entropy"]
+    assert_close(terms_of(tmp_path, replay=False), {"cross_entropy": NEW_ONES})
 
 
 def test_the_contrast_is_of_unit_projections_of_the_current_images_alone(tmp_path):
     learner = make_learner(tmp_path, w_scl=2.0)
-    task = begin(learner, 0)
+    task, passes = begin(learner, 1), []
     batch = next(learner.batches(task).epoch(0))
     z = F.normalize(learner.network.projection(learner.network.features(batch.images)))
-    expected = 2 * supervised_contrastive(z, batch.labels, 0.07)
-    assert_close(learner.compute_loss(batch, task)["contrastive"], expected)
-
-
-def test_a_batch_of_one_image_has_a_finite_loss_and_gradient(tmp_path):
-    learner = make_learner(tmp_path)
-    task = begin(learner, 0)
-    batch = next(learner.batches(task).epoch(0))
-    batch = Batch(batch.images[:1], batch.labels[:1], batch.is_replay[:1])
-    terms = learner.compute_loss(batch, task)
-    gradients = torch.autograd.grad(sum(terms.values()), learner.network.projection[0].weight)
-    assert terms["contrastive"] == 0 and gradients[0].isfinite().all()
-
-
-def test_current_and_replayed_images_pass_the_network_apart(tmp_path):
-    learner = make_learner(tmp_path)
-    task, passes = begin(learner, 1), []
     learner.network.backbone.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
-    terms = learner.compute_loss(next(learner.batches(task).epoch(0)), task)
-    assert passes == [16, 6]
+    terms = learner.compute_loss(batch, task)
+    assert passes == [16, 6]  # replayed images pass the network apart
     assert list(terms) == ["cross_entropy", "replay", "distill", "contrastive"]
+    assert_close(terms["contrastive"], 2 * supervised_contrastive(z, batch.labels, 0.07))
 
 
 def test_rounds_of_local_epochs_are_one_training_at_a_constant_rate(tmp_path):

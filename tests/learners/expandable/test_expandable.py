@@ -21,6 +21,7 @@ def network(*totals, **keys):
     """A trunk of 4 maps and branches of 5 features, grown to these numbers of classes one after the other."""
     torch.manual_seed(0)
     branch = nn.Sequential(unit(4, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    keys = {"train_trunk": True, "train_old": False, **keys}
     net = ExpandableNet(nn.Sequential(unit(3, 4), nn.ZeroPad2d(1)), branch, LinearHead(5), **keys)
     for total in totals:
         net.grow(total, torch.Generator().manual_seed(total))
@@ -46,21 +47,15 @@ def test_every_task_after_the_first_adds_a_branch_and_all_classes_read_all_branc
         assert net(IMAGES).shape == (6, total) and net.num_classes == total
 
 
-def test_a_new_branch_starts_as_a_copy_of_the_newest_one():
+def test_a_new_branch_starts_as_a_copy_of_the_newest_one_and_features_are_those_of_all_oldest_first():
     net = network(2, 4)
     train_step(net)
     net.grow(6)
     first, second, third = (state(branch) for branch in net.backbone.branches)
     torch.testing.assert_close(third, second, rtol=0, atol=0)
     assert not torch.equal(first["0.0.weight"], third["0.0.weight"])
-
-
-def test_features_are_those_of_the_branches_oldest_first():
-    net = network(2, 4)
-    train_step(net)
-    net.eval()
-    maps = net.backbone.trunk(IMAGES)
-    by_hand = torch.cat([net.backbone.branches[0](maps), net.backbone.branches[1](maps)], dim=1)
+    maps = net.eval().backbone.trunk(IMAGES)
+    by_hand = torch.cat([branch(maps) for branch in net.backbone.branches], dim=1)
     torch.testing.assert_close(net.features(IMAGES), by_hand)
 
 
@@ -82,20 +77,16 @@ def test_training_leaves_every_bit_of_old_branches_and_moves_trunk_and_newest_br
         ({"train_old": True}, [False, False, False, False]),
     ],
 )
-def test_frozen_parts_are_in_eval_mode_whatever_the_mode_of_the_network(keys, frozen):
-    net = network(2, 4, 6, **keys)
-    for mode in (True, False, True):
-        net.train(mode)
-    parts = (net.backbone.trunk, *net.backbone.branches)
-    assert [not any(module.training for module in part.modules()) for part in parts] == frozen
-    assert [not any(p.requires_grad for p in part.parameters()) for part in parts] == frozen
-
-
-@pytest.mark.parametrize("keys", [{}, {"train_trunk": False}, {"train_old": True}])
-def test_everything_learns_in_the_first_task(keys):
-    net = network(2, **keys).train()
-    assert all(module.training for module in net.modules())
-    assert all(parameter.requires_grad for parameter in net.parameters())
+def test_from_the_second_task_on_frozen_parts_are_in_eval_mode_whatever_the_mode_of_the_network(keys, frozen):
+    net = network(2, **keys)
+    for totals, expected in (((), [False, False]), ((4, 6), frozen)):
+        for total in totals:
+            net.grow(total)
+        for mode in (True, False, True):
+            net.train(mode)
+        parts = (net.backbone.trunk, *net.backbone.branches)
+        assert [not any(module.training for module in part.modules()) for part in parts] == expected
+        assert [not any(p.requires_grad for p in part.parameters()) for part in parts] == expected
 
 
 def test_the_trunk_learns_through_frozen_branches_as_well():
@@ -108,10 +99,8 @@ def test_the_trunk_learns_through_frozen_branches_as_well():
 
 
 def test_the_auxiliary_head_tells_new_classes_and_one_for_the_past_by_the_newest_branch():
-    net = network(2)
-    assert net.auxiliary is None
-    net.grow(5)
-    net.eval()
+    assert network(2).auxiliary is None
+    net = network(2, 5).eval()
     logits, auxiliary = net.both_logits(IMAGES)
     newest = net.backbone.branches[1](net.backbone.trunk(IMAGES))
     torch.testing.assert_close(auxiliary, newest @ net.auxiliary.weight.T)
@@ -133,8 +122,7 @@ def test_a_new_network_takes_the_shapes_of_a_layout(totals):
     other.rebuild(net.layout())
     other.load_state_dict(net.state_dict())
     torch.testing.assert_close(other.eval()(IMAGES), net.eval()(IMAGES), rtol=0, atol=0)
-    trainable = [[p.requires_grad for p in each.parameters()] for each in (net, other)]
-    assert trainable[0] == trainable[1]
+    assert [p.requires_grad for p in net.parameters()] == [p.requires_grad for p in other.parameters()]
 
 
 def test_a_teacher_shares_frozen_branches_and_does_not_follow_the_rest():

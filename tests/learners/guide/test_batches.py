@@ -10,12 +10,7 @@ from utils.data.images import ImageSet
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 
 
-def real_images(count) -> ImageSet:
-    pixels = torch.randint(256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    return ImageSet.of(pixels.to(torch.uint8), torch.arange(count))
-
-
-def renewed(draws, interval=2, real=10, batch_size=4, **changes) -> RenewedBatches:
+def renewed(draws, real=10, batch_size=4, **changes) -> RenewedBatches:
     """Four real images and three replayed ones per batch; the grey level of replay is the step of its draw."""
 
     def draw(step):
@@ -24,7 +19,8 @@ def renewed(draws, interval=2, real=10, batch_size=4, **changes) -> RenewedBatch
 
     transform = ClassifierTransform(AUGMENTATIONS["none"], 8, (0.5,) * 3, (0.5,) * 3, in_memory=True)
     loading = Loading(transform, batch_size, (0,), torch.device("cpu"), **changes)
-    return RenewedBatches(real_images(real), draw, interval, loading)
+    pixels = torch.randint(256, (real, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return RenewedBatches(ImageSet.of(pixels, torch.arange(real)), draw, 2, loading)
 
 
 def test_replay_is_drawn_every_so_many_steps_and_stands_whole_in_every_batch():
@@ -64,13 +60,8 @@ def test_without_a_draw_there_are_real_images_alone():
     assert [len(batch) for batch in batches.epoch(0)] == [4, 4] and batches.state_dict() == {}
 
 
-def test_a_mixed_batch_smaller_than_the_processes_goes_to_all_of_them():
-    alone = renewed([], real=1, batch_size=1, shard=(3, 9))
-    assert [len(batch) for batch in alone.epoch(0)] == [4]
-
-
-def test_processes_share_a_mixed_batch():
-    parts = [list(renewed([], shard=(rank, 2)).epoch(0)) for rank in range(2)]
-    for shares in zip(*parts):
+def test_processes_share_a_mixed_batch_and_one_smaller_than_they_are_many_goes_to_all():
+    for shares in zip(*(renewed([], shard=(rank, 2)).epoch(0) for rank in range(2)), strict=True):
         assert sorted(torch.cat([share.labels for share in shares]).tolist())[-3:] == [97, 98, 99]
         assert sum(map(len, shares)) == 7
+    assert [len(batch) for batch in renewed([], real=1, batch_size=1, shard=(3, 9)).epoch(0)] == [4]

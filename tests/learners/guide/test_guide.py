@@ -1,15 +1,11 @@
 """What is GUIDE's own: the errors of its flags, guidance that works, pictures, its bounds."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.testing import assert_close
 
-from learners.guide.guidance import log_likelihood
-from learners.run.configure import build_config
 from synth.requests import Requests
-from tests.support.toy import TINY_SOURCES, toy_experiment, toy_raw
+from tests.support.toy import toy_experiment
 from utils.results.panels import Panels
 from utils.run.errors import ConfigError
 
@@ -21,8 +17,15 @@ def learned(folder, **keys):
     return experiment.learner, experiment.data.task(1)
 
 
-def said(learner, images):
-    return learner.predict(images)["cnn"].softmax(1)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What several tests look at: images have factors of their own."""
+    scales = {"classifier_scale_min_new": 0.5, "classifier_scale_max_new": 2.0}
+    return learned(tmp_path_factory.mktemp("trained"), **scales)
+
+
+def pixels(images):
+    return torch.cat([part.images for part in images.parts]).int()
 
 
 @pytest.mark.parametrize(
@@ -41,117 +44,77 @@ def said(learner, images):
         ({"synth": {"name": "ddpm", "use_ddim": "maybe"}}, "synth.use_ddim='maybe': use true or false"),
         ({"synth": {"name": "ddpm", "num_channels": 64}}, "num_channels and synth.channel_mult go together"),
         ({"synth": {"name": "ddpm", "use_ddim": True, "sampler": "ddpm"}}, "are one key: keep one of them"),
+        ({"synth": {"name": "ddpm", "need_syn_imgs": False}}, "need_syn_imgs=false: replay of guide is drawn anew"),
+        ({"synth": {"name": "ldm"}}, "'ldm' does not allow: choose synth.name=ddpm"),  # it cannot be guided
+        ({"synth": {"name": "small_ldm"}}, "'small_ldm' does not allow: choose synth.name=ddpm"),
         ({"embedding_kind": "none"}, "embedding_kind='none': only concat_time_1hot"),
-    ],
-)
-def test_flags_that_cannot_be_are_refused(keys, message, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        build_config(toy_raw("guide", tmp_path, "ddpm", **keys))
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"timestep_respacing": "ddim60", "synth": {"name": "ddpm", **TINY_SOURCES["ddpm"]}}, "no integer stride"),
+        ({"timestep_respacing": "ddim60"}, "timestep_respacing='ddim60': no integer stride"),
         ({"batch_size": 2}, "batch_size=2: the last of 3 tasks gets no real image"),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_learned(keys, message, tmp_path):
+def test_what_cannot_be_or_does_not_fit_is_refused_before_anything_is_learned(keys, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         toy_experiment("guide", tmp_path, "ddpm", **keys).check()
-
-
-@pytest.mark.parametrize("source", ["ldm", "small_ldm"])
-def test_a_source_that_cannot_be_guided_is_refused(source, tmp_path):
-    with pytest.raises(ConfigError, match=f"'{source}' does not allow: choose synth.name=ddpm"):
-        build_config(toy_raw("guide", tmp_path, source))
-
-
-def test_images_that_are_there_already_are_refused(tmp_path):
-    synth = {"name": "ddpm", **TINY_SOURCES["ddpm"], "need_syn_imgs": False}
-    with pytest.raises(ConfigError, match="need_syn_imgs=false: replay of guide is drawn anew"):
-        build_config(toy_raw("guide", tmp_path, synth=synth))
-
-
-def new_class(chances, labels):
-    return chances[:, 2:4].max(1).values
-
-
-def own_class(chances, labels):
-    return chances.gather(1, labels[:, None])
-
-
-def own_among_old(chances, labels):
-    return own_class(chances[:, :2], labels) / chances[:, :2].sum(1, keepdim=True)
 
 
 BY_OLD = {"use_new_grad": False, "use_old_grad": True, "classifier_scale_min_old": 30}
 
 
 @pytest.mark.parametrize(
-    ("flags", "confidence", "sign"),
+    ("flags", "num_classes", "of_new", "sign"),
     [
-        ({}, new_class, 1),
-        ({"guid_to_new_classes": False}, own_class, -1),
-        (BY_OLD, own_among_old, 1),
-        ({**BY_OLD, "negate_old_grad": True}, own_among_old, -1),
+        ({}, 6, True, 1),  # toward the likeliest of the new classes
+        ({"guid_to_new_classes": False}, 6, False, -1),  # away from the image's own
+        (BY_OLD, 2, False, 1),  # toward it, among the old ones
+        ({**BY_OLD, "negate_old_grad": True}, 2, False, -1),
     ],
 )
-def test_guidance_moves_the_confidence_where_the_flags_say(flags, confidence, sign, tmp_path):
+def test_guidance_moves_the_confidence_where_the_flags_say(flags, num_classes, of_new, sign, tmp_path):
     learner, task = learned(tmp_path, limit_tasks=2, **{"classifier_scale_min_new": 30, **flags})
-    labels = torch.arange(32) % 2
-    requests = Requests.of_labels(labels, (0,))
-    plain, guided = (said(learner, learner.replay.draw(task, requests, guided)) for guided in (False, True))
-    assert sign * (confidence(guided, labels) - confidence(plain, labels)).mean() > 0
+    requests, confidence = Requests.of_labels(torch.arange(32) % 2, (0,)), []
+    for guided in (False, True):
+        logits = learner.predict(learner.replay.draw(task, requests, guided))["cnn"]
+        chances = logits[:, :num_classes].softmax(1)
+        own = chances.gather(1, requests.labels[:, None])[:, 0]
+        confidence.append((chances[:, 2:4].max(1).values if of_new else own).mean())
+    assert sign * (confidence[1] - confidence[0]) > 0
 
 
-def test_going_toward_new_classes_needs_one():
-    flags = SimpleNamespace(use_old_grad=False, guid_to_new_classes=True, trim_logits=True)
-    with pytest.raises(ConfigError, match="brings no new class"):
-        log_likelihood(flags, torch.zeros(2, 4), torch.tensor([0, 1]), num_old=4, num_seen=4)
-
-
-def pixels(images):
-    return torch.cat([part.images for part in images.parts]).int()
-
-
-def test_guided_images_depend_on_the_chunks_by_rounding_alone(tmp_path):
-    learner, task = learned(tmp_path, limit_tasks=2)
+def test_guided_images_depend_on_the_chunks_by_rounding_alone(trained, monkeypatch):
+    learner, task = trained
     requests = Requests.of_labels(torch.arange(12) % 2, (0,))
     in_fours = pixels(learner.replay.draw(task, requests))
-    learner.replay.source.chunk_size = 5
+    monkeypatch.setattr(learner.replay.source, "chunk_size", 3)
     assert (pixels(learner.replay.draw(task, requests)) - in_fours).abs().max() <= 1
 
 
-def test_a_checkpointed_network_guides_to_the_same_images(tmp_path, monkeypatch):
-    learner, task = learned(tmp_path, limit_tasks=2)
-    requests = Requests.of_labels(torch.arange(4) % 2, (0,))
+def test_a_checkpointed_network_guides_to_the_same_images(trained, monkeypatch):
+    (learner, task), requests = trained, Requests.of_labels(torch.arange(4) % 2, (0,))
     plain = pixels(learner.replay.draw(task, requests))
     calls, original = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
     learner.replay.source.generator.unet.enable_gradient_checkpointing()
     assert (pixels(learner.replay.draw(task, requests)) - plain).abs().max() <= 1 and calls
+    learner.replay.source.generator.unet.disable_gradient_checkpointing()
 
 
-def test_scales_lie_between_their_ends_and_belong_to_the_image(tmp_path):
-    learner, _ = learned(tmp_path, classifier_scale_min_new=0.5, classifier_scale_max_new=2.0)
-    requests = Requests.of_labels(torch.zeros(20, dtype=torch.int64), (0,))
+def test_scales_lie_between_their_ends_and_belong_to_the_image(trained):
+    learner, requests = trained[0], Requests.of_labels(torch.zeros(20, dtype=torch.int64), (0,))
     scales = learner.scales(requests)
     assert scales.min() >= 0.5 and scales.max() <= 2.0 and len(scales.unique()) == 20
     assert_close(learner.scales(requests.take(torch.tensor([7, 3]))), scales[[7, 3]])
 
 
 def test_seen_classes_alone_compete_where_the_file_says_so(tmp_path):
-    experiment = toy_experiment("guide", tmp_path, "ddpm", eval_logits="seen", init_cls=3, increment=3)
-    task = next(experiment.data.tasks())
-    learner = experiment.check()
+    learner = toy_experiment("guide", tmp_path, "ddpm", eval_logits="seen", init_cls=3, increment=3).check()
+    task = learner.data.task(0)
     learner.grow_network(task)
-    assert learner.predict(experiment.data.test_images(task.classes))["cnn"].shape[1] == 3
+    assert learner.predict(learner.data.test_images(task.classes))["cnn"].shape[1] == 3
 
 
-def test_the_last_replay_and_a_picture_of_guidance_are_left_to_look_at(tmp_path):
-    learner, _ = learned(tmp_path)
-    folder = tmp_path / "outputs" / "syn_image_toy_seed7"
+def test_the_last_replay_and_a_picture_of_guidance_are_left_to_look_at(trained):
+    learner, _ = trained
+    folder = learner.replay.folder
     assert len(list((folder / "task_2" / "drawn").glob("*/*.png"))) == len(learner.training_batches.replay)
     assert (folder / "task_1" / "drawn" / "preview.png").exists()
     panels = Panels(learner.run.folder / "panels").read()

@@ -8,14 +8,10 @@ from PIL import Image
 from learners import LEARNERS
 from learners.run.predict import _images
 from synth import SOURCES
-from tests.support.toy import TINY_SOURCES, toy_experiment
+from tests.support.toy import TINY_SOURCES, interrupt, toy_experiment
 from utils.results.panels import Panel
 from utils.run.carried import Carried
 from utils.run.errors import BankError
-
-
-def forbidden(*call, **keys):
-    raise AssertionError("nothing may be fitted or drawn")
 
 
 def given_images(bank, **keys):
@@ -26,7 +22,7 @@ def given_images(bank, **keys):
 def test_a_run_on_given_images_fits_draws_and_keeps_no_source(tmp_path, monkeypatch):
     toy_experiment("finetune", tmp_path / "first", "ddpm", init_cls=4).learn_all()
     for method in ("fit_before", "fit_after", "generate", "save"):
-        monkeypatch.setattr(SOURCES["ddpm"], method, forbidden)
+        monkeypatch.setattr(SOURCES["ddpm"], method, interrupt)
     bank = tmp_path / "first" / "outputs" / "syn_image_toy_seed7"
     results = toy_experiment("finetune", tmp_path / "second", synth=given_images(bank), init_cls=4).learn_all()
     assert results["finished"] and results["memory_bytes"]["source"] == 0

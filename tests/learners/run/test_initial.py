@@ -1,6 +1,7 @@
 """The weights after the first task: taken from another run, they change nothing; what does not fit is refused."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from learners.run.state import learner_state
 from main import run_seeds
 from models.incremental import IncrementalNet
 from synth.replay import Stored
-from tests.support.toy import toy_dataset, toy_experiment, toy_raw
+from tests.support.toy import toy_dataset, toy_experiment, toy_raw, without_clock
 from utils.data.batches import Batch
 from utils.run.errors import CheckpointError, ConfigError
 
@@ -37,36 +38,32 @@ def refusal(folder, first, learner="icarl", **keys):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def ended(tmp_path_factory):
+    """Gives a run that trained its first task, and its results, by the learner's name; it is run once."""
+    return cache(lambda learner: run_of(learner, tmp_path_factory.mktemp(learner)))
+
+
+@pytest.fixture(scope="module")
+def trained(ended):
     """An iCaRL run that trained its first task."""
-    return run_of("icarl", tmp_path_factory.mktemp("trained"))[0]
-
-
-def without_clock(results):
-    return {key: value for key, value in results.items() if key not in ("seconds", "command")}
+    return ended("icarl")[0]
 
 
 @pytest.mark.parametrize(
     ("giver", "taker"),
     [
-        ("icarl", "icarl"),
-        ("icarl", "wa"),
-        ("icarl", "replay"),
-        ("icarl", "finetune"),
-        ("icarl", "lwf"),
-        ("icarl", "joint"),
+        *(("icarl", name) for name in ("icarl", "wa", "replay", "finetune", "lwf", "joint")),
         ("icarl", "der"),  # the backbone is its first branch
         ("icarl", "memo"),  # ... cut in two
         ("der", "icarl"),
         ("memo", "der"),
     ],
 )
-def test_a_run_that_takes_the_first_task_ends_like_one_that_trained_it(giver, taker, tmp_path, monkeypatch):
-    first, _ = run_of(giver, tmp_path / "first")
-    trained, expected = run_of(taker, tmp_path / "trained")
+def test_a_run_that_takes_the_first_task_ends_like_one_that_trained_it(giver, taker, ended, tmp_path, monkeypatch):
+    (first, _), (trained, expected) = ended(giver), ended(taker)
     tasks, train = [], Learner.train
     monkeypatch.setattr(Learner, "train", lambda self, task: tasks.append(task.index) or train(self, task))
-    taken, results = run_of(taker, tmp_path / "taken", init_from=str(first.folder.parent))
+    taken, results = run_of(taker, tmp_path, init_from=str(first.folder.parent))
     assert tasks == [1] and without_clock(results) == without_clock(expected)
     torch.testing.assert_close(learner_state(taken.learner), learner_state(trained.learner), rtol=0, atol=0)
 
@@ -155,13 +152,9 @@ def test_a_run_whose_weights_were_taken_hands_them_on(trained, tmp_path, caplog)
     assert f"the weights are those of {trained.folder}/initial" in caplog.text
 
 
-def test_weights_that_another_precision_made_are_taken_with_a_warning(trained, tmp_path, caplog):
-    run_of("icarl", tmp_path, init_from=str(trained.folder), precision="bf16")
+def test_a_source_learns_as_ever_beside_weights_that_another_precision_made(trained, tmp_path, caplog):
+    _, results = run_of("finetune", tmp_path, source="ddpm", init_from=str(trained.folder), precision="bf16")
     assert "may move their last bits" in caplog.text
-
-
-def test_a_source_learns_as_ever_beside_weights_that_were_taken(trained, tmp_path):
-    _, results = run_of("finetune", tmp_path, source="ddpm", init_from=str(trained.folder))
     assert results["finished"] and results["seconds"]["fit_source"] > 0
 
 

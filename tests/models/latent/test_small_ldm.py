@@ -48,13 +48,10 @@ def test_the_context_is_the_vector_in_tokens_and_zeros_for_an_empty_prompt():
     assert_close(tiny_model().context([""]), torch.zeros(1, 2, 4))
 
 
-def test_words_are_refused():
-    with pytest.raises(ConfigError, match=r"reads no text, so 'a photo of apple' means nothing"):
-        tiny_model().context(["", "a photo of apple"])
-
-
-def test_the_search_starts_at_the_mean_of_the_known_vectors():
+def test_words_are_refused_and_the_search_starts_at_the_mean_of_the_known_vectors():
     model = tiny_model()
+    with pytest.raises(ConfigError, match=r"reads no text, so 'a photo of apple' means nothing"):
+        model.context(["", "a photo of apple"])
     assert_close(model.initial_vector("sculpture"), (model.denoiser.table[0] + model.denoiser.table[1]) / 2)
 
 
@@ -84,19 +81,12 @@ def test_a_model_comes_back_from_its_folder_with_the_same_bits(tmp_path):
     assert copy.fingerprint() == model.fingerprint() != tiny_model(seed=1).fingerprint()
     assert (copy.schedule, copy.class_names) == (model.schedule, ["first", "second"])
     assert not copy.training and not any(parameter.requires_grad for parameter in copy.parameters())
+    assert copy.frozen_bytes() == sum(value.numel() * 4 for value in model.state_dict().values())
 
 
-def test_frozen_bytes_are_those_of_all_weights():
-    model = tiny_model()
-    assert model.frozen_bytes() == sum(value.numel() * 4 for value in model.state_dict().values())
-
-
-def test_a_folder_without_a_model_is_named_with_the_callers_remedy(tmp_path):
+def test_a_folder_without_a_model_is_named_and_weights_that_do_not_fit_are_counted(tmp_path):
     with pytest.raises(WeightsError, match=r"nowhere' holds no SmallLDM .*: train one"):
         SmallLDM.load(tmp_path / "nowhere", "train one")
-
-
-def test_weights_that_do_not_fit_their_arguments_are_counted(tmp_path):
     tiny_model().save(tmp_path)
     weights = load_tensors(tmp_path / "model.safetensors")
     save_tensors(tmp_path / "model.safetensors", {key: weights[key] for key in list(weights)[3:]})
@@ -113,7 +103,7 @@ def test_weights_that_do_not_fit_their_arguments_are_counted(tmp_path):
         ({"image_shape": [1, 8]}, "not enough values"),
         ({"image_shape": [0, 8, 8]}, "does not fit the model.json beside it"),
         ({"class_names": None}, "holds no SmallLDM"),
-        (["model"], "no JSON object"),
+        (["model"], "must be a mapping, not list"),
     ],
 )
 def test_a_damaged_description_is_refused_in_one_line(tmp_path, change, said):

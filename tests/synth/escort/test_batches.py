@@ -1,5 +1,7 @@
 """Samples that are shown as generated copies of themselves, in every epoch another one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,32 +12,32 @@ from utils.data.images import ImageSet
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 
 
-def level(labels, copies) -> ImageSet:
+def level(labels, copies, **columns) -> ImageSet:
     """Images whose grey level says whose copy they are and which one; real ones are their own copy 9."""
     levels = (10 * labels + copies).to(torch.uint8)
-    return ImageSet.of(levels.view(-1, 1, 1, 1).repeat(1, 3, 8, 8), labels)
+    return ImageSet.of(levels.view(-1, 1, 1, 1).repeat(1, 3, 8, 8), labels, **columns)
 
 
-class Copies:
-    """Two copies of each of eight samples; the last two samples have no real image."""
+class Painter:
+    """Paints two copies of each of eight samples, whose maps are called as their labels."""
 
-    num_copies, first = 2, torch.tensor([6, 7])
+    source = SimpleNamespace(read=lambda images: images.labels, ask=lambda *asked: asked)
 
     def __init__(self, chance):
-        self.chances = torch.cat([torch.full((6,), chance), torch.ones(2)])
+        self.config = SimpleNamespace(augmentation_prob=chance, augmentations_per_image=2, prepare="needed")
         self.drawn = []
 
-    def draw(self, samples, numbers):
-        self.drawn += list(zip(samples.tolist(), numbers.tolist()))
-        return level(samples, numbers)
+    def copies(self, asked):
+        labels, items, numbers = asked
+        self.drawn += zip(items.tolist(), numbers.tolist())
+        return level(labels, numbers)
 
 
-def copied(chance, in_memory=True) -> tuple[CopiedBatches, Copies]:
+def copied(chance, in_memory=True) -> tuple[CopiedBatches, Painter]:
+    """Batches of six real images and of two samples that have none."""
     transform = ClassifierTransform(AUGMENTATIONS["none"], 8, (0.5,) * 3, (0.5,) * 3, in_memory)
-    copies, labels = Copies(chance), torch.arange(8)
-    nines, zeros = torch.full((6,), 9), torch.zeros(2, dtype=torch.int64)
-    loading = Loading(transform, 3, (0,), torch.device("cpu"))
-    return CopiedBatches(level(labels[:6], nines), level(labels[6:], zeros), copies, loading), copies
+    painter, labels, loading = Painter(chance), torch.arange(8), Loading(transform, 3, (0,), torch.device("cpu"))
+    return CopiedBatches(level(labels[:6], 9), level(labels[6:], 0, items=labels[6:]), painter, loading), painter
 
 
 def shown(batches, epoch) -> dict[int, int]:
@@ -58,15 +60,12 @@ def test_a_sample_is_shown_as_a_copy_by_its_chance(in_memory, chance, allowed):
 
 
 def test_copies_are_drawn_once_and_those_that_are_there_never():
-    batches, copies = copied(1.0)
+    batches, painter = copied(1.0)
     for epoch in range(12):
         shown(batches, epoch)
-    assert sorted(copies.drawn) == [(s, k) for s in range(8) for k in range(2) if (s, k) not in {(6, 0), (7, 0)}]
+    assert sorted(painter.drawn) == [(s, k) for s in range(8) for k in range(2) if (s, k) not in {(6, 0), (7, 0)}]
 
 
 def test_copies_depend_on_the_epoch_alone():
-    late, _ = copied(0.5)
-    early, _ = copied(0.5)
-    for epoch in range(5):
-        shown(early, epoch)
-    assert shown(late, 5) == shown(early, 5)
+    (late, _), (early, _) = copied(0.5), copied(0.5)
+    assert shown(late, 5) == [shown(early, epoch) for epoch in range(6)][5]

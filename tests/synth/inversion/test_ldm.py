@@ -11,28 +11,18 @@ from synth.inversion.ldm import LDM, unread
 from synth.requests import Requests
 from tests.support.sources import weigh
 from tests.support.tiny_compvis import compvis_weights, compvis_yaml, write_compvis
+from tests.support.tiny_inversion import make_inversion, toy_task
 from tests.support.tiny_ldm import tiny_ldm, tiny_ldm_folder, tiny_stable_diffusion
-from tests.support.toy import toy_dataset
-from utils.data.manager import DataManager, Split
 from utils.run.errors import ConfigError, WeightsError
-from utils.training.run import Run
-from utils.training.runtime import Runtime
-
-SHORT = {"samples_per_class": 4, "g_local_bs": 4, "sample_steps": 2, "guidance": 2.0}
 
 
-def make_ldm(folder, precision="fp32", **keys):
-    config = LDM.Config.parse({"name": "ldm", **SHORT, **keys})
-    dataset = toy_dataset()
-    run = Run(folder, 7, Runtime(["cpu"], precision), progress=False)
-    return LDM(config, run, dataset.num_classes, dataset.class_names, dataset)
+def make_ldm(folder, **keys):
+    return make_inversion(folder, LDM, **{"samples_per_class": 4, "g_local_bs": 4, **keys})
 
 
 def draw_one(source):
     """Fit the first task of the toy data and draw one image of class 0."""
-    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
-    task = next(data.tasks())
-    source.fit_before(task, data.train_images(task))
+    source.fit_before(*toy_task())
     return source.generate(Requests.of_classes([0], 1, (7, "ldm", 0))).parts[0].images
 
 
@@ -46,8 +36,7 @@ def test_a_checkpoint_of_compvis_fits_and_draws(tmp_path):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_stable_diffusion_fits_and_draws(tmp_path, prediction_type):
     tiny_stable_diffusion(prediction_type).save_pretrained(tmp_path / "sd")
-    source = make_ldm(tmp_path / "run", ldm_ckpt=str(tmp_path / "sd"))
-    assert draw_one(source).shape == (1, 3, 16, 16)
+    assert draw_one(make_ldm(tmp_path / "run", ldm_ckpt=str(tmp_path / "sd"))).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -55,25 +44,22 @@ def test_a_stable_diffusion_fits_and_draws(tmp_path, prediction_type):
     [("fp32", "auto", torch.float32), ("bf16", "auto", torch.bfloat16), ("bf16", "fp32", torch.float32)],
 )
 def test_frozen_weights_have_the_runs_number_format_unless_told(tmp_path, precision, model_precision, dtype):
-    source = make_ldm(tmp_path, precision, ldm_ckpt=tiny_ldm_folder(), model_precision=model_precision)
-    assert {weight.dtype for weight in source.model.networks.parameters()} == {dtype}
+    source = make_ldm(tmp_path, precision=precision, model_precision=model_precision, ldm_ckpt=tiny_ldm_folder())
+    assert {weight.dtype for weight in source.model.parameters()} == {dtype}
 
 
 def test_vectors_may_be_carried_to_another_number_format(tmp_path):
-    fitted = make_ldm(tmp_path / "a", "bf16", ldm_ckpt=tiny_ldm_folder())
+    fitted = make_ldm(tmp_path / "a", precision="bf16", ldm_ckpt=tiny_ldm_folder())
     draw_one(fitted)
     fitted.save(tmp_path)
-    other = make_ldm(tmp_path / "b", "fp32", ldm_ckpt=tiny_ldm_folder())
+    other = make_ldm(tmp_path / "b", ldm_ckpt=tiny_ldm_folder())
     other.load(tmp_path)
     assert len(other.generate(Requests.of_classes([1], 1, (7, "ldm", 0)))) == 1
 
 
-def test_a_model_that_is_not_there_is_missed_when_the_source_is_made(tmp_path):
+def test_a_model_that_is_not_there_is_missed_when_the_source_is_made_unless_images_are_there(tmp_path):
     with pytest.raises(WeightsError, match=r"ldm_ckpt='nowhere/model.ckpt': there is no such file"):
         make_ldm(tmp_path, ldm_ckpt="nowhere/model.ckpt")
-
-
-def test_images_that_are_there_need_no_model(tmp_path):
     source = make_ldm(tmp_path, ldm_ckpt="nowhere/model.ckpt", need_syn_imgs=False)
     assert weigh(source, tmp_path) == (0, 0) and source.fitted_classes == set()
 

@@ -1,6 +1,7 @@
 """A latent diffusion model learned on the first task and inverted on later ones."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.testing import assert_close
 
 from models.latent.small import SmallLDM
 from synth.inversion.latents import encode
-from synth.inversion.small_ldm import SmallLDMSource, spread
+from synth.inversion.small_ldm import SmallLDMSource
 from synth.requests import Requests
 from tests.support.sources import weigh
 from tests.support.tiny_inversion import make_inversion, tiny_config, toy_task
@@ -18,7 +19,7 @@ from utils.training.fit import LossLog
 
 
 def make(folder, **keys) -> SmallLDMSource:
-    return make_inversion(folder, kind=SmallLDMSource, **{**tiny_source("small_ldm"), **keys})
+    return make_inversion(folder, SmallLDMSource, **{**tiny_source("small_ldm"), **keys})
 
 
 def fitted(folder, tasks=1, **keys):
@@ -34,18 +35,33 @@ def trainings(source):
     return list(dict.fromkeys((line["task"], line["purpose"]) for line in map(json.loads, lines)))
 
 
-def pretrained(folder, names=("row 0", "row 1")):
-    """The folder of a model that was trained on classes of these names."""
-    source = make(folder / "first", class_names=[*names, "c", "d", "e", "f"])
-    source.fit_before(*named_task(names))
-    (folder / "weights").mkdir()
-    source.save(folder / "weights")
-    return source, str(folder / "weights")
+@pytest.fixture(scope="module")
+def borrowed(tmp_path_factory):
+    """A model that was trained on two classes, its folder, and two tasks with these weights."""
+    folder = tmp_path_factory.mktemp("borrowed")
+    names, (task, images) = ("row 1", "row 2"), toy_task()
+    first = make(folder / "first", class_names=[*names, "c", "d", "e", "f"])
+    first.fit_before(type(task)(0, task.classes, names), images)
+    for name in ("weights", "saved"):
+        (folder / name).mkdir()
+    first.save(folder / "weights")
+    other = fitted(folder / "other", tasks=2, weights=str(folder / "weights"))
+    other.save(folder / "saved")
+    return first, other, folder
 
 
-def named_task(names):
-    task, images = toy_task()
-    return type(task)(0, task.classes, tuple(names)), images
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The fingerprint of a source that has learned two tasks in a number format."""
+    return cache(lambda precision: two_tasks(tmp_path_factory.mktemp(precision), precision))
+
+
+def two_tasks(folder, precision):
+    source = make(folder)
+    source.run.checkpoint_every, source.run.runtime.bf16 = 2, precision == "bf16"
+    for index in (0, 1):
+        source.fit_before(*toy_task(index))
+    return source.fingerprint()
 
 
 def test_the_first_task_trains_the_model_and_its_vectors_and_later_ones_search(tmp_path):
@@ -58,32 +74,24 @@ def test_the_first_task_trains_the_model_and_its_vectors_and_later_ones_search(t
     assert source.model.fingerprint() == before and sorted(source.vectors) == [0, 1, 2, 3]
 
 
-def test_the_model_is_frozen_and_draws_with_the_averages(tmp_path):
-    average, raw = fitted(tmp_path / "a").model, fitted(tmp_path / "b", ema_rate=0.0).model
-    assert not average.training and not any(parameter.requires_grad for parameter in average.parameters())
-    weights = [model.denoiser.unet.conv_in.weight for model in (average, raw)]
-    assert not torch.equal(*weights)
-
-
-def test_latents_have_unit_spread(tmp_path):
-    source = fitted(tmp_path, vae_steps=20)
-    latents = encode(source.model, toy_task()[1], False, 8, source.run, "")
-    assert spread(latents) == pytest.approx(1, abs=1e-4)
+def test_the_model_is_frozen_with_averaged_weights_and_latents_of_unit_spread(tmp_path):
+    source, raw = fitted(tmp_path / "a", vae_steps=20), fitted(tmp_path / "b", vae_steps=20, ema_rate=0.0)
+    assert not source.model.training and not any(parameter.requires_grad for parameter in source.model.parameters())
+    assert not torch.equal(source.model.denoiser.unet.conv_in.weight, raw.model.denoiser.unet.conv_in.weight)
+    mean, std = encode(source.model, toy_task()[1], False, 8, source.run, "").chunk(2, dim=2)
+    assert (mean.var() + std.square().mean()).item() == pytest.approx(1, abs=1e-4)
     assert source.model.scale.item() != 1
 
 
 def test_labels_are_hidden_in_training_for_guidance(tmp_path, monkeypatch):
-    source, shown = make(tmp_path, label_dropout=0.5, unet_steps=20), []
-    new_model = source.new_model
+    shown, context = [], SmallLDM.context
 
-    def watched(names):
-        model = new_model(names)
-        context = model.context
-        model.context = lambda prompts, vectors=None: shown.extend(map(bool, prompts)) or context(prompts, vectors)
-        return model
+    def watched(model, prompts, vectors=None):
+        shown.extend(map(bool, prompts))
+        return context(model, prompts, vectors)
 
-    monkeypatch.setattr(source, "new_model", watched)
-    source.fit_before(*toy_task())
+    monkeypatch.setattr(SmallLDM, "context", watched)
+    fitted(tmp_path, label_dropout=0.5, unet_steps=20)
     assert 0.3 < sum(shown) / len(shown) < 0.7
 
 
@@ -93,14 +101,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("stop", ["vae", "unet", "invert_r0_c0"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_was_cut_off_ends_with_the_same_bits(stop, precision, tmp_path, monkeypatch):
-    def two_tasks(folder):
-        source = make(folder)
-        source.run.checkpoint_every, source.run.runtime.bf16 = 2, precision == "bf16"
-        for index in (0, 1):
-            source.fit_before(*toy_task(index))
-        return source.fingerprint()
-
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(stop, precision, whole, tmp_path, monkeypatch):
     def add(self, step, rate, terms, original=LossLog.add):
         if self.training.purpose == stop and step == 2:
             raise Killed
@@ -108,42 +109,32 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(stop, precision, tmp_pat
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(LossLog, "add", add)
-        two_tasks(tmp_path / "broken")
-    assert two_tasks(tmp_path / "broken") == two_tasks(tmp_path / "whole")
+        two_tasks(tmp_path, precision)
+    assert two_tasks(tmp_path, precision) == whole(precision)
 
 
-def test_the_model_is_memory_where_it_was_learned_and_frozen_where_it_came_from_elsewhere(tmp_path):
-    source, weights = pretrained(tmp_path)
-    other = fitted(tmp_path / "other", weights=weights)
-    (tmp_path / "saved").mkdir()
-    other.save(tmp_path / "saved")
-    size, (memory, frozen) = source.model.frozen_bytes(), weigh(source, weights)
-    assert frozen == 0 and memory > size
-    memory, frozen = weigh(other, tmp_path / "saved")
-    assert frozen == size and memory < 2000
-
-
-def test_weights_from_elsewhere_are_not_trained_and_unknown_classes_are_searched(tmp_path):
-    source, weights = pretrained(tmp_path, names=("row 1", "another"))
-    other = fitted(tmp_path / "other", weights=weights)
-    assert trainings(other) == [(0, "invert_r0_c0")]  # of class 0
-    assert_close(other.vectors[1], source.vectors[0])  # "row 1", known by its name
-    assert other.model.fingerprint() == source.model.fingerprint()
-
-
-def test_a_class_of_a_later_task_is_searched_though_the_weights_know_its_name(tmp_path):
-    _, weights = pretrained(tmp_path, names=("row 2", "row 3"))
-    other = fitted(tmp_path / "other", tasks=2, weights=weights)
-    assert trainings(other) == [(0, "invert_r0_c0"), (1, "invert_r0_c0")]
-
-
-def test_a_saved_source_goes_on_with_the_next_task(tmp_path):
-    whole, first = fitted(tmp_path / "whole", tasks=2), fitted(tmp_path / "first")
-    first.save(tmp_path)
+def test_a_saved_source_goes_on_with_the_next_task(whole, tmp_path):
+    fitted(tmp_path / "first").save(tmp_path)
     other = make(tmp_path / "other")
     other.load(tmp_path)
     other.fit_before(*toy_task(1))
-    assert other.fingerprint() == whole.fingerprint()
+    assert other.fingerprint() == whole("fp32")
+
+
+def test_the_model_is_memory_where_it_was_learned_and_frozen_where_it_came_from_elsewhere(borrowed):
+    first, other, folder = borrowed
+    size, (memory, frozen) = first.model.frozen_bytes(), weigh(first, folder / "weights")
+    assert frozen == 0 and memory > size
+    memory, frozen = weigh(other, folder / "saved")
+    assert frozen == size and memory < 2000
+
+
+def test_weights_from_elsewhere_are_not_trained_and_classes_that_they_do_not_know_or_of_later_tasks_searched(borrowed):
+    first, other, _ = borrowed
+    assert trainings(other) == [(0, "invert_r0_c0"), (1, "invert_r0_c0")]  # of class 0; of 2, too, though it is known
+    assert_close(other.vectors[1], first.vectors[0])  # "row 1", known by its name
+    assert other.vectors.keys() == {0, 1, 2, 3} and not torch.equal(other.vectors[2], first.vectors[1])
+    assert other.model.fingerprint() == first.model.fingerprint()
 
 
 def test_a_watcher_sees_the_model_while_it_learns(tmp_path):

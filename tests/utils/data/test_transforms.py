@@ -21,7 +21,6 @@ from utils.data.transforms import (
     DiffusionTransform,
     classifier_transform,
     match_channels,
-    normalise,
     resize_and_crop,
     stack_images,
     to_uint8,
@@ -51,11 +50,13 @@ def as_tensor(image: Image.Image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def transform(recipe=AUGMENTATIONS["cifar"], size=8, in_memory=True) -> ClassifierTransform:
-    return ClassifierTransform(recipe, size, MEAN, STD, in_memory)
+def transform(recipe="cifar", size=8, in_memory=True, mean=MEAN, std=STD) -> ClassifierTransform:
+    return ClassifierTransform(AUGMENTATIONS[recipe], size, mean, std, in_memory)
 
 
-# ---------------------------------------------------------------------- value ranges
+def plain(steps: Augmentation, size: int) -> ClassifierTransform:
+    """Without mean and deviation."""
+    return ClassifierTransform(steps, size, (0.0,) * 3, (1.0,) * 3, True)
 
 
 def test_all_256_grey_levels_survive_the_way_to_the_unit_range_and_back():
@@ -73,18 +74,10 @@ def test_to_uint8_clamps_and_rounds_to_the_nearest_level(value, level):
     assert to_uint8(torch.tensor([value])).tolist() == [level]
 
 
-def test_normalise_is_torchvisions():
-    images = torch.rand(3, 3, 5, 5, generator=generator())
-    assert_close(normalise(images, torch.tensor(MEAN), torch.tensor(STD)), tv.Normalize(MEAN, STD)(images))
-
-
 def test_one_grey_channel_becomes_three_normalised_ones():
     images = noise_images(channels=1)
     expected = tv.Normalize(MEAN, STD)(images.expand(-1, 3, -1, -1) / 255)
-    assert_close(transform(AUGMENTATIONS["none"]).test(images), expected)
-
-
-# ---------------------------------------------------------------------- augmentation
+    assert_close(transform("none").test(images), expected)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 4])
@@ -113,34 +106,21 @@ def test_shifts_reach_every_corner_and_half_of_the_images_are_mirrored():
 
 
 def test_brightness_multiplies_each_image_by_its_own_factor_in_range():
-    recipe = Augmentation(brightness=63 / 255)
     images = torch.full((2000, 1, 2, 2), 100, dtype=torch.uint8)
-    plain = ClassifierTransform(recipe, 2, (0.0,) * 3, (1.0,) * 3, True).train(images, generator())
-    factors = plain[:, 0, 0, 0] * 255 / 100
-    assert_close(plain, factors.view(-1, 1, 1, 1).expand_as(plain) * 100 / 255)
+    batch = plain(Augmentation(brightness=63 / 255), 2).train(images, generator())
+    factors = batch[:, 0, 0, 0] * 255 / 100
+    assert_close(batch, factors.view(-1, 1, 1, 1).expand_as(batch) * 100 / 255)
     assert factors.min() == pytest.approx(1 - 63 / 255, abs=0.003)
     assert factors.max() == pytest.approx(1 + 63 / 255, abs=0.003)
     assert factors.mean() == pytest.approx(1, abs=0.01)
-
-
-def test_brightness_never_leaves_the_range_of_an_image():
-    images = torch.full((50, 3, 2, 2), 255, dtype=torch.uint8)
-    brighter = ClassifierTransform(Augmentation(brightness=0.5), 2, (0.0,) * 3, (1.0,) * 3, True)
-    pixels = brighter.train(images, generator())
-    assert pixels.max().item() == 1.0
+    white = torch.full((50, 3, 2, 2), 255, dtype=torch.uint8)  # which gets no brighter
+    assert plain(Augmentation(brightness=0.5), 2).train(white, generator()).max().item() == 1.0
 
 
 def test_training_and_test_batches_are_float_with_three_channels_in_channels_last_order():
     for batch in (transform().train(noise_images(channels=1), generator()), transform().test(noise_images())):
-        assert batch.shape == (6, 3, 8, 8)
-        assert batch.dtype == torch.float32
+        assert batch.shape == (6, 3, 8, 8) and batch.dtype == torch.float32
         assert batch.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_augmentation_depends_on_its_generator_alone():
-    batches = [transform().train(noise_images(), generator(seed)) for seed in (1, 1, 2)]
-    assert_close(batches[0], batches[1], rtol=0, atol=0)
-    assert not torch.equal(batches[0], batches[2])
 
 
 @pytest.mark.parametrize(("flip", "changed"), [(True, True), (False, False)])
@@ -151,7 +131,6 @@ def test_generators_see_flips_only_where_the_data_set_has_them(flip, changed):
     same, other = (batch == to_unit_range(images)).flatten(1).all(1), (batch == mirrored).flatten(1).all(1)
     assert torch.all(same | other)
     assert bool(other.any()) is changed
-    assert_close(DiffusionTransform(8, flip).test(images), to_unit_range(images), rtol=0, atol=0)
 
 
 def test_the_strong_augmentation_shifts_flips_turns_jiggles_and_erases_one_after_the_other():
@@ -159,7 +138,7 @@ def test_the_strong_augmentation_shifts_flips_turns_jiggles_and_erases_one_after
     pixels = shift_and_flip(images, 4, True, draw) / 255
     pixels = jiggle(rotate(pixels, 30, 0.5, draw), 0.1, draw)
     pixels = erase(pixels, 0.5, (0.1, 0.5), (0.3, 3.3), draw)
-    strong = ClassifierTransform(AUGMENTATIONS["strong"], 8, (0.5,) * 3, (0.5,) * 3, True)
+    strong = transform("strong", mean=(0.5,) * 3, std=(0.5,) * 3)
     assert_close(strong.train(images, generator(5)), pixels * 2 - 1)
     assert_close(strong.test(images), to_unit_range(images))
 
@@ -171,14 +150,14 @@ def test_auto_augment_crops_flips_brightens_and_auto_augments_one_image_after_th
         image = image.flip(-1) if torch.rand((), generator=draw) < 0.5 else image
         factor = torch.empty(()).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw).item()
         expected.append(auto_augment((image * factor).clamp(0, 255).to(torch.uint8), draw))
-    files, same = transform(AUGMENTATIONS["auto_augment"], 24, in_memory=False), generator(5)
+    files, same = transform("auto_augment", 24, in_memory=False), generator(5)
     loaded = torch.stack([files.load_train(image, same) for image in images])
     assert_close(loaded, torch.stack(expected), rtol=0, atol=0)
 
 
 def test_what_workers_with_auto_augment_leave_to_the_device_is_the_normalisation_alone():
     images, draw = noise_images(4, height=24, width=24), generator(5)
-    batch = transform(AUGMENTATIONS["auto_augment"], 24, in_memory=False).train(images, draw)
+    batch = transform("auto_augment", 24, in_memory=False).train(images, draw)
     assert_close(batch, tv.Normalize(MEAN, STD)(images / 255))
     assert torch.equal(draw.get_state(), generator(5).get_state())
 
@@ -186,8 +165,7 @@ def test_what_workers_with_auto_augment_leave_to_the_device_is_the_normalisation
 @pytest.mark.parametrize("channels", [1, 3])
 def test_auto_augment_sees_small_images_in_memory_as_it_sees_files(channels):
     images, draw = noise_images(8, channels, 8, 8), generator(3)
-    small = transform(AUGMENTATIONS["auto_augment"], 24)
-    files = transform(AUGMENTATIONS["auto_augment"], 24, in_memory=False)
+    small, files = transform("auto_augment", 24), transform("auto_augment", 24, in_memory=False)
     loaded = torch.stack([files.load_train(image, draw) for image in images])
     assert_close(small.train(small.keep(images, training=True), generator(3)), files.train(loaded, draw))
     assert_close(small.test(images), files.test(torch.stack([files.load_test(image) for image in images])))
@@ -202,8 +180,8 @@ def test_steps_that_are_left_out_draw_nothing():
     images, draw, same = noise_images(), generator(5), generator(5)
     pixels = shift_and_flip(images, 4, True, draw) / 255
     pixels = (pixels * torch.empty(6, 1, 1, 1).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw)).clamp(0, 1)
-    expected = normalise(pixels, torch.tensor(MEAN), torch.tensor(STD))
-    assert_close(transform(AUGMENTATIONS["cifar"]).train(images, same), expected, rtol=0, atol=0)
+    expected = tv.Normalize(MEAN, STD)(pixels)
+    assert_close(transform().train(images, same), expected, rtol=0, atol=0)
     assert torch.equal(draw.get_state(), same.get_state())
 
 
@@ -212,12 +190,10 @@ def test_a_learner_may_ask_for_another_augmentation_mean_and_deviation_than_the_
     own, images = classifier_transform(dataset), noise_images()
     assert own.augmentation == AUGMENTATIONS["cifar"]
     assert_close(own.test(images), tv.Normalize(MEAN, STD)(images / 255))
-    strong = classifier_transform(dataset, augmentation="strong", mean=(0.5,) * 3, std=(0.5,) * 3)
+    dataset.augmentation, dataset.mean, dataset.std = "strong", (0.5,) * 3, (0.5,) * 3
+    strong = classifier_transform(dataset)
     assert strong.augmentation == AUGMENTATIONS["strong"]
     assert_close(strong.test(images), to_unit_range(images))
-
-
-# ---------------------------------------------------------------------- sizes and channels
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (64, 64), (8, 90)])
@@ -262,22 +238,10 @@ def test_half_of_the_cropped_images_are_mirrored_and_the_rest_are_not():
 
 @pytest.mark.parametrize("recipe", ["vit_crop", "imagenet_jitter"])
 def test_a_cropped_training_batch_stays_in_range_and_is_normalised(recipe):
-    kept = ClassifierTransform(AUGMENTATIONS[recipe], 32, MEAN, STD, True)
-    plain = ClassifierTransform(AUGMENTATIONS[recipe], 32, (0.0,) * 3, (1.0,) * 3, True)
     images = noise_images(6)
-    batch = plain.train(images, generator(2))
+    batch = plain(AUGMENTATIONS[recipe], 32).train(images, generator(2))
     assert batch.shape == (6, 3, 32, 32) and batch.min() >= 0 and batch.max() <= 1
-    assert_close(kept.train(images, generator(2)), tv.Normalize(MEAN, STD)(batch))
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 32)])
-def test_small_images_are_tested_as_pil_would_enlarge_them(height, width):
-    images = noise_images(3, 3, height, width)
-    batch = ClassifierTransform(AUGMENTATIONS["vit_crop"], 224, (0.0,) * 3, (1.0,) * 3, True).test(images)
-    view = tv.Compose([tv.Resize(256, tv.InterpolationMode.BICUBIC), tv.CenterCrop(224)])
-    expected = torch.stack([as_tensor(view(as_pil(image))) for image in images])
-    assert_close(batch * 255, expected.float(), rtol=0, atol=1)
-    assert_close(batch * 255, resize_and_crop(images, 224, "bicubic").float())
+    assert_close(transform(recipe, 32).train(images, generator(2)), tv.Normalize(MEAN, STD)(batch))
 
 
 def test_an_image_too_long_for_any_crop_gives_its_middle_as_pil_resizes_it():
@@ -287,12 +251,17 @@ def test_an_image_too_long_for_any_crop_gives_its_middle_as_pil_resizes_it():
     assert_close(crop, as_tensor(middle), rtol=0, atol=1)
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 400), (500, 333), (256, 256), (100, 120)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(300, 400), (500, 333), (256, 256), (100, 120), (32, 32), (24, 32)],  # small images are enlarged
+)
 def test_the_test_view_is_torchvisions_resize_and_centre_crop_of_a_pil_image(height, width):
-    image = noise_images(1, 3, height, width)[0]
-    for resize, mode in (("bilinear", tv.InterpolationMode.BILINEAR), ("bicubic", tv.InterpolationMode.BICUBIC)):
-        view = tv.Compose([tv.Resize(256, mode), tv.CenterCrop(224)])
-        assert_close(resize_and_crop(image, 224, resize), as_tensor(view(as_pil(image))), rtol=0, atol=1)
+    image = noise_images(1, 3, height, width)
+    for resize, recipe in (("bilinear", "imagenet"), ("bicubic", "vit_crop")):
+        view = tv.Compose([tv.Resize(256, tv.InterpolationMode(resize)), tv.CenterCrop(224)])
+        shown = resize_and_crop(image, 224, resize)
+        assert_close(shown[0], as_tensor(view(as_pil(image[0]))), rtol=0, atol=1)
+        assert_close(plain(AUGMENTATIONS[recipe], 224).test(image) * 255, shown.float())
 
 
 @pytest.mark.parametrize(("mode", "filtering"), [("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)])
@@ -305,19 +274,11 @@ def test_replay_is_resized_with_antialiasing_as_pil_does(mode, filtering):
 def test_stack_resizes_other_sizes_repeats_grey_and_leaves_the_rest_alone():
     small, colour, grey = noise_images(2), noise_images(1, 3, 16, 16), noise_images(3, 1)
     stacked = stack_images(image_set(small, colour, grey), 8)
-    assert stacked.shape == (6, 3, 8, 8)
-    assert stacked.dtype == torch.uint8
+    assert stacked.shape == (6, 3, 8, 8) and stacked.dtype == torch.uint8
     assert_close(stacked[:2], small, rtol=0, atol=0)
-    assert_close(stacked[3:], grey.expand(-1, 3, -1, -1), rtol=0, atol=0)
-
-
-def test_stack_keeps_one_channel_where_all_images_are_grey():
-    assert stack_images(image_set(noise_images(2, 1), noise_images(2, 1, 4, 4)), 8, "nearest").shape == (4, 1, 8, 8)
-
-
-def test_grey_is_repeated_to_three_equal_channels():
-    grey = noise_images(2, 1)
-    assert_close(match_channels(grey, 3), torch.cat([grey] * 3, 1), rtol=0, atol=0)
+    assert_close(stacked[3:], torch.cat([grey] * 3, 1), rtol=0, atol=0)
+    # One channel stays where all images are grey.
+    assert stack_images(image_set(grey, noise_images(2, 1, 4, 4)), 8, "nearest").shape == (5, 1, 8, 8)
     assert match_channels(grey, 1) is grey
 
 
@@ -334,22 +295,14 @@ def test_grey_is_repeated_to_three_equal_channels():
 )
 def test_images_are_kept_small_where_every_batch_is_cropped_anew(recipe, side, training, kept):
     size = 8 if (recipe, side) == ("cifar", 8) else 32
-    pixels = transform(AUGMENTATIONS[recipe], size).keep(noise_images(2, 3, side, side), training)
+    images = noise_images(2, 3, side, side)
+    pixels = transform(recipe, size).keep(images, training)
     assert pixels.shape == (2, 3, kept, kept)
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_only_small_images_are_augmented_as_a_batch(in_memory):
-    assert all(transform(recipe, in_memory=in_memory).whole_batch is in_memory for recipe in AUGMENTATIONS.values())
-
-
-def test_large_images_beside_small_ones_are_tested_by_their_middle():
-    image = noise_images(1, 3, 60, 80)
-    kept = transform(AUGMENTATIONS["vit_crop"], 32).keep(image, training=False)
-    assert_close(kept, resize_and_crop(image, 32, "bicubic"), rtol=0, atol=0)
+    if side > size and not training:  # large images beside small ones are tested by their middle
+        assert_close(pixels, resize_and_crop(images, size, "bicubic"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("recipe", ["none", "imagenet"])
 def test_workers_turn_large_grey_images_into_three_channels_of_the_networks_size(recipe):
-    image, large = noise_images(1, 1, 50, 40)[0], transform(AUGMENTATIONS[recipe], size=24, in_memory=False)
+    image, large = noise_images(1, 1, 50, 40)[0], transform(recipe, 24, in_memory=False)
     assert large.load_train(image, generator()).shape == large.load_test(image).shape == (3, 24, 24)

@@ -14,15 +14,9 @@ def test_the_row_has_one_accuracy_per_task_over_all_seen_classes():
     scores = one_hot([0, 2, 1, 1, 2, 3], 4)
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     assert metrics.accuracy_row(scores, labels, [2, 2]) == [75.0, 50.0]
-
-
-def test_scores_of_unseen_classes_make_a_prediction_wrong():
-    scores = one_hot([0, 3], 4)
-    assert metrics.accuracy_row(scores, torch.tensor([0, 1]), [2]) == [50.0]
-
-
-def test_a_task_without_test_images_is_named():
-    with pytest.raises(DataError, match="task 1"):
+    # scores of unseen classes make a prediction wrong
+    assert metrics.accuracy_row(one_hot([0, 3], 4), torch.tensor([0, 1]), [2]) == [50.0]
+    with pytest.raises(DataError, match="task 1"):  # which has no test image
         metrics.accuracy_row(one_hot([0], 4), torch.tensor([0]), [2, 2])
 
 
@@ -35,53 +29,45 @@ def test_numpy_and_torch_give_plain_floats(convert):
     assert type(metrics.topk(scores, labels, 1)) is float
 
 
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_topk_agrees_with_sorting(k):
+def test_topk_agrees_with_sorting_and_is_capped_at_the_number_of_classes():
     scores = torch.rand(40, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(40) % 7
-    hits = [label in row for label, row in zip(labels.tolist(), scores.argsort(1, descending=True)[:, :k].tolist())]
-    assert metrics.topk(scores, labels, k) == pytest.approx(100 * sum(hits) / 40)
+    for k in (1, 2, 5, 7, 8):
+        hits = [label in row for label, row in zip(labels, scores.argsort(1, descending=True)[:, :k])]
+        assert metrics.topk(scores, labels, k) == pytest.approx(100 * sum(hits) / 40)
 
 
-def test_topk_is_capped_at_the_number_of_classes():
-    assert metrics.topk(torch.rand(6, 3), torch.arange(6) % 3, 5) == 100.0
+NAN = float("nan")
 
 
-def test_tied_scores_count_for_the_lower_class_only():
-    assert metrics.topk(torch.zeros(2, 2), torch.tensor([0, 1]), 1) == 50.0
+@pytest.mark.parametrize(
+    ("scores", "percentage"),
+    [
+        ([[0.0, 0.0], [0.0, 0.0]], 50.0),  # tied scores count for the lower class only
+        ([[NAN, NAN], [NAN, 1.0]], 0.0),  # a network that returns NaN gets nothing right
+    ],
+)
+def test_ties_and_nan_have_their_rules(scores, percentage):
+    assert metrics.topk(torch.tensor(scores), torch.tensor([0, 1]), 1) == percentage
 
 
-def test_a_network_that_returns_nan_gets_nothing_right():
-    scores = torch.tensor([[float("nan"), float("nan")], [float("nan"), 1.0]])
-    assert metrics.topk(scores, torch.tensor([0, 1]), 1) == 0.0
+HUNDRED = [f"{first:02d}-{first + 9:02d}" for first in range(0, 120, 10)]
 
 
-def test_groups_follow_the_real_tasks():
-    labels = np.arange(10)
-    assert list(metrics.group_accuracies(labels, labels, 9, [5, 4, 1]))[1:-2] == ["00-04", "05-08", "09-09"]
-
-
-def test_groups_stay_in_numeric_order_over_a_hundred_classes():
-    labels = np.arange(120)
-    names = list(metrics.group_accuracies(labels, labels, 110, 10))[1:-2]
-    assert names[:2] == ["00-09", "10-19"] and names[-2:] == ["100-109", "110-119"]
-
-
-def test_a_group_that_holds_only_the_last_class_is_kept():
-    labels = np.arange(11)
-    assert "10-19" in metrics.group_accuracies(labels, labels, 0, 10)
-
-
-def test_old_is_zero_in_phase_0():
-    labels = np.arange(4)
-    table = metrics.group_accuracies(labels, labels, num_old=0, groups=[4])
-    assert table == {"total": 100.0, "00-03": 100.0, "old": 0.0, "new": 100.0}
-
-
-def test_a_group_without_test_images_is_left_out():
-    labels = np.array([0, 1, 4])
-    table = metrics.group_accuracies(labels, labels, 4, [2, 2, 2])
-    assert list(table) == ["total", "00-01", "04-05", "old", "new"]
+@pytest.mark.parametrize(
+    ("labels", "num_old", "groups", "names"),
+    [
+        (range(10), 9, [5, 4, 1], ["00-04", "05-08", "09-09"]),  # the real tasks
+        (range(120), 110, 10, HUNDRED),  # numeric order over a hundred classes
+        (range(11), 0, 10, ["00-09", "10-19"]),  # a group that holds only the last class is kept
+        ([0, 1, 4], 4, [2, 2, 2], ["00-01", "04-05"]),  # one without test images is left out
+    ],
+)
+def test_groups_of_classes_stand_between_the_total_and_old_and_new(labels, num_old, groups, names):
+    labels = np.array(labels)
+    table = metrics.group_accuracies(labels, labels, num_old, groups)
+    assert list(table) == ["total", *names, "old", "new"]
+    assert set(table.values()) == ({100.0} if num_old else {100.0, 0.0}) and table["old"] == (100.0 if num_old else 0.0)
 
 
 def test_percentages_of_groups_have_two_decimals():
@@ -93,19 +79,11 @@ def test_per_class_accuracy_is_none_without_test_images():
     assert metrics.per_class_accuracy(predictions, labels, 3) == [50.0, 50.0, None]
 
 
-def test_average_incremental_accuracy_counts_the_first_task():
-    assert metrics.average_incremental_accuracy([90.0, 60.0, 30.0]) == 60.0
-
-
-def test_one_task_forgets_and_transfers_nothing():
-    assert metrics.forgetting([[80.0]]) == metrics.backward_transfer([[80.0]]) == 0.0
-
-
 def test_forgetting_starts_from_the_best_and_backward_transfer_from_the_first():
+    assert metrics.forgetting([[80.0]]) == metrics.backward_transfer([[80.0]]) == 0.0  # one task
     matrix = [[60.0], [80.0, 50.0], [70.0, 40.0, 90.0]]
     assert metrics.forgetting_per_task(matrix) == [10.0, 10.0]
-    assert metrics.forgetting(matrix) == 10.0
-    assert metrics.backward_transfer(matrix) == 0.0
+    assert (metrics.forgetting(matrix), metrics.backward_transfer(matrix)) == (10.0, 0.0)
 
 
 def test_performance_drop_weighs_tasks_by_their_test_images():
@@ -121,21 +99,21 @@ def test_group_averages_weigh_groups_and_not_images():
     single = metrics.group_averages(predictions, labels, init_cls=3, increment=1)
     assert single["old"] == pytest.approx((100 + 0 + 0) / 3)
     assert single["new"] is None  # class 3 ends exactly at init_cls and is lost, as in the authors' code
-
-
-def test_group_averages_of_the_first_session_have_no_new_groups():
-    labels = np.arange(4)
-    assert metrics.group_averages(labels, labels, 4, 2) == {"old": 100.0, "new": None, "harmonic_mean": None}
+    # the first session has no new groups
+    first = metrics.group_averages(labels[:40], labels[:40], 4, 2)
+    assert first == {"old": 100.0, "new": None, "harmonic_mean": None}
 
 
 def test_the_harmonic_mean_of_nothing_is_zero():
     assert metrics.harmonic_mean(0.0, 0.0) == 0.0
 
 
-def test_many_medium_few_draw_the_line_at_100_and_20_and_skip_unknown_classes():
-    groups = metrics.many_medium_few([10.0, 20.0, 30.0, 40.0, None], [101, 100, 20, 19, 500])
-    assert groups == {"many": 10.0, "medium": 25.0, "few": 40.0}
-
-
-def test_an_empty_group_is_none():
-    assert metrics.many_medium_few([50.0], [5]) == {"many": None, "medium": None, "few": 50.0}
+@pytest.mark.parametrize(
+    ("accuracies", "counts", "groups"),
+    [  # lines are drawn at 100 and 20; unknown classes are skipped; an empty group is None
+        ([10.0, 20.0, 30.0, 40.0, None], [101, 100, 20, 19, 500], (10.0, 25.0, 40.0)),
+        ([50.0], [5], (None, None, 50.0)),
+    ],
+)
+def test_classes_are_many_medium_or_few(accuracies, counts, groups):
+    assert metrics.many_medium_few(accuracies, counts) == dict(zip(("many", "medium", "few"), groups))

@@ -1,34 +1,48 @@
 """One seed's numbers as they grow session by session, and what several seeds have in common."""
 
-import logging
+from statistics import fmean
 
 import pytest
 import torch
 
 from tests.support.toy import toy_dataset
 from utils.data.manager import DataManager, Split
-from utils.results.results import Results, summarise
+from utils.results.results import SUMMARISED, Results, log, summarise
 
-LOG = logging.getLogger("reprise")
 # Right answers among the four test images of each class, after each of three sessions of two classes.
 RIGHT = [[4, 3], [3, 3, 2, 2], [2, 2, 1, 1, 3, 1]]
 
 
 def results_of(sessions, few_shot=True, results=None, with_val=False):
     data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, shuffle=False, kshot=2 if few_shot else 0))
-    results = results or Results({"seed": 7}, data, few_shot, long_tailed=False)
+    results = results or Results({"seed": 7}, data)
     for index in sessions:
-        labels = torch.arange(2 * index + 2).repeat_interleave(4)
-        right = torch.arange(4).repeat(2 * index + 2) < torch.tensor(RIGHT[index]).repeat_interleave(4)
-        answers = labels.where(right, (labels + 1) % (2 * index + 2))
-        scores = torch.nn.functional.one_hot(answers, 2 * index + 2).float()
+        num_seen = 2 * index + 2
+        labels = torch.arange(num_seen).repeat_interleave(4)
+        right = torch.arange(4).repeat(num_seen) < torch.tensor(RIGHT[index]).repeat_interleave(4)
+        scores = torch.nn.functional.one_hot(labels.where(right, (labels + 1) % num_seen), num_seen).float()
         val = ({"cnn": scores[:4]}, labels[:4]) if with_val else None  # held-out images of class 0
         results.add(data.task(index), {"cnn": scores}, labels, val)
     return results
 
 
+def continued(results, *sessions, **options):
+    """What was stored, taken up by another process, which goes on."""
+    other = results_of([])
+    other.load(results.state())
+    return results_of(sessions, results=other, **options)
+
+
 def final(results):
     return results.to_dict({}, {}, {})
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What is logged."""
+    lines = []
+    monkeypatch.setattr(log, "info", lambda text, *values: lines.append(text % values))
+    return lines
 
 
 def test_few_shot_figures_are_those_of_the_sessions():
@@ -40,42 +54,28 @@ def test_few_shot_figures_are_those_of_the_sessions():
     assert fscil["group_new"] == [None, 50.0, 37.5]  # groups are equally large, so that their means are the same
 
 
-def test_every_few_shot_session_is_logged_in_one_line(monkeypatch):
-    lines = []
-    monkeypatch.setattr(LOG, "info", lambda text, *values: lines.append(text % values))
+def test_every_few_shot_session_is_logged_in_one_line(lines):
     results_of([0, 1])
     first, second = [line for line in lines if line.startswith("Few-shot session")]
     assert first.startswith("Few-shot session 0: base 87.50, novel -, harmonic mean -, performance drop 0.00")
     assert second.startswith("Few-shot session 1: base 75.00, novel 50.00, harmonic mean 60.00, performance drop 25.00")
 
 
-def test_a_run_without_few_shots_has_no_such_figures():
-    assert final(results_of([0, 1], few_shot=False))["fscil"] is None
+def test_the_average_incremental_accuracy_counts_the_first_task():
+    assert final(results_of([0, 1, 2]))["average_incremental_accuracy"] == fmean([87.5, 62.5, 41.67])
 
 
 def test_results_that_were_stored_in_between_end_alike():
-    first = results_of([0, 1])
-    copy = results_of([])
-    copy.load(first.state())
-    assert final(results_of([2], results=copy)) == final(results_of([0, 1, 2]))
+    assert final(continued(results_of([0, 1]), 2)) == final(results_of([0, 1, 2]))
 
 
-def test_held_out_images_have_a_curve_in_results_and_log(monkeypatch):
-    lines = []
-    monkeypatch.setattr(LOG, "info", lambda text, *values: lines.append(text % values))
+def test_held_out_images_have_a_curve_in_results_and_log(lines):
+    plain = final(results_of([0, 1], few_shot=False))
+    assert plain["fscil"] is plain["val_top1_curve"] is None and "VAL" not in "".join(lines)
     assert final(results_of([0, 1], with_val=True))["val_top1_curve"] == [100.0, 75.0]
     assert lines.count("VAL top1 curve: [100.0, 75.0]") == 1
-
-
-def test_without_held_out_images_there_is_no_such_curve(caplog):
-    caplog.set_level("INFO", "reprise")
-    assert final(results_of([0, 1]))["val_top1_curve"] is None and "VAL" not in caplog.text
-
-
-def test_a_run_that_began_without_held_out_images_has_no_value_for_its_first_tasks():
-    copy = results_of([])
-    copy.load(results_of([0]).state())
-    assert final(results_of([1], results=copy, with_val=True))["val_top1_curve"] == [None, 75.0]
+    # tasks of a run that began without held-out images have no value
+    assert final(continued(results_of([0]), 1, with_val=True))["val_top1_curve"] == [None, 75.0]
 
 
 def test_the_forgetting_of_classes_comes_from_every_tasks_class_accuracies():
@@ -84,17 +84,10 @@ def test_the_forgetting_of_classes_comes_from_every_tasks_class_accuracies():
     assert final(results_of([0]))["class_forgetting"] == 0.0
 
 
-def seed_results(seed, novel, few_shot=True):
-    figures = {
-        "base": [90.0, 80.0],
-        "novel": [None, novel],
-        "harmonic_mean": [None, 50.0],
-        "performance_drop": [0.0, 9.0],
-    }
-    headline = dict.fromkeys(
-        ("final_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer"), 70.0
-    )
-    return {"seed": seed, **headline, "fscil": figures if few_shot else None}
+def seed_results(seed, novel, sessions=slice(None), few_shot=True):
+    fscil = {"base": [90.0, 80.0], "novel": [None, novel], "harmonic_mean": [None, 50.0], "performance_drop": [0, 9.0]}
+    fscil = {name: values[sessions] for name, values in fscil.items()} if few_shot else None
+    return {"seed": seed, **dict.fromkeys(SUMMARISED, 70.0), "fscil": fscil}
 
 
 def test_seeds_are_summarised_by_the_last_sessions_mean_and_deviation():
@@ -102,14 +95,7 @@ def test_seeds_are_summarised_by_the_last_sessions_mean_and_deviation():
     assert summary["seeds"] == [1, 2]
     assert summary["fscil"]["novel"] == {"mean": 42.0, "std": pytest.approx(8**0.5)}
     assert summary["fscil"]["base"] == {"mean": 80.0, "std": 0.0}
-    assert summary["final_accuracy"] == {"mean": 70.0, "std": 0.0}
-
-
-def test_a_single_session_has_no_novel_figures_to_summarise():
-    only = seed_results(1, 40.0)
-    only["fscil"] = {name: values[:1] for name, values in only["fscil"].items()}
-    assert set(summarise([only])["fscil"]) == {"base", "performance_drop"}
-
-
-def test_runs_without_few_shots_are_summarised_without_them():
+    assert summary["final_accuracy"] == summary["backward_transfer"] == {"mean": 70.0, "std": 0.0}
+    # a single session has no novel figures
+    assert set(summarise([seed_results(1, 40.0, slice(1))])["fscil"]) == {"base", "performance_drop"}
     assert "fscil" not in summarise([seed_results(1, 40.0, few_shot=False)])

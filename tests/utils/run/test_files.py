@@ -6,27 +6,11 @@ import os
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
+from tests.support.disk import everything_in
 from utils.run.errors import CheckpointError, ConfigError, RepriseError
-from utils.run.files import (
-    atomic_write,
-    file_hash,
-    load_tensors,
-    read_json,
-    save_tensors,
-    whole_folder,
-    write_json,
-)
-
-
-def everything_in(folder) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-def no_space(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
+from utils.run.files import atomic_write, file_hash, load_tensors, read_json, save_tensors, whole_folder, write_json
 
 
 @pytest.mark.parametrize("content", ["grün\n", b"\x00\xff", ""])
@@ -36,33 +20,24 @@ def test_a_file_is_written_whole_and_leaves_no_temporary_one(tmp_path, content):
     assert everything_in(tmp_path) == {"new", "new/file"}
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_keeps_the_old_file_and_says_what_to_do(tmp_path, monkeypatch, code):
-    def full(_):
-        raise OSError(code, "full")
+@pytest.mark.parametrize("step", ["builtins.open", "os.fsync", "os.replace"])
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        (errno.ENOSPC, RepriseError, r"the disk is full: cannot write .*file; make room"),
+        (errno.EDQUOT, RepriseError, r"the disk is full: cannot write .*file; make room"),
+        (errno.EIO, OSError, "broken"),  # another failure stays what it is
+    ],
+)
+def test_a_failing_disk_keeps_the_old_file_and_a_full_one_is_named(tmp_path, monkeypatch, step, code, kind, said):
+    def fail(*_):
+        raise OSError(code, "broken")
 
     atomic_write(tmp_path / "file", "old")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RepriseError, match=r"the disk is full: cannot write .*file; make room"):
+    with monkeypatch.context() as patch, pytest.raises(kind, match=said):
+        patch.setattr(step, fail)
         atomic_write(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "old"
-    assert everything_in(tmp_path) == {"file"}
-
-
-def test_a_disk_that_is_full_when_a_file_is_opened_says_so_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.open", no_space)
-    with pytest.raises(RepriseError, match="the disk is full"):
-        atomic_write(tmp_path / "file", "new")
-
-
-def test_another_failure_of_the_disk_stays_what_it_is(tmp_path, monkeypatch):
-    def broken(*_):
-        raise OSError(errno.EIO, "broken")
-
-    monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError, match="broken"):
-        atomic_write(tmp_path / "file", "new")
-    assert everything_in(tmp_path) == set()
+    assert (tmp_path / "file").read_text() == "old" and everything_in(tmp_path) == {"file"}
 
 
 def test_only_what_cannot_be_made_again_waits_for_the_disk(tmp_path, monkeypatch):
@@ -91,47 +66,34 @@ def test_tensors_of_every_kind_come_back_equal(tmp_path, dtype):
     assert (loaded["scalar"].item(), loaded["none"].shape) == (3, (0, 2))
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut off", "text"])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 200), lambda path: path.write_bytes(b"hello")]
+)
 def test_a_tensor_file_that_cannot_be_read_is_named(tmp_path, damage):
     path = tmp_path / "t.safetensors"
     save_tensors(path, {"a": torch.zeros(100)})
-    if damage == "absent":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:200] if damage == "cut off" else b"hello")
+    damage(path)
     with pytest.raises(CheckpointError, match=r"cannot read .*t\.safetensors"):
         load_tensors(path)
-
-
-def test_a_module_keeps_its_memory_format_when_its_weights_are_loaded(tmp_path):
-    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    save_tensors(tmp_path / "m.safetensors", module.state_dict())
-    storage, values = module.weight.data_ptr(), module.weight.detach().clone()
-    module.load_state_dict(load_tensors(tmp_path / "m.safetensors"))
-    assert module.weight.data_ptr() == storage
-    assert module.weight.is_contiguous(memory_format=torch.channels_last)
-    assert_close(module.weight.detach(), values, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "is missing: mend it"),
+        (None, "is missing"),
         (b"", "is damaged"),
         (b'{"a": ', "is damaged"),
         (b'{"a": "\xff"}', "is damaged"),
         (b"[" * 100_000, "is damaged"),  # deeper than Python can read
-        (b"[1]", "holds a list, not an object"),
-        (b"null", "holds a NoneType, not an object"),
+        (b"[1]", r"is damaged \(it holds a list, not an object\)"),
+        (b"null", r"is damaged \(it holds a NoneType, not an object\)"),
     ],
 )
 def test_a_json_file_that_holds_no_object_is_one_error_with_its_remedy(tmp_path, content, said):
-    path = tmp_path / "a.json"
     if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"a\.json {said if content is None else 'is damaged'}") as caught:
-        read_json(path, "mend it", ConfigError)
-    assert said in str(caught.value) and str(caught.value).endswith(": mend it")
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"(?s)a\.json {said}.*: mend it$"):
+        read_json(tmp_path / "a.json", "mend it", ConfigError)
 
 
 def test_a_folder_takes_its_place_once_all_is_in_it(tmp_path):

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import logging
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,7 +23,6 @@ from utils.run.folder import (
     read_data,
     read_results,
     replay_folder,
-    replay_manifest,
     run_manifest,
 )
 from utils.training.runtime import Runtime
@@ -36,12 +35,6 @@ def threads():
     torch.set_num_threads(number)
 
 
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
-    return caplog
-
-
 def config(folder, **changes) -> RunConfig:
     keys = {"dataset": "digits", "init_cls": 2, "increment": 2, "model_name": "finetune", "output_dir": str(folder)}
     return RunConfig.parse({**keys, "synth": {"name": "any"}, **changes})
@@ -50,8 +43,6 @@ def config(folder, **changes) -> RunConfig:
 def data(dataset=None, **changes) -> DataManager:
     return DataManager(dataset or toy_dataset(), Split(**{"init_cls": 2, "increment": 2, "shuffle": False, **changes}))
 
-
-# ---------------------------------------------------------------------- owning it
 
 OWN = """
 import sys, time
@@ -112,55 +103,38 @@ def test_a_file_or_a_dead_link_in_the_place_of_the_folder_is_a_config_error(tmp_
         claim_folder(config(tmp_path), "run", overwrite=True)
 
 
-def test_overwriting_loses_nothing_where_the_images_are_not_ours(tmp_path):
-    settings = config(tmp_path, seed=[1])
-    folder = claim_folder(settings, "run", overwrite=False)
-    drawn = replay_folder(settings, "run", 1)
-    drawn.mkdir()
-    (drawn / "manifest.json").write_text('{"name": "an application of somebody else"}')
-    with pytest.raises(CheckpointError, match=r"manifest\.json is no bank manifest of this project"):
-        claim_folder(settings, "run", overwrite=True)
-    assert (folder / "config.json").exists() and (drawn / "manifest.json").exists()
-
-
 @pytest.mark.parametrize(
-    ("changes", "ours", "stays"),
+    ("synth", "manifest", "stays"),
     [
-        ({}, True, False),
-        ({}, False, True),  # images that somebody else put there
-        ({"synth": {"name": "any", "syn_image_path": "{}/mine"}}, True, True),  # a folder that the user named
+        ({}, b'{"written_by": "reprise", "kind": "bank", "files": {}}', False),
+        ({}, None, True),  # images that somebody else put there
+        ({}, b'{"name": "an application of somebody else"}', True),
+        ({"syn_image_path": "mine"}, b'{"written_by": "reprise", "kind": "bank", "files": {}}', True),  # the user's
     ],
 )
-def test_overwriting_takes_the_replay_images_that_the_run_drew(tmp_path, changes, ours, stays):
-    changes = json.loads(json.dumps(changes).replace("{}", str(tmp_path))) if "synth" in changes else changes
-    settings = config(tmp_path, seed=[1], **changes)
-    claim_folder(settings, "run", overwrite=False)
-    drawn = replay_folder(settings, "run", 1)
+def test_overwriting_takes_the_images_that_the_run_drew_alone(tmp_path, monkeypatch, synth, manifest, stays):
+    monkeypatch.chdir(tmp_path)
+    settings = config(tmp_path, seed=[1], synth={"name": "any", **synth})
+    folder, drawn = claim_folder(settings, "run", overwrite=False), replay_folder(settings, "run", 1)
+    (folder / "kept").write_text("x")
     drawn.mkdir()
     (drawn / "0.png").write_text("x")
-    if ours:
-        replay_manifest(drawn).claim()
-    claim_folder(settings, "run", overwrite=True)
-    assert drawn.exists() is stays
+    if manifest is not None:
+        (drawn / "manifest.json").write_bytes(manifest)
+    foreign = manifest is not None and b"reprise" not in manifest
+    refused = pytest.raises(CheckpointError, match=r"manifest\.json is no bank manifest of this project")
+    with refused if foreign else nullcontext():
+        claim_folder(settings, "run", overwrite=True)
+    assert drawn.exists() is stays and (folder / "kept").exists() is foreign
 
 
-# ---------------------------------------------------------------------- the files that describe it
-
-
-def test_a_later_start_takes_threads_and_precision_of_the_first(tmp_path):
-    threads = torch.get_num_threads()
+def test_a_later_start_takes_threads_and_precision_of_the_first_and_warns_of_what_changed(tmp_path, warnings):
+    threads, path = torch.get_num_threads(), tmp_path / "environment.json"
     claim_machine(tmp_path, Runtime(["cpu"], "bf16"))
     torch.set_num_threads(threads + 1)
     runtime = Runtime(["cpu"], "fp32")
     claim_machine(tmp_path, runtime)
-    assert (torch.get_num_threads(), runtime.bf16) == (threads, True)
-
-
-def test_a_machine_that_changed_is_told_by_a_warning(tmp_path, warnings):
-    runtime, path = Runtime(["cpu"], "fp32"), tmp_path / "environment.json"
-    for _ in range(2):
-        claim_machine(tmp_path, runtime)
-    assert warnings.text == ""
+    assert (torch.get_num_threads(), runtime.bf16, warnings.text) == (threads, True, "")
     path.write_text(json.dumps({**json.loads(path.read_text()), "torch": "0.1", "cpu": "abacus"}))
     claim_machine(tmp_path, runtime)
     assert "torch was 0.1, is " in warnings.text and "cpu was abacus, is " in warnings.text
@@ -173,25 +147,30 @@ def test_data_are_described_for_whoever_reads_the_folder(tmp_path):
     assert (names, order) == ([f"row {label}" for label in range(6)], list(range(6)))
 
 
-def other_images():
+def toy(**changes) -> DataManager:
+    return data(dataclasses.replace(toy_dataset(), **changes))
+
+
+def brighter() -> ImageSet:
+    """The toy's images, one bit of one pixel apart."""
     pixels = toy_dataset().train.parts[0].images.clone()
     pixels[0, 0, 0, 0] ^= 1
-    return dataclasses.replace(toy_dataset(), train=ImageSet.of(pixels, toy_dataset().train.labels))
+    return ImageSet.of(pixels, toy_dataset().train.labels)
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         (lambda: data(shuffle=True), "class_order is"),
-        (lambda: data(dataclasses.replace(toy_dataset(), name="other")), "dataset is"),
-        (lambda: data(dataclasses.replace(toy_dataset(), class_names=list("abcdef"))), "class_names is"),
+        (lambda: toy(name="other"), "dataset is"),
+        (lambda: toy(class_names=list("abcdef")), "class_names is"),
         (lambda: data(toy_dataset(per_class=9)), "counts is"),
-        (lambda: data(other_images()), "images is"),  # one bit of one pixel
+        (lambda: toy(train=brighter()), "images is"),
     ],
 )
 def test_a_seed_begun_with_other_data_is_refused(tmp_path, changed, said):
-    claim_data(tmp_path, data())
-    claim_data(tmp_path, data())
+    for _ in range(2):
+        claim_data(tmp_path, data())
     with pytest.raises(CheckpointError, match=f"{said}.*there.*Put the data back as it was"):
         claim_data(tmp_path, changed())
 
@@ -199,8 +178,7 @@ def test_a_seed_begun_with_other_data_is_refused(tmp_path, changed, said):
 def test_results_count_once_the_seed_is_finished(tmp_path):
     for seed, finished in ((3, True), (1, True), (2, False)):
         (tmp_path / f"seed_{seed}").mkdir()
-        content = json.dumps({"seed": seed, "finished": finished})
-        (tmp_path / f"seed_{seed}" / "results.json").write_text(content)
+        (tmp_path / f"seed_{seed}" / "results.json").write_text(json.dumps({"seed": seed, "finished": finished}))
     (tmp_path / "seed_4").mkdir()
     assert read_results(tmp_path / "seed_4") is read_results(tmp_path / "seed_2") is None
     assert [results["seed"] for results in finished_results(tmp_path)] == [1, 3]
@@ -219,11 +197,10 @@ MANIFEST = b'{"written_by": "reprise", "kind": "%s", "files": {}%s}'
     ("name", "content"),
     [
         *((name, content) for name in READERS for content in (b"", b'{"thr', b"[]", b'"x"', b'{"a": "\xff"}')),
-        ("environment.json", b"{}"),
-        ("environment.json", b'{"threads": "2", "precision": "fp32"}'),
-        ("environment.json", b'{"threads": true, "precision": "fp32"}'),
-        ("environment.json", b'{"threads": 0, "precision": "fp32"}'),
-        ("environment.json", b'{"threads": 2}'),
+        ("results.json", None),  # a folder in its place
+        ("data.json", None),
+        *(("environment.json", b'{"threads": %s, "precision": "fp32"}' % value) for value in (b'"2"', b"true", b"0")),
+        *(("environment.json", content) for content in (b"{}", b'{"threads": 2}')),
         ("config.json", b"{}"),
         ("config.json", MANIFEST % (b"seed", b"")),
         ("data.json", b"{}"),
@@ -233,13 +210,9 @@ MANIFEST = b'{"written_by": "reprise", "kind": "%s", "files": {}%s}'
     ],
 )
 def test_a_damaged_file_is_one_error_that_names_it(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises((CheckpointError, ConfigError), match=name.replace(".", r"\.")):
-        READERS[name](tmp_path)
-
-
-@pytest.mark.parametrize("name", ["results.json", "data.json"])
-def test_a_folder_in_the_place_of_a_file_is_one_error_that_names_it(tmp_path, name):
-    (tmp_path / name).mkdir()
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         READERS[name](tmp_path)

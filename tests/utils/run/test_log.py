@@ -7,7 +7,7 @@ import pytest
 from utils.run.log import log, log_to_console, log_to_file
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def talkative():
     level = log.level
     log.setLevel(logging.INFO)
@@ -15,7 +15,6 @@ def talkative():
     log.setLevel(level)
 
 
-@pytest.mark.usefixtures("talkative")
 def test_each_seed_has_its_own_log_file_in_pycils_format(tmp_path):
     for seed in (1, 2):
         with log_to_file(tmp_path / f"seed_{seed}" / "log.txt"):
@@ -26,7 +25,6 @@ def test_each_seed_has_its_own_log_file_in_pycils_format(tmp_path):
         assert text.partition(" [test_log.py] => ")[2] == f"CNN top1 curve: [{seed}]\n"
 
 
-@pytest.mark.usefixtures("talkative")
 def test_a_log_file_is_continued_by_a_resumed_run_and_closed_after_an_error(tmp_path):
     handlers = list(log.handlers)
     for word in ("one", "two"):
@@ -37,11 +35,9 @@ def test_a_log_file_is_continued_by_a_resumed_run_and_closed_after_an_error(tmp_
     assert log.handlers == handlers
 
 
-@pytest.mark.usefixtures("talkative")
 def test_the_console_gets_every_message_once(monkeypatch, capsys):
     monkeypatch.setattr(log, "handlers", [])
-    monkeypatch.setattr(log, "propagate", True)
-    log_to_console()
-    log_to_console()
+    for _ in range(2):
+        log_to_console()
     log.info("hello")
     assert capsys.readouterr().out.count("hello") == 1

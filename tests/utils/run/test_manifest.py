@@ -6,7 +6,7 @@ import re
 import pytest
 
 from utils.run.errors import CheckpointError, ConfigError
-from utils.run.manifest import Manifest, first_difference
+from utils.run.manifest import Manifest
 
 
 def manifest(folder, identity=None, **options) -> Manifest:
@@ -24,18 +24,12 @@ def sealed(folder) -> Manifest:
     return made
 
 
-# ---------------------------------------------------------------------- whose it is
-
-
-def test_a_new_folder_is_claimed_and_known_again(tmp_path):
+def test_a_new_folder_is_claimed_and_known_again_and_a_look_alone_writes_nothing(tmp_path):
+    manifest(tmp_path / "new").claim(write=False)
+    assert not (tmp_path / "new").exists()
     content = manifest(tmp_path / "new").claim(note=[1])
     assert content == {"written_by": "reprise", "kind": "run", "seed": 1, "note": [1], "files": {}}
     assert manifest(tmp_path / "new").claim() == manifest(tmp_path / "new").read() == content
-
-
-def test_a_look_alone_writes_nothing(tmp_path):
-    manifest(tmp_path / "new").claim(write=False)
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -55,15 +49,17 @@ def test_a_folder_of_something_else_is_refused_and_the_first_difference_named(tm
         manifest(tmp_path, here).claim()
 
 
-def test_fields_alone_are_compared_where_they_are_named(tmp_path):
-    manifest(tmp_path, {"a": 1, "b": 2}).claim()
-    assert manifest(tmp_path, {"a": 1, "b": 3}).claim(fields=["a"])["b"] == 2
-
-
-def test_identities_are_compared_as_json_has_them(tmp_path):
-    manifest(tmp_path, {"sizes": (1, 2)}).claim()
-    manifest(tmp_path, {"sizes": [1, 2]}).claim()
-    assert first_difference({"a": 1}, {"a": 1}, ["a", "b"]) == ""
+@pytest.mark.parametrize(
+    ("there", "here", "fields"),
+    [
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, ["a"]),  # b is not asked for
+        ({"a": 1}, {"a": 1}, ["a", "b"]),
+        ({"sizes": (1, 2)}, {"sizes": [1, 2]}, None),  # as JSON has them
+    ],
+)
+def test_a_folder_is_ours_where_the_fields_that_are_asked_for_are_equal(tmp_path, there, here, fields):
+    content = manifest(tmp_path, there).claim()
+    assert manifest(tmp_path, here).claim(fields) == content
 
 
 @pytest.mark.parametrize(
@@ -90,9 +86,6 @@ def test_a_foreign_or_damaged_manifest_is_one_error_and_the_folder_stays(tmp_pat
         getattr(manifest(tmp_path, error=ConfigError), action)()
     assert "manifest.json" in str(caught.value) and "mend it" in str(caught.value)
     assert (tmp_path / "manifest.json").read_bytes() == content
-
-
-# ---------------------------------------------------------------------- its files
 
 
 def test_a_sealed_folder_lists_every_file_but_its_own(tmp_path):
@@ -142,24 +135,15 @@ def test_a_name_that_is_none_of_the_folders_files_is_refused(tmp_path, name):
         made.files()
 
 
-# ---------------------------------------------------------------------- deleting
-
-
 def test_a_folder_of_ours_is_deleted_with_all_that_is_in_it(tmp_path):
     sealed(tmp_path / "run").delete()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_is_never_deleted_nor_what_it_points_to(tmp_path):
+def test_a_link_is_never_deleted_nor_a_folder_without_a_manifest(tmp_path):
     sealed(tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with pytest.raises(CheckpointError, match="link is a link, so it is left alone"):
-        manifest(tmp_path / "link").delete()
+    for folder, said in ((tmp_path / "link", "link is a link, so it is left alone"), (tmp_path, r"\.json is missing")):
+        with pytest.raises(CheckpointError, match=said):
+            manifest(folder).delete()
     assert (tmp_path / "link" / "a").read_text() == "abc"
-
-
-def test_a_folder_without_a_manifest_is_never_deleted(tmp_path):
-    (tmp_path / "a").write_text("abc")
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
-        manifest(tmp_path).delete()
-    assert (tmp_path / "a").exists()

@@ -1,13 +1,13 @@
 """A checkpoint is there whole or not at all; a damaged one is named and the one before it used."""
 
-import errno
 import logging
-import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.support.disk import everything_in, no_space
 from utils.run.errors import CheckpointError, RepriseError
 from utils.training.checkpoint import Checkpoints
 
@@ -22,34 +22,19 @@ def checkpoints(folder, count=2) -> Checkpoints:
     return made
 
 
-def everything_in(folder) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-def no_space(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_checkpoint_comes_back_with_its_tensors_and_state(tmp_path):
-    number, tensors, state = checkpoints(tmp_path).load_newest(LOG)
-    assert (number, state) == (20, {"step": 20})
-    assert_close(tensors, {"network": {"weight": torch.full((3,), 20.0)}})
-
-
-def test_without_a_checkpoint_there_is_none(tmp_path):
+def test_the_two_newest_come_back_with_their_tensors_and_state(tmp_path):
+    made = checkpoints(tmp_path, 3)
+    assert made.numbers() == [30, 20] and {path.name for path in tmp_path.iterdir()} == {"task_20", "task_30"}
+    number, tensors, state = made.load_newest(LOG)
+    assert (number, state) == (30, {"step": 30})
+    assert_close(tensors, {"network": {"weight": torch.full((3,), 30.0)}})
     assert Checkpoints(tmp_path / "absent", "task").load_newest(LOG) is None
 
 
-def test_the_two_newest_are_kept(tmp_path):
-    assert checkpoints(tmp_path, 11).numbers() == [110, 100]
-    assert {path.name for path in tmp_path.iterdir()} == {"task_100", "task_110"}
-
-
-def test_saving_a_number_again_replaces_it(tmp_path):
-    made = checkpoints(tmp_path)
-    made.save(20, {"network": {"weight": torch.zeros(3)}}, {"step": -1})
-    assert made.load(20)[1] == {"step": -1}
-    assert made.numbers() == [20, 10]
+def test_numbers_are_ordered_as_numbers_and_saving_one_again_replaces_it(tmp_path):
+    made = checkpoints(tmp_path, 11)
+    made.save(110, {"network": {"weight": torch.zeros(3)}}, {"step": -1})
+    assert made.numbers() == [110, 100] and made.load(110)[1] == {"step": -1}
 
 
 def test_others_may_add_files_which_are_guarded_too(tmp_path):
@@ -69,11 +54,9 @@ def test_others_may_add_files_which_are_guarded_too(tmp_path):
     [
         ("network.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01")),  # one bit
         ("network.safetensors", lambda path: path.write_bytes(b"")),  # a crash before the disk had it
-        ("network.safetensors", lambda path: path.unlink()),
         ("state.json", lambda path: path.write_text('{"step": 99}')),
-        ("state.json", lambda path: path.unlink()),
         ("manifest.json", lambda path: path.write_text("{")),
-        ("manifest.json", lambda path: path.unlink()),
+        *((name, Path.unlink) for name in ("network.safetensors", "state.json", "manifest.json")),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, caplog, name, damage):
@@ -95,22 +78,15 @@ def test_a_half_written_checkpoint_is_none(tmp_path):
     assert made.load(20) == ({}, {"step": 20})
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_checkpoints_and_nothing_half_written(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(("step", "fill"), [("os.fsync", None), ("os.replace", None), (None, no_space)])
+def test_a_full_disk_leaves_the_old_checkpoints_and_nothing_half_written(tmp_path, monkeypatch, step, fill):
     made = checkpoints(tmp_path)
     before = everything_in(tmp_path)
-    monkeypatch.setattr(os, step, no_space)
-    with pytest.raises(RepriseError, match="the disk is full"):
-        made.save(30, {"network": {"weight": torch.ones(3)}}, {"step": 30})
-    monkeypatch.undo()
-    assert everything_in(tmp_path) == before
-    assert made.load_newest(LOG)[0] == 20
-
-
-def test_a_source_that_finds_the_disk_full_is_cleaned_up_after(tmp_path):
-    with pytest.raises(RepriseError, match=r"the disk is full: cannot write .*task_1"):
-        Checkpoints(tmp_path, "task").save(1, {}, {}, no_space)
-    assert everything_in(tmp_path) == set()
+    with monkeypatch.context() as patch, pytest.raises(RepriseError, match=r"the disk is full: cannot write .*task_30"):
+        if step is not None:
+            patch.setattr(step, no_space)
+        made.save(30, {"network": {"weight": torch.ones(3)}}, {"step": 30}, fill)
+    assert everything_in(tmp_path) == before and made.load_newest(LOG)[0] == 20
 
 
 def test_names_do_not_see_each_other_and_clear_takes_all_of_a_kind(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,37 +23,23 @@ class LoadedData(NamedTuple):
     """Both splits as read.
 
     Args:
-        train, test: labels are original class ids, int64 in [0, K).
+        splits: training and test images, uint8 (N, C, H, W) or N paths, each with labels, int64 (N,): original class
+            ids in [0, K).
         class_names: K names in the order of the ids.
         channels: of the stored images, 1 or 3.
-        source: what was read, from where, with counts.
         root: folder that all files lie in; None for images that came from a package or a download.
     """
 
-    train: ImageSet
-    test: ImageSet
+    splits: list[tuple[Tensor | list[str], Tensor]]
     class_names: list[str]
     channels: int
-    source: str
     root: str | None = None
 
     @property
     def side(self) -> int | None:
         """The longer side of images in memory, in pixels; None for files."""
-        part = self.train.parts[0]
-        return max(part.images.shape[2:]) if isinstance(part.images, Tensor) else None
-
-
-Labelled = tuple[Tensor | list[str], Tensor]  # uint8 (N, C, H, W) or N paths, and labels, int64 (N,)
-
-
-def pack(
-    splits: Sequence[Labelled], class_names: list[str], channels: int, source: str, root: str | None
-) -> LoadedData:
-    """Pack the training and the test images; count them in ``source``. See `LoadedData`."""
-    train, test = (ImageSet.of(*split) for split in splits)
-    counts = f"{len(train)} training and {len(test)} test images, {len(class_names)} classes"
-    return LoadedData(train, test, class_names, channels, f"{source} ({counts})", root)
+        images = self.splits[0][0]
+        return max(images.shape[2:]) if isinstance(images, Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -62,9 +48,9 @@ class Provider:
 
     Args:
         num_classes: classes that it has.
-        read: reads it from its folder, described by ``found``, and fetches it first unless ``offline``; without
-            ``fetchable``, called only where it is there. Raises any of ``utils.data.datasets.PROVIDER_ERRORS`` if it
-            is broken, or absent and cannot be fetched.
+        read: takes its folder and ``offline``, without which it may fetch it first; where ``fetchable`` is false,
+            called only if it is there. Raises any of ``utils.data.datasets.PROVIDER_ERRORS`` if it is broken, or
+            absent and cannot be fetched.
         found, absent: what would be read, and what would be fetched or could be put there; ``{folder}`` is its folder.
         folders: names of its folder in ``data_dir``.
         parts: files or folders in it, without which it is not there.
@@ -72,25 +58,12 @@ class Provider:
     """
 
     num_classes: int
-    read: Callable[[Path, str, bool], LoadedData]
+    read: Callable[[Path, bool], LoadedData]
     found: str
     absent: str = ""
     folders: tuple[str, ...] = ("",)
     parts: tuple[str, ...] = ()
     fetchable: bool = False
-
-    def look(self, data_dir: Path) -> tuple[bool, Path, str]:
-        """Return whether it is on this machine, its folder, and in words what would be read or fetched."""
-        folders = [data_dir / name for name in self.folders]
-        for folder in folders:
-            if all((folder / part).exists() for part in self.parts):
-                return True, folder, self.found.format(folder=folder)
-        return False, folders[0], self.absent.format(folder=folders[0])
-
-    def load(self, data_dir: Path, offline: bool) -> LoadedData:
-        """Read it, fetching it first unless ``offline``; raises what ``read`` does."""
-        _, folder, _ = self.look(data_dir)
-        return self.read(folder, self.found.format(folder=folder), offline)
 
 
 @dataclass(frozen=True)
@@ -139,7 +112,6 @@ class Dataset:
         mean, std: of the network's input, per channel, for pixels in [0, 1].
         augmentation: a name in ``utils.data.transforms.AUGMENTATIONS``.
         source: what was read, from where, with counts.
-        class_order: the order of learning when the classes are not shuffled; None: by id.
         root: folder that all files lie in; None for images that came from a package or a download.
     """
 
@@ -154,7 +126,6 @@ class Dataset:
     std: Triple
     augmentation: str
     source: str
-    class_order: list[int] | None = None
     root: str | None = None
 
     @property
@@ -163,17 +134,23 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Availability:
+class Found:
     """Answer of ``find_dataset``.
 
     Args:
+        recipe: how the images are prepared.
         present: whether the data set can be read on this machine as it is.
         fetchable: whether it can be downloaded if it is not present.
         text: what would be read, or which folders were looked in and what to put there.
         num_classes: None where it cannot be told.
+        source: what ``read`` reads, and from where.
+        read: takes ``offline``, without which it may fetch the data first; None: there is nothing to read or fetch.
     """
 
+    recipe: DatasetRecipe
     present: bool
     fetchable: bool
     text: str
     num_classes: int | None
+    source: str = ""
+    read: Callable[[bool], LoadedData] | None = None

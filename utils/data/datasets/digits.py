@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from utils.data.datasets import DATASETS
-from utils.data.datasets.base import DatasetRecipe, LoadedData, Provider, pack
+from utils.data.datasets.base import DatasetRecipe, LoadedData, Provider
 from utils.data.subsets import split_validation
 
 TEST_SHARE = 0.25
 
 
-def read_digits(folder: Path, source: str, offline: bool) -> LoadedData:
+def read_digits(folder: Path, offline: bool) -> LoadedData:
     """Read UCI's optical recognition of handwritten digits (Alpaydin and Kaynak, 1998) from ``sklearn.datasets``."""
     from sklearn.datasets import load_digits
 
@@ -23,7 +23,7 @@ def read_digits(folder: Path, source: str, offline: bool) -> LoadedData:
     images, labels = torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(digits.target).long()
     # The key is no run's seed: all runs share one test set.
     splits = [(images[part], labels[part]) for part in split_validation(labels, TEST_SHARE, "digits")]
-    return pack(splits, [str(digit) for digit in range(10)], 1, "scikit-learn's handwritten digits", None)
+    return LoadedData(splits, [str(digit) for digit in range(10)], 1)
 
 
 DIGITS = Provider(10, read_digits, "scikit-learn's handwritten digits, which come with the package")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from utils.data.datasets import DATASETS
-from utils.data.datasets.base import CIFAR100_MEAN, CIFAR100_STD, DatasetRecipe, LoadedData, Provider, pack
+from utils.data.datasets.base import CIFAR100_MEAN, CIFAR100_STD, DatasetRecipe, LoadedData, Provider
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -23,22 +22,18 @@ def torchvision_provider(name: str, folder: str, num_classes: int = 10) -> Provi
     )  # fmt: skip
 
 
-def _read_torchvision(name: str, folder: Path, source: str, offline: bool) -> LoadedData:
+def _read_torchvision(name: str, folder: Path, offline: bool) -> LoadedData:
     import torchvision
 
-    dataset = getattr(torchvision.datasets, name)
-    # With download=True, torchvision fetches only what is not there yet.
-    splits = [dataset(str(folder.parent), train=train, download=not offline) for train in (True, False)]
-    names = [name.split(" - ")[0] for name in splits[0].classes]  # MNIST calls its classes "0 - zero"
-    arrays = [_read_arrays(split) for split in splits]
-    return pack(arrays, names, arrays[0][0].shape[1], source, None)
-
-
-def _read_arrays(split) -> tuple[Tensor, Tensor]:
-    """Images from uint8 (N, H, W) or (N, H, W, 3) under `data`, labels from `targets`."""
-    images = torch.from_numpy(np.asarray(split.data))
-    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return images, torch.as_tensor(split.targets, dtype=torch.int64)
+    dataset, splits = getattr(torchvision.datasets, name), []
+    for train in (True, False):
+        # With download=True, torchvision fetches only what is not there yet.
+        split = dataset(str(folder.parent), train=train, download=not offline)
+        images = torch.from_numpy(np.asarray(split.data))  # uint8 (N, H, W) or (N, H, W, 3)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        splits.append((images, torch.as_tensor(split.targets, dtype=torch.int64)))
+    names = [name.split(" - ")[0] for name in split.classes]  # MNIST calls its classes "0 - zero"
+    return LoadedData(splits, names, channels=images.shape[1])
 
 
 MNIST, FASHION_MNIST = (torchvision_provider(name, name) for name in ("MNIST", "FashionMNIST"))

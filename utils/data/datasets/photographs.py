@@ -14,12 +14,12 @@ from utils.data.datasets.base import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIDE, Da
 from utils.data.datasets.folders import list_class_names, read_files, read_folders
 from utils.data.transforms import resize_to_square
 
-EITHER = ("test", "val")
-IMAGENET_FOLDERS = ("imagenet1000", "imagenet")
+EITHER, HALF = ("test", "val"), (0.5,) * 3
+IMAGENET_FOLDERS, TINY_FOLDERS = ("imagenet1000", "imagenet"), ("tiny-imagenet-200", "tiny-imagenet")
 CUB_TABLES = ("images", "train_test_split", "image_class_labels", "classes")
 
 
-def read_first_of_imagenet(folder: Path, source: str, offline: bool) -> LoadedData:
+def read_first_of_imagenet(folder: Path, offline: bool) -> LoadedData:
     """Read ImageNet-100 of PyCIL: the first 100 of the 1000 sorted classes after the shuffle of seed 1993.
 
     The chosen classes are sorted again, so the labels are those of a folder that holds only them.
@@ -27,11 +27,11 @@ def read_first_of_imagenet(folder: Path, source: str, offline: bool) -> LoadedDa
     names = list_class_names(folder / "train")
     if len(names) != 1000:
         raise ValueError(f"{folder} has {len(names)} classes, not the 1000 that ImageNet-100 is drawn from")
-    order = np.random.RandomState(1993).permutation(1000)[:100]
-    return read_folders(folder, EITHER, [names[i] for i in sorted(order)])
+    others = np.random.RandomState(1993).permutation(1000)[100:]
+    return read_folders(folder, EITHER, left_out={names[i] for i in others})
 
 
-def read_cub(folder: Path, source: str, offline: bool) -> LoadedData:
+def read_cub(folder: Path, offline: bool) -> LoadedData:
     """Read CUB-200-2011 as published, with the split of `train_test_split.txt` (Wah et al., 2011)."""
     paths, splits, labels, names = (_read_table(folder / f"{name}.txt") for name in CUB_TABLES)
     train, test = ({name: [] for name in names.values()} for _ in range(2))
@@ -40,16 +40,16 @@ def read_cub(folder: Path, source: str, offline: bool) -> LoadedData:
         if files is None or name is None:
             raise ValueError(f"the tables of {folder} give no split or no class for image {image}, {path}")
         files[name].append(str(folder / "images" / path))
-    return read_files(train, test, source, folder)
+    return read_files(train, test, folder)
 
 
-def read_food(folder: Path, source: str, offline: bool) -> LoadedData:
+def read_food(folder: Path, offline: bool) -> LoadedData:
     """Read Food-101 as torchvision downloads it, with its published split (Bossard et al., ECCV 2014)."""
     import torchvision
 
     torchvision.datasets.Food101(str(folder.parent), download=not offline)
     train, test = (_list_food(folder, split) for split in ("train", "test"))
-    return read_files(train, test, source, folder)
+    return read_files(train, test, folder)
 
 
 def squash_and_crop(image: Tensor) -> Tensor:
@@ -99,14 +99,11 @@ FOOD = Provider(
     "torchvision's Food101, to be downloaded into {folder} (5 GB)", ("food-101",), ("meta", "images"), fetchable=True,
 )  # fmt: skip
 FIRST = {"test_folders": EITHER, "provider": FIRST_CLASSES}
-HALVES = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 for name, recipe in {
-    "tiny_imagenet": DatasetRecipe(
-        "imagenet", folders=("tiny-imagenet-200", "tiny-imagenet"), image_size=64, **IMAGENET
-    ),
+    "tiny_imagenet": DatasetRecipe("imagenet", image_size=64, folders=TINY_FOLDERS, **IMAGENET),
     "imagenet100": DatasetRecipe("imagenet", image_size=LARGE_SIDE, **IMAGENET | FIRST),
-    "imagenet100_64": DatasetRecipe("none", folders=("imagenet100",), view=squash_and_crop, **HALVES, **FIRST),
+    "imagenet100_64": DatasetRecipe("none", HALF, HALF, None, ("imagenet100",), view=squash_and_crop, **FIRST),
     "imagenet100_escort": DatasetRecipe(folders=("imagenet100", "ImageNet100"), **AUTO, **FIRST),
     "imagenet1000": DatasetRecipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
     "imagenetr": DatasetRecipe(folders=("imagenet-r",), test_folders=EITHER, **VIT),
