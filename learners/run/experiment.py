@@ -131,6 +131,9 @@ class Experiment:
                     self._learn(task)
                     keep_to_budget(self.learner, task.index)
                 self._save(task)
+            if self.runtime.is_main:  # once more: after the last checkpoint, a kill may have come before this
+                self.run.forget_fits()
+                self.checkpoints.forget_old()
             self.results.log_end()
             self.run.metrics.close()
             return self._write()

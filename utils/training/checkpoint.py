@@ -63,6 +63,10 @@ class Checkpoints:
             if fill is not None:
                 fill(temporary)
             self.manifest(number, temporary).seal()
+        self.forget_old()
+
+    def forget_old(self) -> None:
+        """Delete all but the two newest."""
         for old in self.numbers()[2:]:
             shutil.rmtree(self.path(old))
 

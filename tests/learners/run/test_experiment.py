@@ -8,10 +8,12 @@ from PIL import Image
 from learners import LEARNERS
 from learners.run.predict import _images
 from synth import SOURCES
-from tests.support.toy import TINY_SOURCES, interrupt, toy_experiment
+from tests.support.toy import TINY_SOURCES, Interrupted, interrupt, toy_experiment
 from utils.results.panels import Panel
 from utils.run.carried import Carried
 from utils.run.errors import BankError
+from utils.training.checkpoint import Checkpoints
+from utils.training.run import Run
 
 
 def given_images(bank, **keys):
@@ -69,3 +71,16 @@ def test_images_to_classify_are_seen_as_those_of_the_data_set_were(tmp_path):
     Image.new("L", (100, 80), 90).save(path)
     assert _images("imagenet100_64", [path]).parts[0].images.shape == (1, 3, 64, 64)
     assert _images("digits", [path]).parts[0].images == (str(path),)
+
+
+def test_a_run_killed_right_after_its_last_checkpoint_leaves_nothing_else_behind(tmp_path, monkeypatch):
+    def left(folder):
+        return {path.relative_to(folder) for path in folder.rglob("*")}
+
+    toy_experiment("finetune", tmp_path / "whole").learn_all()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Run, "forget_fits", lambda run: run.checkpoints("task").numbers()[:1] == [2] and interrupt())
+        patch.setattr(Checkpoints, "forget_old", lambda checkpoints: None)
+        toy_experiment("finetune", tmp_path / "broken").learn_all()
+    toy_experiment("finetune", tmp_path / "broken").learn_all()
+    assert left(tmp_path / "broken") == left(tmp_path / "whole")
