@@ -60,7 +60,8 @@ class Bank:
         place = self.place(folder, index, key, per_class=per_class)
         adopted = self._adopt(place)
         place.claim(LABEL_FIELDS if adopted else None)
-        if not adopted and place.draw(self.source, [Requests.of_classes(classes, per_class, key)]):
+        drew = not adopted and place.draw(self.source, [Requests.of_classes(classes, per_class, key)])
+        if drew or not (adopted or place.preview.exists()):  # a kill may have come between images and preview
             place.write_preview([self._read(place, label) for label in classes])
         self.folders[folder] = place
         return place

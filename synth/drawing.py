@@ -47,6 +47,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path, run: Run, identity: dict[str, Any], remedy: str):
         self.folder, self.run = Path(folder), run
+        self.preview = self.folder / "preview.png"
         self.manifest = Manifest(folder, "images", identity, remedy=remedy, error=BankError, names=NAME)
         self.files: dict[str, str] = {}  # of the manifest, once it is claimed
 
@@ -140,7 +141,7 @@ class ImageFolder:
     def write_preview(self, rows: list[ImageSet]) -> None:
         """Lay a picture of the first images of every class beside them."""
         if self.run.runtime.is_main and any(map(len, rows)):
-            atomic_write(self.folder / "preview.png", encode_image(preview([row for row in rows if len(row)]), ".png"))
+            atomic_write(self.preview, encode_image(preview([row for row in rows if len(row)]), ".png"))
 
     def _save(self, drawn: ImageSet, stems: list[str], config: SourceConfig) -> None:
         """Write images and note them in this process's journal."""

@@ -11,7 +11,7 @@ from synth import SOURCES
 from synth.base import ReplaySource
 from synth.ddpm.source import DDPM, Sampling
 from synth.diffusion import Bend, respace
-from synth.drawing import preview, save_image
+from synth.drawing import found_images, preview, save_image
 from synth.replay import Replay
 from synth.requests import Requests, draw_labels
 from utils.data.images import ImageSet, encode_image
@@ -83,8 +83,9 @@ class Guided(Replay):
         if self.config.syn_image_path is None:
             replay_manifest(self.folder).claim()
         manifest = self._shown(task.index)
-        if manifest.folder.exists():
+        if manifest.exists or found_images(manifest.folder):
             manifest.delete()
+        manifest.claim()  # first: a kill must leave nothing that is nobody's
         rows = [images.select([label]) for label in images.classes]
         for label, row in zip(images.classes, rows):
             for copy in range(len(row)):

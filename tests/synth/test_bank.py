@@ -91,6 +91,14 @@ def test_stored_images_are_those_that_were_drawn_and_a_second_draw_draws_only_wh
     assert images.labels.tolist() == [0, 0, 0, 2, 2, 2] and greys(images) == [0, 1, 2, 40, 41, 42]
 
 
+def test_a_preview_that_a_kill_prevented_is_made_up_for(tmp_path):
+    drawn(tmp_path)
+    preview = tmp_path / "bank" / "task_0" / "preview.png"
+    before = preview.read_bytes()
+    preview.unlink()
+    assert drawn(tmp_path).source.drawn == 0 and preview.read_bytes() == before
+
+
 def test_given_images_are_used_and_nothing_is_drawn_or_given_up(tmp_path):
     drawn(tmp_path)
     replay = given(tmp_path)

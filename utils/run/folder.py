@@ -63,7 +63,9 @@ def claim_folder(config: RunConfig, name: str, overwrite: bool, flag: str = "--n
     """
     folder = Path(config.output_dir) / name
     manifest = run_manifest(folder, {"identity": config.identity()}, flag)
-    if not manifest.exists and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+    # What a kill left while the manifest was written is nobody's.
+    is_free = folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
+    if not manifest.exists and os.path.lexists(folder) and not is_free:
         raise ConfigError(f"{folder} holds files, but is no run of Reprise, so it is left alone: give another {flag}")
     if overwrite and manifest.exists:
         draws = config.synth is not None and config.synth.syn_image_path is None

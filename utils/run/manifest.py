@@ -138,7 +138,9 @@ class Manifest:
         if self.folder.is_symlink():
             raise self.error(f"{self.folder} is a link, so it is left alone: {self.remedy}")
         self.read()
-        shutil.rmtree(self.folder)
+        for path in [other for other in self.folder.iterdir() if other != self.path]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        shutil.rmtree(self.folder)  # the manifest last: what a kill leaves must be known as ours
 
     def _is_ours(self, name: str) -> bool:
         path = PurePosixPath(name)

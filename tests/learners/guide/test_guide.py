@@ -122,6 +122,17 @@ def test_the_last_replay_and_a_picture_of_guidance_are_left_to_look_at(trained):
     assert panels[0].columns == ["unguided", "guided"] and "%" in panels[0].rows[0].cells[1].caption
 
 
+def test_a_kill_while_the_last_replay_is_laid_out_leaves_what_the_next_start_replaces(trained, monkeypatch):
+    learner, _ = trained
+    task, images, folder = learner.data.task(2), learner.training_batches.replay, learner.replay.folder / "task_2"
+    for killed in ("save_image", "preview"):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(f"learners.guide.replay.{killed}", lambda *_: 1 / 0)
+            learner.replay.show(task, images)
+    learner.replay.show(task, images)
+    assert len(list((folder / "drawn").glob("*/*.png"))) == len(images)
+
+
 def test_without_a_source_it_trains_on_full_batches_of_real_images(tmp_path):
     experiment = toy_experiment("guide", tmp_path)
     results = experiment.learn_all()

@@ -96,6 +96,12 @@ def test_a_folder_without_our_manifest_is_never_deleted(tmp_path, overwrite, con
     assert (tmp_path / "run" / "thesis.txt").read_text() == "x"
 
 
+def test_a_folder_in_which_a_kill_left_a_temporary_file_alone_is_free(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.17.tmp").write_text("{")
+    assert run_manifest(claim_folder(config(tmp_path), "run", overwrite=False), None).exists
+
+
 @pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.symlink_to("nowhere")])
 def test_a_file_or_a_dead_link_in_the_place_of_the_folder_is_a_config_error(tmp_path, make):
     make(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +138,23 @@ def test_a_name_that_is_none_of_the_folders_files_is_refused(tmp_path, name):
 
 def test_a_folder_of_ours_is_deleted_with_all_that_is_in_it(tmp_path):
     sealed(tmp_path / "run").delete()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kill_leaves_of_a_folder_is_still_known_as_ours(tmp_path, monkeypatch):
+    folder, gone, unlink = sealed(tmp_path / "run"), [], Path.unlink
+
+    def killed_at_the_second(path):
+        if gone:
+            raise KeyboardInterrupt
+        gone.append(path)
+        unlink(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed_at_the_second)
+        folder.delete()
+    assert folder.exists and not gone[0].exists()
+    folder.delete()
     assert list(tmp_path.iterdir()) == []
 
 
