@@ -15,7 +15,8 @@ from pathlib import Path
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__)
-    parser.add_argument("--config", default="exps/digits.json", help="experiment file (default: %(default)s)")
+    digits = Path(__file__).parent / "exps" / "digits.json"  # wherever the command is given
+    parser.add_argument("--config", default=digits, help="experiment file (default: exps/digits.json)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a key; may be given many times; dots reach into synth")  # fmt: skip
     parser.add_argument("--name", help="name of the run (default: prefix and file name, with a hash for overrides)")
@@ -45,6 +46,7 @@ def start(args: argparse.Namespace) -> int:
         return 0
     from learners.run.configure import build_config
     from utils.run.errors import ConfigError
+    from utils.run.folder import require_places
     from utils.run.words import read_experiment
 
     config, unused = build_config(read_experiment(args.config), args.overrides)
@@ -53,6 +55,7 @@ def start(args: argparse.Namespace) -> int:
     name = args.name or run_name(args.config, config, args.overrides)
     if not re.fullmatch(r"\w[\w.+-]*", name):  # one folder below output_dir: --overwrite can never delete another
         raise ConfigError(f"the run's name {name!r}: give --name letters, digits and _-+. alone, none of -+. first")
+    require_places(config, name)
     if args.plan:
         from learners.run.plan import describe_run
 

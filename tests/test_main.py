@@ -72,6 +72,11 @@ def make_folders(root: Path):
         ("--config exps/nothing.json", ["exps/nothing.json"]),
         ("--set dataset=cub --set data_dir=nowhere --offline", ["nowhere/cub", "train/<class>/<image>"]),
         ("--name a/b", ["'a/b'", "--name"]),  # --overwrite might delete what is there
+        ("--set output_dir=README.md", ["output_dir='README.md/", "is a file: choose another place"]),
+        ("--plan --set output_dir=README.md/below", ["output_dir=", "a part of this path is a file"]),
+        (f"--plan --set output_dir={'x' * 300}", ["output_dir=", "choose shorter names"]),
+        ("--set synth.syn_image_path=README.md", ["synth.syn_image_path='README.md'", "is a file"]),
+        ("--plan --set synth.syn_image_path=README.md/x", ["synth.syn_image_path=", "a part of this path is a file"]),
     ],
 )
 def test_bad_input_gets_one_message_and_writes_nothing(arguments, words, tmp_path, capsys):
@@ -97,6 +102,26 @@ def test_broken_folder_data_is_named(spoil, words, tmp_path, capsys):
     error = capsys.readouterr().err
     assert all(word in error for word in words)
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"), [(KeyboardInterrupt, 130, "the same command goes on"), (BrokenPipeError, 141, "")]
+)
+def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(error, code, words, tmp_path, capfd, monkeypatch):
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr("learners.run.experiment.load_dataset", stop)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # pytest needs its output
+    assert run(tmp_path, *TINY) == code
+    said = capfd.readouterr().err
+    assert words in said and said.count("\n") == 2 * bool(words)
+
+
+def test_the_default_experiment_is_found_from_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["--plan"]) == 0
+    assert capsys.readouterr().out.startswith("Run digits: generative_replay")
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):

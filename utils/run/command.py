@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from utils.run.errors import RepriseError
-from utils.run.files import explained_full_disk
+from utils.run.files import explained_refusal
 
 
 def promised_offline() -> bool:
@@ -17,12 +17,23 @@ def promised_offline() -> bool:
 
 
 def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Return what ``run`` returns, or 2 after one message about a mistake that the user can repair."""
+    """Return what ``run`` returns, or 2 after one message about a mistake that the user can repair.
+
+    Ctrl-C and a closed pipe end it without a traceback, and with the codes that shells have for them.
+    """
     if promised_offline() or getattr(args, "offline", False):
         os.environ["HF_HUB_OFFLINE"], args.offline = "1", True
     try:
-        with explained_full_disk():
-            return run(args)
+        with explained_refusal():
+            code = run(args)
+            sys.stdout.flush()  # a closed pipe is noticed here, and not when Python ends
+            return code
     except RepriseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from what is finished", file=sys.stderr)
+        return 130  # as shells have it: 128 and the signal's number
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

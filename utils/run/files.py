@@ -11,11 +11,23 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from utils.run.errors import CheckpointError, RepriseError
+
+if TYPE_CHECKING:  # what only reads a file has not to wait for torch
+    from torch import Tensor
+
+# What the system refuses to a user, and what can be done about it. Any other error is a mistake of ours.
+FULL = "the disk is full, so make room"
+NOT_ALLOWED = "allow it, or choose another place"
+REMEDIES = {
+    errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: NOT_ALLOWED, errno.EPERM: NOT_ALLOWED,
+    errno.EROFS: NOT_ALLOWED, errno.EEXIST: "this is a file: choose another place",
+    errno.ENOTDIR: "a part of this path is a file: choose another place", errno.EISDIR: "this is a folder: name a file",
+    errno.ENAMETOOLONG: "choose shorter names", errno.ELOOP: "these links lead in a circle: choose another place",
+    errno.EMFILE: "too many files are open, so raise `ulimit -n` or lower num_workers",
+}  # fmt: skip
 
 
 def atomic_write(path: str | Path, content: bytes | str, sync: bool = True) -> None:
@@ -27,13 +39,13 @@ def atomic_write(path: str | Path, content: bytes | str, sync: bool = True) -> N
         sync: wait until the disk has it, so that it outlives a power cut; needless for what can be made again.
 
     Raises:
-        RepriseError: if the disk is full; nothing half-written stays.
+        RepriseError: if the system refuses it, as a full disk does; nothing half-written stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with explained_full_disk(path):
+        with explained_refusal(path):
             with open(temporary, "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
@@ -45,11 +57,11 @@ def atomic_write(path: str | Path, content: bytes | str, sync: bool = True) -> N
 
 
 @contextmanager
-def explained_full_disk(path: Path | None = None) -> Iterator[None]:
-    """Say what to do about a full disk.
+def explained_refusal(what: Path | str | None = None) -> Iterator[None]:
+    """Say what to do about what the system refuses: a full disk, a folder that may not be written, a name too long.
 
     Args:
-        path: what is written inside; None: as the system names it.
+        what: is written inside; None: as the system names it.
 
     Raises:
         RepriseError: in place of the system's error.
@@ -57,10 +69,24 @@ def explained_full_disk(path: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in REMEDIES:
             raise
-        place = path or error.filename or "a file"
-        raise RepriseError(f"the disk is full: cannot write {place}; make room and give the command again") from error
+        place, remedy = what or error.filename or "a file", REMEDIES[error.errno]
+        raise RepriseError(f"cannot use {place} ({error.strerror}): {remedy}, and give the command again") from error
+
+
+def require_writable(folder: Path) -> None:
+    """See that a folder is there or can be made, without making it.
+
+    Raises:
+        OSError: as the system would refuse to write there.
+    """
+    try:
+        os.stat(folder / "file")  # asks for every part of the path
+    except FileNotFoundError:
+        parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent)) from None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -110,12 +136,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Give a folder to fill under a temporary name; once all is in it, it takes the place of ``path``.
 
     Raises:
-        RepriseError: if the disk is full; nothing half-written stays.
+        RepriseError: if the system refuses it, as a full disk does; nothing half-written stays.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with explained_full_disk(path):
+        with explained_refusal(path):
             temporary.mkdir(parents=True)
             yield temporary
             shutil.rmtree(path, ignore_errors=True)

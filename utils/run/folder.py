@@ -18,7 +18,7 @@ from utils.data.images import ImageSet
 from utils.data.manager import DataManager
 from utils.run.config import RunConfig
 from utils.run.errors import CheckpointError, ConfigError
-from utils.run.files import read_json, write_json
+from utils.run.files import explained_refusal, read_json, require_writable, write_json
 from utils.run.log import log
 from utils.run.manifest import Manifest
 from utils.training.runtime import Runtime
@@ -35,6 +35,20 @@ def replay_folder(config: RunConfig, name: str, seed: int) -> Path:
     if config.synth is not None and config.synth.syn_image_path is not None:
         return Path(config.synth.syn_image_path)
     return Path(config.output_dir) / f"syn_image_{name}_{config.seed_tag(seed).replace('_', '', 1)}"
+
+
+def require_places(config: RunConfig, name: str) -> None:
+    """See that the folders which a run fills are there or can be made.
+
+    Raises:
+        RepriseError: naming the folder, and what stands in its way.
+    """
+    places = {"output_dir": Path(config.output_dir) / name}
+    if config.synth is not None and config.synth.need_syn_imgs:
+        places["synth.syn_image_path"] = replay_folder(config, name, config.seed[0])
+    for key, folder in places.items():
+        with explained_refusal(f"{key}={str(folder)!r}"):
+            require_writable(folder)
 
 
 def replay_manifest(folder: Path) -> Manifest:

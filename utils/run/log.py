@@ -12,12 +12,19 @@ log = logging.getLogger("reprise")
 LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"  # PyCIL's
 
 
+class Console(logging.StreamHandler):
+    """Standard output; where it is closed or its disk is full, the program ends as it would at a print."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # what logging would print for every line and go on
+
+
 def log_to_console(is_main: bool = True) -> None:
     """Send messages to standard output; of several processes only the main one tells what is not a warning."""
     log.setLevel(logging.INFO if is_main else logging.WARNING)
     log.propagate = False
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = Console(sys.stdout)
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         log.addHandler(handler)
 

@@ -24,8 +24,8 @@ def test_a_file_is_written_whole_and_leaves_no_temporary_one(tmp_path, content):
 @pytest.mark.parametrize(
     ("code", "kind", "said"),
     [
-        (errno.ENOSPC, RepriseError, r"the disk is full: cannot write .*file; make room"),
-        (errno.EDQUOT, RepriseError, r"the disk is full: cannot write .*file; make room"),
+        (errno.ENOSPC, RepriseError, r"cannot use .*file \(broken\): the disk is full, so make room"),
+        (errno.EDQUOT, RepriseError, r"cannot use .*file \(broken\): the disk is full, so make room"),
         (errno.EIO, OSError, "broken"),  # another failure stays what it is
     ],
 )
