@@ -64,6 +64,14 @@ def test_asps_old_and_new_are_means_over_base_and_over_all_novel_groups():
     assert averages == pytest.approx({"old": 85.0, "new": 50.0, "harmonic_mean": 2 * 85 * 50 / 135})
 
 
+def test_asps_averages_leave_out_a_last_group_of_one_class():
+    # The original's groups start at 0, increment, ... below the largest label: class 6 of seven has none.
+    labels = np.repeat(np.arange(7), 10)
+    predictions = np.where(np.tile(np.arange(10), 7) < np.repeat([9, 7, 8, 8, 6, 4, 1], 10), labels, -1)
+    averages = metrics.group_averages(predictions, labels, init_cls=4, increment=2)
+    assert averages == pytest.approx({"old": 80.0, "new": 50.0, "harmonic_mean": 2 * 80 * 50 / 130})
+
+
 @pytest.mark.parametrize(
     ("num_classes", "largest", "sizes"),
     [(100, 500, (35, 35, 30)), (10, 5000, (8, 2, 0))],  # CIFAR-100-LT and CIFAR-10-LT at rho = 0.01

@@ -186,9 +186,10 @@ def group_averages(predictions: Array, labels: Array, init_cls: int, increment: 
     Returns:
         Percentages ``old``, ``new``, ``harmonic_mean``; None where there is no group.
     """
-    table = group_accuracies(predictions, labels, init_cls, increment)
+    # As in the authors' code, groups begin below the last label: a last one of a single class is left out.
+    table = group_accuracies(predictions, labels, init_cls, [increment] * -(-int(labels.max()) // increment))
     ends = {int(name.split("-")[1]): value for name, value in table.items() if "-" in name}
-    # As in the authors' code, a group that ends exactly at init_cls (``increment`` 1) is neither old nor new.
+    # There, too, a group that ends exactly at init_cls (``increment`` 1) is neither old nor new.
     old = _mean([value for end, value in ends.items() if end < init_cls])
     new = _mean([value for end, value in ends.items() if end > init_cls])
     return {"old": old, "new": new, "harmonic_mean": harmonic_mean(old, new)}

@@ -86,8 +86,7 @@ class Results:
 
     def _add_session(self, predictions: Tensor, labels: Tensor) -> None:
         """Log a few-shot session in one line, and keep its averages over groups of classes."""
-        init_cls, *later = self.data.task_sizes
-        averages = metrics.group_averages(predictions, labels, init_cls, later[0] if later else init_cls)
+        averages = metrics.group_averages(predictions, labels, self.data.split.init_cls, self.data.split.increment)
         for name, value in averages.items():
             self.curves.setdefault(f"group_{name}", []).append(value)
         figures = {name.replace("_", " "): values[-1] for name, values in self._fscil().items()}
