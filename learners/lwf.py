@@ -20,6 +20,7 @@ class LearningWithoutForgetting(PyCILLearner):
     """
 
     class Config(PyCILLearner.Config):
+        init_milestones: list[int] = Field([60, 120, 160], description="epochs where init_lr decays")
         epochs: int = Field(250, ge=1, description="epochs of every later task")
         milestones: list[int] = Field([60, 120, 180, 220], description="epochs where lrate decays")
         T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")

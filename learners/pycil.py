@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -13,27 +14,40 @@ from utils.run.config import RunConfig
 from utils.training.schedule import TrainConfig
 
 
+class FirstTaskConfig(RunConfig):
+    """Keys of the first task's training, and those that later tasks share with it."""
+
+    init_epoch: int = Field(200, ge=1, description="epochs of the first task")
+    init_lr: float = Field(0.1, gt=0, description="learning rate of the first task")
+    init_milestones: list[int] = Field([60, 120, 170], description="epochs where init_lr decays")
+    init_lr_decay: float = Field(0.1, gt=0, le=1, description="factor at init_milestones")
+    init_weight_decay: float = Field(5e-4, ge=0, description="weight decay of the first task")
+    batch_size: int = Field(128, ge=1, description="images per step, replay and exemplars included")
+    scheduler: Literal["steplr", "cosine", "constant"] = Field("steplr", description="of the learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: any")
+
+    def first_schedule(self) -> TrainConfig:
+        """Return length, rate and optimiser of the first task's training."""
+        return TrainConfig(
+            epochs=self.init_epoch, lr=self.init_lr, weight_decay=self.init_weight_decay, momentum=self.momentum,
+            schedule="step" if self.scheduler == "steplr" else self.scheduler, clip_norm=self.clip_norm,
+            milestones=tuple(self.init_milestones), lr_decay=self.init_lr_decay,
+        )  # fmt: skip
+
+
 class PyCILLearner(Learner):
     """A learner that trains by SGD with two step schedules: one for the first task, one for all later ones.
 
     Zhou et al., "PyCIL: A Python Toolbox for Class-Incremental Learning", 2021, arXiv:2112.12533.
     """
 
-    class Config(RunConfig):
-        init_epoch: int = Field(200, ge=1, description="epochs of the first task")
-        init_lr: float = Field(0.1, gt=0, description="learning rate of the first task")
-        init_milestones: list[int] = Field([60, 120, 170], description="epochs where init_lr decays")
-        init_lr_decay: float = Field(0.1, gt=0, le=1, description="factor at init_milestones")
-        init_weight_decay: float = Field(5e-4, ge=0, description="weight decay of the first task")
+    class Config(FirstTaskConfig):
         epochs: int = Field(170, ge=1, description="epochs of every later task")
         lrate: float = Field(0.1, gt=0, description="learning rate of later tasks")
         milestones: list[int] = Field([80, 120], description="epochs where lrate decays")
         lrate_decay: float = Field(0.1, gt=0, le=1, description="factor at milestones")
         weight_decay: float = Field(2e-4, ge=0, description="weight decay of later tasks")
-        batch_size: int = Field(128, ge=1, description="images per step, replay and exemplars included")
-        scheduler: Literal["steplr", "cosine", "constant"] = Field("steplr", description="of the learning rate")
-        momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-        clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: any")
 
     # Set by whoever runs it: the first task's training is cross-entropy alone, so it may be another learner's.
     first_training: Callable[[Task, Callable[[Task], None]], None] | None = None
@@ -46,12 +60,9 @@ class PyCILLearner(Learner):
 
     def train_config(self, task: Task) -> TrainConfig:
         """Return the first task's schedule, or the later tasks'."""
-        config, first = self.config, task.num_old == 0
-        return TrainConfig(
-            epochs=config.init_epoch if first else config.epochs, lr=config.init_lr if first else config.lrate,
-            weight_decay=config.init_weight_decay if first else config.weight_decay,
-            schedule="step" if config.scheduler == "steplr" else config.scheduler,
-            milestones=tuple(config.init_milestones if first else config.milestones),
-            lr_decay=config.init_lr_decay if first else config.lrate_decay, momentum=config.momentum,
-            clip_norm=config.clip_norm,
-        )  # fmt: skip
+        config, first = self.config, self.config.first_schedule()
+        if task.num_old == 0:
+            return first
+        milestones, decay = tuple(config.milestones), config.weight_decay
+        return replace(first, epochs=config.epochs, lr=config.lrate, lr_decay=config.lrate_decay,
+                       milestones=milestones, weight_decay=decay)  # fmt: skip

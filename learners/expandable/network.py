@@ -106,27 +106,42 @@ class ExpandableNet(IncrementalNet):
         return self.backbone.frozen()
 
 
+class ClassToken(nn.Module):
+    """Tokens (B, N, D) to the features (B, D) of the first of them."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+
 def split_last_stage(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Cut a ResNet in front of its last stage (Zhou et al., ICLR 2023, arXiv:2205.13218).
+    """Cut a ResNet in front of its last stage, a ViT in front of its last block (ICLR 2023, arXiv:2205.13218).
 
     Args:
-        backbone: a ResNet of ours or of torchvision; its weights are shared, not copied.
+        backbone: a ResNet of ours or of torchvision, or a ViT of timm; its weights are shared, not copied.
 
     Returns:
-        The trunk, images (B, 3, H, W) to maps (B, C, h, w), and the last stage, maps to pooled features (B, D).
+        The trunk, images (B, 3, H, W) to maps (B, C, h, w) or tokens (B, N, D), and the last stage, those to features
+        (B, D).
 
     Raises:
         ConfigError: for any other backbone.
     """
     from torchvision.models import ResNet
 
+    vit = getattr(backbone, "network", None)
+    # Told by its name, since importing timm takes seconds that a ResNet can save; its subclasses pool in other ways.
+    if type(vit).__name__ == "VisionTransformer" and vit.global_pool == "token":
+        last_stage = nn.Sequential(vit.blocks[-1], vit.norm, ClassToken())
+        vit.blocks, vit.norm = vit.blocks[:-1], nn.Identity()
+        vit.reset_classifier(0, "")  # without pooling it ends with all tokens, (B, N, D)
+        return vit, last_stage
     if isinstance(backbone, CifarResNet):
         layers = [backbone.conv, backbone.bn, nn.ReLU(), *backbone.stages]
     elif isinstance(backbone, ResNet):
         layers = list(backbone.children())[:-2]  # without pool and classifier
     else:
         raise ConfigError(
-            f"a {type(backbone).__name__} cannot be cut in front of its last stage: choose convnet_type="
-            "resnet20, resnet32, resnet18, resnet34 or resnet50"
+            f"a {type(vit or backbone).__name__} cannot be cut in front of its last stage: choose convnet_type="
+            "resnet20, resnet32, resnet18, resnet34, resnet50 or a vision transformer of timm with a class token"
         )
     return nn.Sequential(*layers[:-1]), nn.Sequential(layers[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -96,10 +96,27 @@ def test_memo_trains_what_its_keys_say(keys, learns, tmp_path):
     assert [all(p.requires_grad for p in part.parameters()) for part in parts] == learns
 
 
-@pytest.mark.parametrize("written", ["memo_resnet32", "MEMO_ResNet32", "resnet32"])
-def test_pycils_prefix_of_memos_backbone_is_dropped(written, tmp_path):
+@pytest.mark.parametrize(
+    ("written", "name", "stem"),
+    [
+        *((written, "resnet32", "auto") for written in ("memo_resnet32", "MEMO_ResNet32", "resnet32", None)),
+        *((written, "resnet18", "imagenet") for written in ("memo_resnet18", "resnet18")),  # ESCORT writes no prefix
+        ("vit_base_patch16_224_memo", "vit_base_patch16_224", "auto"),  # PILOT
+    ],
+)
+def test_the_word_memo_is_dropped_from_a_backbone_and_a_resnet18_has_the_stem_for_photographs(
+    written, name, stem, tmp_path
+):
     config, _ = build_config(toy_raw("memo", tmp_path, convnet_type=written))
-    assert config.convnet_type.lower() == "resnet32"
+    assert (config.convnet_type.lower(), config.stem) == (name, stem)
+    given, _ = build_config(toy_raw("memo", tmp_path, convnet_type=written, stem="cifar"))
+    assert given.stem == "cifar"
+
+
+def test_memos_resnet18_has_the_large_stem_on_small_images_as_in_pycil(tmp_path):
+    trunk = toy_experiment("memo", tmp_path, convnet_type="memo_resnet18").check().network.backbone.trunk
+    assert next(trunk.parameters()).shape == (64, 3, 7, 7)
+    assert sum(parameter.numel() for parameter in trunk.parameters()) == 2_782_784  # ESCORT's card, check 10
 
 
 def test_a_cosine_schedule_of_memo_ends_where_t_max_says(tmp_path):

@@ -1,10 +1,12 @@
 """PyCIL's learners by the numbers of the cards: PyCIL sections 7 and 10, ESCORT section 1.7 and check 10."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from learners import LEARNERS
 from learners.expandable.network import ExpandableNet, split_last_stage
@@ -20,6 +22,33 @@ EXPERIMENTS = Path(__file__).parents[2] / "exps"
 
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+STEP, COSINE = partial(MultiStepLR, gamma=0.1), CosineAnnealingLR
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "first", "later"),
+    [
+        ("lwf", {}, (200, STEP, [60, 120, 160]), (250, STEP, [60, 120, 180, 220])),
+        ("memo", {}, (200, STEP, [60, 120, 170]), (170, STEP, [80, 120, 150])),
+        # Of a cosine, t_max is the length in later tasks alone.
+        ("memo", {"scheduler": "cosine", "t_max": 170}, (200, COSINE, 200), (170, COSINE, 170)),
+        ("memo", {"scheduler": "cosine", "t_max": 100, "init_epoch": 50}, (50, COSINE, 50), (170, COSINE, 100)),
+    ],
+)
+def test_rates_of_every_epoch_are_those_of_pycils_schedulers(name, keys, first, later):
+    config, _ = build_config({**read_experiment(EXPERIMENTS / f"{name}.json"), **keys})
+    learner = object.__new__(LEARNERS[name])
+    learner.config = config
+    for index, (epochs, schedule, length) in enumerate((first, later)):
+        ours = learner.train_config(Task(index, range(10 * index, 20), ()))
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
+        scheduler, rates = schedule(optimizer, length), []
+        for _ in range(epochs):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step(), scheduler.step()
+        assert [ours.learning_rate(epoch, 1) for epoch in range(ours.epochs)] == pytest.approx(rates, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -42,21 +71,6 @@ def test_experiment_files_hold_the_settings_of_pycil(name, epochs, milestones):
     assert (first.epochs, first.lr, first.milestones, first.weight_decay) == (200, 0.1, (60, 120, 170), 5e-4)
     assert (later.epochs, later.lr, later.milestones, later.weight_decay) == (epochs, 0.1, milestones, 2e-4)
     assert {(each.schedule, each.lr_decay, each.momentum) for each in (first, later)} == {("step", 0.1, 0.9)}
-
-
-def test_a_pycil_file_of_memo_runs_unchanged():
-    pycil = {
-        "prefix": "reproduce", "dataset": "cifar100", "memory_size": 2000, "memory_per_class": 20,
-        "fixed_memory": False, "shuffle": True, "init_cls": 10, "increment": 10, "model_name": "memo",
-        "convnet_type": "memo_resnet32", "train_base": True, "train_adaptive": False, "debug": False, "skip": False,
-        "device": ["0"], "seed": [1993], "scheduler": "steplr", "init_epoch": 200, "t_max": None, "init_lr": 0.1,
-        "init_weight_decay": 5e-4, "init_lr_decay": 0.1, "init_milestones": [60, 120, 170],
-        "milestones": [80, 120, 150], "epochs": 170, "lrate": 0.1, "batch_size": 128, "weight_decay": 2e-4,
-        "lrate_decay": 0.1, "alpha_aux": 1.0,
-    }  # fmt: skip
-    config, unused = build_config(pycil)
-    assert unused == ["debug", "skip"]
-    assert (config.convnet_type, config.t_max, config.train_base, config.alpha_aux) == ("resnet32", None, True, 1.0)
 
 
 @pytest.mark.parametrize(

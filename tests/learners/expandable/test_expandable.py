@@ -135,16 +135,33 @@ def test_a_teacher_shares_frozen_branches_and_does_not_follow_the_rest():
     assert shared == [True, False] and net.backbone.branches[1].training
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet18", "resnet34", "resnet50"])
-def test_trunk_and_last_stage_one_after_the_other_are_the_backbone(name):
-    backbone = build_backbone(name, BackboneOptions()).eval()
-    trunk, last_stage = split_last_stage(backbone)
+VIT = {"pretrained": False, "image_size": 16, "args": {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ("resnet20", "resnet32", "cosine_resnet32", "resnet18", "resnet34", "resnet50")),
+        ("vit_tiny_patch16_224", VIT),
+    ],
+)
+def test_trunk_and_last_stage_one_after_the_other_are_the_backbone(name, options):
+    backbone = build_backbone(name, BackboneOptions(**options)).eval()
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(last_stage(trunk(x)), backbone(x))
-    assert len(list(trunk.parameters()) + list(last_stage.parameters())) == len(list(backbone.parameters()))
+        whole, shapes = backbone(x), [parameter.shape for parameter in backbone.parameters()]
+        trunk, last_stage = split_last_stage(backbone)
+        torch.testing.assert_close(last_stage(trunk(x)), whole)
+    assert [p.shape for p in (*trunk.parameters(), *last_stage.parameters())] == shapes
+
+
+def test_a_vit_is_cut_in_front_of_its_last_block():
+    trunk, last_stage = split_last_stage(build_backbone("vit_tiny_patch16_224", BackboneOptions(**VIT)))
+    assert len(trunk.blocks) == 2 and len(list(last_stage.parameters())) == 12 + 2  # a block and the last norm
 
 
 def test_a_backbone_without_known_stages_is_refused_with_those_that_have_them():
     with pytest.raises(ConfigError, match=r"a PreactResNet cannot be cut .*convnet_type=resnet20, .*resnet50"):
         split_last_stage(build_backbone("preact_resnet18", BackboneOptions()))
+    with pytest.raises(ConfigError, match=r"a ConvNeXt cannot be cut .*a vision transformer of timm"):
+        split_last_stage(build_backbone("test_convnext", BackboneOptions(pretrained=False)))
