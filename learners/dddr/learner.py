@@ -10,6 +10,7 @@ from learners.dddr.separate_replay import SeparateReplay
 from models.incremental import IncrementalNet
 from utils.data.manager import Task
 from utils.training import seeding
+from utils.training.fit import Step
 from utils.training.schedule import TrainConfig
 
 
@@ -18,7 +19,8 @@ class DDDR(SeparateReplay):
     """Cross-entropy on the present, weighted cross-entropy and distillation on replay, supervised contrast.
 
     Liang et al., "Diffusion-Driven Data Replay: A Novel Approach to Combat Forgetting in Federated Class Continual
-    Learning", ECCV 2024, arXiv:2409.01128, with one client: its rounds of local epochs are one training.
+    Learning", ECCV 2024, arXiv:2409.01128, with one client: the mean over clients is then its network, and its rounds
+    of local epochs are one training, in which every round has a new optimiser.
     """
 
     class Config(SeparateReplay.Config):
@@ -48,6 +50,11 @@ class DDDR(SeparateReplay):
         """Return the same for every task."""
         config, epochs = self.config, self.config.com_round * self.config.local_ep
         return TrainConfig(config.lr, epochs, momentum=config.momentum, weight_decay=config.weight_decay)
+
+    def before_epoch(self, step: Step) -> None:
+        """Begin a round without the last one's momentum, as a client does."""
+        if step.epoch % self.config.local_ep == 0:
+            step.optimizer.state.clear()
 
     def contrasted(self, features: Tensor) -> Tensor:
         """Return projections (B, scl_size)."""

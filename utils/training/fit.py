@@ -55,6 +55,7 @@ class Step:
         number: of steps that are done.
         parameters: that are trained.
         batch: of this step; None before the first step of an epoch.
+        optimizer: whose state a hook may clear.
     """
 
     training: Training
@@ -62,6 +63,7 @@ class Step:
     number: int
     parameters: list[nn.Parameter]
     batch: Batch | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
     @property
     def task(self) -> Task | int:
@@ -253,12 +255,12 @@ def fit(
         while progress.step < total:
             epoch, start = divmod(progress.step, per_epoch)
             if start == 0:
-                hooks.before_epoch(Step(training, epoch, progress.step, progress.parameters))
+                hooks.before_epoch(Step(training, epoch, progress.step, progress.parameters, None, progress.optimizer))
             module.train()
             for batch in islice(batches.epoch(epoch, start), total - progress.step):
                 rate = config.learning_rate(progress.step, per_epoch)
                 seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))  # own noise
-                step = Step(training, epoch, progress.step, progress.parameters, batch)
+                step = Step(training, epoch, progress.step, progress.parameters, batch, progress.optimizer)
                 progress.take(step, loss_fn, rate, hooks.after_backward)
                 progress.step = step.number = progress.step + 1
                 bar.update()

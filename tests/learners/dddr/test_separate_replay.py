@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from learners import LEARNERS
+from learners.dddr.learner import DDDR
 from learners.losses import distillation_loss, supervised_contrastive
 from synth.base import ReplaySource
 from synth.replay import Replay, replay_kind
@@ -170,3 +171,17 @@ def test_rounds_of_local_epochs_are_one_training_at_a_constant_rate(tmp_path):
     config = learner.train_config(learner.data.task(1))
     assert config.num_steps(steps_per_epoch=2) == 30
     assert {config.learning_rate(step, 2) for step in range(30)} == {0.02}
+
+
+def test_every_round_has_a_new_optimiser(tmp_path, monkeypatch):
+    experiment, seen, original = toy_experiment("dddr", tmp_path, com_round=2, local_ep=2), [], DDDR.before_epoch
+
+    def before_epoch(learner, step):
+        before = len(step.optimizer.state)
+        original(learner, step)
+        seen.append((before > 0, len(step.optimizer.state) > 0))
+
+    monkeypatch.setattr(DDDR, "before_epoch", before_epoch)
+    learner, task = experiment.check(), next(iter(experiment.data.tasks()))
+    learner.learn_task(task)
+    assert seen == [(False, False), (True, True), (True, False), (True, True)]  # whether there is momentum
