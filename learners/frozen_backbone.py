@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -15,7 +14,7 @@ from torch import Tensor
 from learners.backbones import backbone_options
 from learners.base import Learner
 from models.frozen import Frozen
-from models.heads import CosineHead, LinearHead
+from models.heads import CosineHead, Head, LinearHead
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone, has_weights
 from utils.data.batches import Batch, ImageBatches
@@ -24,11 +23,11 @@ from utils.data.manager import Task
 from utils.data.transforms import ClassifierTransform, classifier_transform
 from utils.run.carried import Carried
 from utils.run.config import RunConfig
+from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Training, fit
 from utils.training.schedule import TrainConfig
 
-log = logging.getLogger("reprise")
 NORMALIZE = {"none": ((0.0,) * 3, (1.0,) * 3), "0.5": ((0.5,) * 3, (0.5,) * 3)}
 
 
@@ -60,7 +59,7 @@ class FrozenBackboneLearner(Learner):
         network = build_backbone(name, options).to(self.run.device)
         # Checkpoints hold weights that are nowhere else: trained here or drawn at random.
         self.frozen = Frozen(network, learned=self.config.pretrain_epochs > 0 or not has_weights(name, options))
-        if not self.config.pretrain_epochs:
+        if not self.frozen.learned:
             self.frozen.freeze(self.run.runtime.bf16)
         backbone = self.build_backbone(self.frozen)
         return IncrementalNet(backbone, CosineHead(backbone.num_features)).to(self.run.device).eval()
@@ -71,24 +70,23 @@ class FrozenBackboneLearner(Learner):
 
     def before_training(self, task: Task) -> None:
         """Train the backbone on the first task if the config wants it."""
-        if task.index == 0 and self.config.pretrain_epochs:
-            self.pretrain(task)
+        config = self.config
+        if task.index == 0 and config.pretrain_epochs:
+            schedule = TrainConfig(config.pretrain_lr, config.pretrain_epochs, optimizer="adamw", schedule="cosine",
+                                   weight_decay=config.pretrain_weight_decay)  # fmt: skip
+            self.pretrain(task, schedule, config.pretrain_batch_size, LinearHead)
         elif task.index == 0 and self.frozen.learned:
             log.warning("The backbone is frozen at random weights: give it weights, or train it with pretrain_epochs")
+            self.frozen.freeze(self.run.runtime.bf16)
 
-    def pretrain(self, task: Task) -> None:
-        """Train the backbone with a linear head on the task's real images, then freeze it."""
-        config, backbone = self.config, self.frozen.network.requires_grad_(True)
-        module = IncrementalNet(backbone, LinearHead(backbone.num_features)).to(self.run.device)
+    def pretrain(self, task: Task, schedule: TrainConfig, batch_size: int, head: type[Head]) -> None:
+        """Train the backbone under a head of its own on the task's real images, then freeze it."""
+        backbone = self.frozen.network.requires_grad_(True)
+        module = IncrementalNet(backbone, head(backbone.num_features)).to(self.run.device)
         module.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "pretrain-head"))
-        loading = self.run.loading(self.transform, config.pretrain_batch_size, task.index, "pretrain")
-        batches = ImageBatches(self.present, None, loading)
-        train_config = TrainConfig(
-            epochs=config.pretrain_epochs, lr=config.pretrain_lr, optimizer="adamw", schedule="cosine",
-            weight_decay=config.pretrain_weight_decay,
-        )  # fmt: skip
+        batches = ImageBatches(self.present, None, self.run.loading(self.transform, batch_size, task.index, "pretrain"))
         with self.run.timed("train"):
-            fit(module, batches, partial(_classify, module), train_config, Training(self.run, task, "pretrain"))
+            fit(module, batches, partial(_classify, module), schedule, Training(self.run, task, "pretrain"))
         self.frozen.freeze(self.run.runtime.bf16)
 
     def carried(self) -> list[Carried]:

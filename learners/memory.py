@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,11 +15,10 @@ from utils.data.images import ImageSet, Part
 from utils.data.manager import DataManager, Task
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
+from utils.run.log import log
 
 if TYPE_CHECKING:
     from learners.base import Learner
-
-log = logging.getLogger("reprise")
 
 
 def herding(features: Tensor, num_picks: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable
 from typing import Literal
 
@@ -21,10 +20,10 @@ from models.frozen import Frozen
 from utils.data.batches import Batch, test_batches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
+from utils.run.log import log
 from utils.training.fit import Step
 from utils.training.schedule import TrainConfig
 
-log = logging.getLogger("reprise")
 FEATURE_BATCH = 128
 
 

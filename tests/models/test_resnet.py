@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.models.resnet import BasicBlock
 
 from models import BACKBONES
 from models.options import BackboneOptions
@@ -18,6 +19,8 @@ def count(module):
     [
         # PyCIL counts an unused 10-way layer and the head: 469,354 for 80 classes.
         ("resnet32", "cifar", 469_354 - (64 + 1) * 80 - (64 + 1) * 10),
+        # Two shortcuts, 16 -> 32 and 32 -> 64 channels, become a 1x1 convolution with BatchNorm.
+        ("cosine_resnet32", "cifar", 463_504 + 32 * (16 + 2) + 64 * (32 + 2)),
         ("resnet20", "cifar", 269_072),  # 269,722 of the paper, less the 650 of the classifier
         ("resnet18", "imagenet", 11_176_512),
         ("resnet18", "cifar", 11_168_832),
@@ -31,10 +34,9 @@ def test_backbones_have_the_published_number_of_parameters(name, stem, parameter
         assert count(build_backbone(name, BackboneOptions(stem=stem))) == parameters
 
 
-@pytest.mark.parametrize("name", ["preact_resnet18", "resnet18", "resnet20", "resnet32", "resnet34", "resnet50"])
+@pytest.mark.parametrize("name", BACKBONES.names())
 @pytest.mark.parametrize("side", [8, 32])
 def test_every_backbone_maps_images_to_its_number_of_features(name, side):
-    assert name in BACKBONES and len(BACKBONES.names()) == 6
     backbone = build_backbone(name, BackboneOptions()).eval()
     with torch.no_grad():
         features = backbone(torch.randn(2, 3, side, side))
@@ -56,6 +58,19 @@ def test_the_stem_decides_how_large_the_first_stage_is(stem, side):
     with torch.no_grad():
         network(torch.randn(1, 3, 64, 64))
     assert seen == [(1, 64, side, side)]
+
+
+def test_a_network_for_a_cosine_head_projects_its_shortcuts_and_has_features_of_both_signs():
+    network = build_backbone("cosine_resnet32", BackboneOptions()).eval()
+    block = network.stages[1][0]
+    # torchvision's block is the published one, with a 1x1 convolution as shortcut (He et al., option B).
+    shortcut = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 1, 2, bias=False), torch.nn.BatchNorm2d(32))
+    reference = BasicBlock(16, 32, 2, shortcut).eval()
+    reference.load_state_dict({name.replace("projection", "downsample"): v for name, v in block.state_dict().items()})
+    x = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(block(x), reference(x))
+    features = network(torch.randn(4, 3, 32, 32))
+    assert (features < 0).any() and (features > 0).any()  # the last block ends without ReLU
 
 
 def test_a_shortcut_takes_every_second_pixel_and_appends_zero_channels():

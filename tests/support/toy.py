@@ -18,6 +18,7 @@ from tests.support.tiny_controlnet import tiny_controlnet_folders
 from tests.support.tiny_ldm import tiny_ldm_folder
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
+from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
 from utils.run.folder import claim_folder, claim_machine
 from utils.training import seeding
@@ -65,7 +66,7 @@ TINY_LEARNERS = {
     "dddr": {"com_round": 2, "local_ep": 1, "lr": 0.02, "scl_hidden": 8, "scl_size": 4},
     "guide": TINY_GUIDE,
     "guide_joint": TINY_GUIDE,
-    "simplecil": {"pretrain_epochs": 8, "pretrain_batch_size": 8},
+    "simplecil": {"pretrain_epochs": 8, "pretrain_batch_size": 8, "init_epoch": 0},
 }  # fmt: skip
 TINY_TRAINING = {"init_epoch": 2, "epochs": 2, "init_lr": 0.05, "lrate": 0.05, "batch_size": 16}
 
@@ -138,7 +139,11 @@ def toy_experiment(learner: str, folder: Path, source: str | None = None, data=N
     """An experiment on the toy data, its folder claimed, ready to run; `ddpm` stands in where a source is needed."""
     if source is None and LEARNERS[learner].needs_source:
         source = "ddpm"
-    config, _ = build_config(toy_raw(learner, folder, source, **keys))
+    return experiment_of(build_config(toy_raw(learner, folder, source, **keys))[0], data)
+
+
+def experiment_of(config: RunConfig, data: Dataset | None = None) -> Experiment:
+    """An experiment of a config on the toy data, its folder claimed, ready to run."""
     runtime = Runtime(config.device, config.precision)
     claim_machine(claim_folder(config, "toy", overwrite=False), runtime)
     return Experiment(config, "toy", config.seed[0], data or toy_dataset(), runtime)

@@ -19,7 +19,7 @@ from utils.run.errors import ConfigError
 
 ALIASES = {"backbone_type": "convnet_type"}  # PILOT's
 # Keys that the files of PyCIL and its forks carry and nothing reads.
-DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix", "base_model_path")
+DEAD_KEYS = ("debug", "skip", "print_forget", "top_k", "model_prefix", "user_prefix", "base_model_path", "ffn_num")
 
 
 @dataclass(frozen=True)

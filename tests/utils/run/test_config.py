@@ -301,16 +301,6 @@ def test_learner_and_source_names_may_be_written_in_capitals():
     assert (config.model_name, config.synth.name) == ("generative_replay", "ddpm")
 
 
-def test_a_pycil_file_runs_unchanged():
-    pycil = {
-        "prefix": "reproduce", "dataset": "cifar100", "memory_size": 2000, "memory_per_class": 20,
-        "fixed_memory": False, "shuffle": True, "init_cls": 10, "increment": 10, "model_name": "icarl",
-        "convnet_type": "resnet32", "device": ["0", "1", "2", "3"], "seed": [1993],
-    }  # fmt: skip
-    config, unused = build_config(pycil)
-    assert unused == [] and {key: getattr(config, key) for key in pycil} == pycil
-
-
 ESCORT = {
     "dataset": "Food101", "augmentation_prob": 0.0, "augmentations_per_image": 1, "memory_per_class": 20,
     "real_per_class": 18, "syn_per_class": 0, "init_cls": 51, "increment": 5, "memory_size": None,
