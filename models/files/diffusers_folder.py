@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from models.files.weights import first_names, hub_answers
+from models.files.weights import check_content, first_line, first_names, hub_answers, is_weights_file
 from models.latent.contract import NOISE
 from utils.run.errors import WeightsError
 from utils.run.files import read_json
@@ -80,8 +80,11 @@ class PublishedModel:
         """List files that are absent, each by the best of its names."""
         if not (folder / self.index).is_file():
             return [self.index]
-        rows = [DIFFUSERS_WEIGHTS] if self.index == "config.json" else layout_of(folder).files
-        return [names[0] for names in rows if not any((folder / name).is_file() for name in names)]
+        return [names[0] for names in self.files(folder) if not any((folder / name).is_file() for name in names)]
+
+    def files(self, folder: Path) -> list[list[str]]:
+        """List what a whole folder holds; of each row one file is enough."""
+        return [DIFFUSERS_WEIGHTS] if self.index == "config.json" else layout_of(folder).files
 
 
 def check_folder(source: str, offline: bool, model: PublishedModel) -> Path | None:
@@ -103,7 +106,7 @@ def check_folder(source: str, offline: bool, model: PublishedModel) -> Path | No
         )
     index = _cached_file(source, model.index)
     if index is not None and not model.missing(index.parent):
-        return index.parent
+        return _require_whole(index.parent, model)
     if offline or not hub_answers():
         raise _absent(source, "nothing is fetched offline" if offline else "the hub does not answer", model)
     return None
@@ -137,7 +140,7 @@ def layout_of(folder: Path) -> PipelineLayout:
     if pipeline not in LAYOUTS:
         raise WeightsError(f"{folder} holds a {pipeline}; use a model of one of these kinds: {', '.join(LAYOUTS)}")
     for part, kind in LAYOUTS[pipeline].classes.items():
-        found = (index.get(part) or [None, None])[1]
+        found = index[part][-1] if isinstance(index.get(part), list) and index[part] else None
         if found != kind:
             raise WeightsError(f"{folder / part} holds a {found}, where {pipeline} is read with a {kind}")
     return LAYOUTS[pipeline]
@@ -148,11 +151,6 @@ def has_vocabulary(source: str) -> bool:
     if Path(source).is_dir():
         return any((Path(source) / name).is_file() for name in VOCABULARIES)
     return any(_cached_file(source, name) for name in VOCABULARIES)
-
-
-def first_line(error: Exception) -> str:
-    """Return what went wrong, without the pages that libraries add to it."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 # ---------------------------------------------------------------------- what is there
@@ -166,6 +164,10 @@ def _require_whole(folder: Path, model: PublishedModel) -> Path:
             f"{folder} is not a whole {model.kind} of diffusers, it lacks {first_names(absent)}: "
             f"copy the files from the published model{hint}"
         )
+    for names in model.files(folder):
+        best = next(folder / name for name in names if (folder / name).is_file())
+        if is_weights_file(best):
+            check_content(best)
     return folder
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from models.files.diffusers_folder import (
@@ -13,11 +15,10 @@ from models.files.diffusers_folder import (
     PublishedModel,
     check_folder,
     fetch_folder,
-    first_line,
     has_vocabulary,
     layout_of,
 )
-from models.files.weights import count_keys, hub_answers
+from models.files.weights import UNREADABLE, count_keys, first_line, hub_answers
 from utils.run.errors import WeightsError
 from utils.run.files import read_json
 
@@ -124,8 +125,12 @@ def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
         network, report = next(getattr(place, kind) for place in places if hasattr(place, kind)).from_pretrained(
             source, local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{source} cannot be read as {kind}: {first_line(error)}") from error
+    except (SafetensorError, UnpicklingError, *UNREADABLE) as error:
+        keep = "import torch; from models.files.weights import read_weights as read; torch.save(read({0!r}), {0!r})"
+        advice = [f'; or keep its tensors: python -c "{keep.format(str(bin))}"' for bin in Path(source).glob("*.bin")]
+        raise WeightsError(
+            f"{source} cannot be read as {kind}: {first_line(error)}; fetch it again{''.join(advice)}"
+        ) from error
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if missing or mismatched:
         misshapen = [f"{key} {tuple(there)} instead of {tuple(wanted)}" for key, there, wanted in mismatched]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
+import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -14,8 +17,11 @@ from torch import Tensor, nn
 from utils.run.errors import WeightsError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-WRAPPERS = ("state_dict", "model")  # keys under which training scripts put the weights
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts put the weights
+PREFIX = re.compile(r"(module\.|_orig_mod\.)*")  # of DataParallel and torch.compile
 NAMED_AT_MOST = 5  # keys in an error
+# What the readers of PyTorch, transformers and diffusers raise for files that are damaged.
+UNREADABLE = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def is_weights_file(source: str | Path) -> bool:
@@ -27,12 +33,42 @@ def check_weights_file(path: str | Path, key: str = "backbone_weights") -> None:
     """See that a local weight file is there and of a kind that we read; ``key`` of the config names it.
 
     Raises:
-        WeightsError: if it is not.
+        WeightsError: if it is not, or holds something else than its ending says.
     """
     if not is_weights_file(path):
         raise WeightsError(f"{key}={str(path)!r}: use a file that ends in {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
         raise WeightsError(f"{key}={str(path)!r}: there is no such file")
+    check_content(Path(path))
+
+
+def check_content(path: Path) -> None:
+    """See by its first bytes that a file holds what its ending says.
+
+    Raises:
+        WeightsError: if it does not; it says what the file is and what to do.
+    """
+    with open(path, "rb") as file:
+        start, members = file.read(200), []
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        members = archive.namelist()
+    text = " ".join(start.decode(errors="ignore").split())
+    is_safetensors, is_pytorch = start[8:9] == b"{", start.startswith((b"PK", b"\x80"))
+    named_so = path.suffix == SUFFIXES[0]
+    for is_so, what, remedy in (
+        (not start, "empty", "fetch it again"),
+        (text.startswith("version https://git-lfs"), "a pointer of git-lfs", "run `git lfs pull` in its folder"),
+        (text.isprintable(), f"a text, {text[:60]!r}", "fetch the file itself, and not the page about it"),
+        # Reading it would run its code.
+        (any(name.endswith("/constants.pkl") for name in members), "a TorchScript archive",
+         f"if you trust it, write its weights: torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pth')"),
+        (members and not any(name.endswith("/data.pkl") for name in members),
+         f"a zip archive of {first_names(members)}", "unpack it and name the weights in it"),
+        (is_safetensors and not named_so, "a safetensors file", "let its name end in .safetensors"),
+        (is_pytorch and not is_safetensors and named_so, "a PyTorch file", "let its name end in .pth"),
+    ):  # fmt: skip
+        if is_so:
+            raise WeightsError(f"{path} is {what}: {remedy}")
 
 
 def what_is_missing(checks: Iterable[Callable[[], object]]) -> list[str]:
@@ -47,41 +83,58 @@ def what_is_missing(checks: Iterable[Callable[[], object]]) -> list[str]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from .safetensors, or from a pickle that holds nothing but tensors.
+    """Read a state dict from .safetensors, or from a pickle, of which nothing but tensors is built.
 
-    Weights below a key "state_dict" or "model" are found there; prefixes of DataParallel and torch.compile go.
+    Weights below a key "state_dict", "model" or "model_state_dict" are found there, also one in another; prefixes of
+    DataParallel and torch.compile go.
 
     Raises:
-        WeightsError: if the file is absent, broken, or a pickle that would run code.
+        WeightsError: if the file is absent or broken, could run code, or holds no named tensors.
     """
     check_weights_file(path)
     weights = _read_file(path)
-    for wrapper in WRAPPERS:
-        if isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
-    return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in tensors.items()}
+    given = weights if isinstance(weights, dict) else {}
+    for _ in WRAPPERS:  # one may lie in another
+        given = next((given[key] for key in WRAPPERS if isinstance(given.get(key), dict)), given)
+    tensors = {key: value for key, value in given.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        keys = f" with the keys {first_names([*map(str, given)])}" if given else ""
+        raise WeightsError(
+            f"{path} holds a {type(weights).__name__}{keys}, not a dictionary of named tensors: where it was made, "
+            "write the network's state_dict() alone"
+        )
+    return {PREFIX.sub("", key, 1): value for key, value in tensors.items()}
 
 
-def _read_file(path: str | Path) -> dict:
+class PickledObject:
+    """Stands for whatever a pickle wants to build that is no tensor; it does nothing and holds nothing."""
+
+    def __new__(cls, *args: Any):
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_file(path: str | Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    safe = Path(path).suffix == ".safetensors"
     try:
-        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == SUFFIXES[0]:
+            return load_file(path)
+        # Trainers put their own classes beside the weights, which need not be installed here, and are never looked up.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        with torch.serialization.safe_globals([(PickledObject, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is a pickle that holds more than tensors, and reading it could run foreign code. If you trust it, "
-            "convert it once: safetensors.torch.save_file(torch.load(path, weights_only=False), 'out.safetensors'); "
-            "a training checkpoint has them under ['state_dict']"
+            f"{path} is damaged, or is a pickle of more than tensors, and reading it could run foreign code. Fetch it "
+            "again, or, if you trust it, convert it once where the libraries are that wrote it: "
+            "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
         ) from error
-    except (SafetensorError, EOFError, RuntimeError) as error:
-        kind = "safetensors" if safe else "PyTorch"
-        raise WeightsError(f"{path} is no whole {kind} file ({error}); fetch it again") from error
-    if not isinstance(weights, dict):
-        raise WeightsError(f"{path} holds a {type(weights).__name__}, not a dictionary of named tensors")
-    return weights
+    except (SafetensorError, *UNREADABLE) as error:
+        raise WeightsError(f"{path} is no whole file of weights ({first_line(error)}); fetch it again") from error
 
 
 def load_exactly(
@@ -126,6 +179,11 @@ def count_keys(**problems: list[str]) -> str:
 def first_names(keys: list[str]) -> str:
     """Return the first few names, for a message."""
     return ", ".join(keys[:NAMED_AT_MOST]) + (", ..." if len(keys) > NAMED_AT_MOST else "")
+
+
+def first_line(error: Exception) -> str:
+    """Return what went wrong, without the pages that libraries add to it."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def published_weights(cfg, offline: bool) -> Path:

@@ -1,13 +1,18 @@
 """Weight files are read without running code, and loaded whole or not at all."""
 
-import pickle
-from types import SimpleNamespace
+import io
+import os
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from models.files.weights import load_exactly, published_weights, read_weights
@@ -28,44 +33,115 @@ def test_every_kind_of_file_gives_the_same_tensors(tmp_path, suffix):
     torch.testing.assert_close(read_weights(path), WEIGHTS)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_weights_are_found_inside_a_training_checkpoint(tmp_path, wrapper):
-    prefixed = {f"module.{key}": value for key, value in WEIGHTS.items()}
-    torch.save({wrapper: prefixed, "epoch": 3}, tmp_path / "last.pth")
+@pytest.mark.parametrize(
+    ("outer", "prefix"),
+    [
+        (["state_dict"], "module."),
+        (["model"], "_orig_mod."),
+        (["model_state_dict"], "module._orig_mod."),  # as PyCIL writes it; a compiled network in DataParallel
+        (["model", "state_dict"], ""),  # one in another
+    ],
+)
+def test_weights_are_found_inside_a_training_checkpoint(tmp_path, outer, prefix):
+    content = {f"{prefix}{key}": value for key, value in WEIGHTS.items()}
+    for wrapper in outer:
+        content = {wrapper: content, "epoch": 3}
+    torch.save(content, tmp_path / "last.pth")
     torch.testing.assert_close(read_weights(tmp_path / "last.pth"), WEIGHTS)
 
 
-class Foreign:
-    pass
+class Foreign(nn.Linear):
+    """Is not there any more when its file is read, and would leave a trace if it were built."""
+
+    def __setstate__(self, state):
+        raise AssertionError("foreign code ran")
 
 
-def test_a_file_without_names_is_refused(tmp_path):
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    with pytest.raises(WeightsError, match="holds a Tensor, not a dictionary"):
-        read_weights(tmp_path / "tensor.pt")
+def test_classes_beside_the_weights_need_not_be_there_and_are_not_run(tmp_path, monkeypatch):
+    module = ModuleType("pytorch_lightning")
+    module.ModelCheckpoint = type("ModelCheckpoint", (Foreign,), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    callbacks = {module.ModelCheckpoint: {"best": Path("last.ckpt")}, "early": module.ModelCheckpoint(1, 1)}
+    scores = {"score": np.float64(0.5), "targets": np.arange(3)}
+    torch.save({"state_dict": WEIGHTS, "callbacks": callbacks, "scores": scores}, tmp_path / "model.ckpt")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    torch.testing.assert_close(read_weights(tmp_path / "model.ckpt"), WEIGHTS)
+    assert "PickledObject" not in str(torch.serialization.get_safe_globals())
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, 2))])
-def test_a_pickle_that_could_run_code_is_refused_with_the_way_out(tmp_path, save):
-    save({"weights": WEIGHTS, "config": Foreign()}, tmp_path / "old.pth")
-    with pytest.raises(WeightsError, match=r"old.pth is .*could run foreign code.*torch.save_file.*state_dict"):
+class Shell:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (torch.zeros(3), "holds a Tensor, not a dictionary"),
+        ([WEIGHTS], "holds a list, not a dictionary"),
+        ({0: torch.zeros(1), 1: torch.zeros(1)}, "holds a dict with the keys 0, 1, not a dictionary of named tensors"),
+        ({"epoch": 3}, "holds a dict with the keys epoch, not"),
+        (Foreign(1, 1), r"holds a PickledObject, not .* write the network's state_dict\(\) alone"),
+        ({"state_dict": WEIGHTS, "code": Shell()}, r"could run foreign code.*torch.save\(torch.load.*'state_dict'"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_with_what_it_holds(tmp_path, thing, message):
+    torch.save(thing, tmp_path / "old.pth")
+    with pytest.raises(WeightsError, match=f"old.pth .*{message}"):
         read_weights(tmp_path / "old.pth")
+
+
+def test_a_pickle_of_old_form_with_foreign_classes_is_refused(tmp_path):
+    torch.save(
+        {"weights": WEIGHTS, "config": Foreign(1, 1)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False
+    )
+    with pytest.raises(WeightsError, match=r"old.pth is .*could run foreign code"):
+        read_weights(tmp_path / "old.pth")
+
+
+def bytes_of(write, *arguments):
+    buffer = io.BytesIO()
+    write(*arguments, buffer)
+    return buffer.getvalue()
+
+
+def archive(name, buffer):
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr(name, b"")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 12345\n"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cut.safetensors", b"\x08", "no whole safetensors file"),
-        ("cut.pth", b"", "no whole PyTorch file"),
-        ("cut.pth", b"PK\x03\x04", "no whole PyTorch file"),
+        ("cut.safetensors", b"\x08", "no whole file of weights"),
+        ("cut.pth", b"PK\x03\x04", "no whole file of weights"),
+        ("cut.pth", bytes_of(torch.save, WEIGHTS)[:-200], "no whole file of weights"),
+        ("cut.safetensors", save(WEIGHTS)[:-4], "no whole file of weights"),
+        ("noise.pth", b"\x01\xff\x00\x07" * 99, "is damaged, or is a pickle of more than tensors"),
+        ("none.pth", b"", "none.pth is empty: fetch it again"),
+        ("clone.pth", LFS, "is a pointer of git-lfs: run `git lfs pull` in its folder"),
+        ("clone.safetensors", LFS, "is a pointer of git-lfs: run `git lfs pull` in its folder"),
+        ("page.pth", b"\n<!DOCTYPE html>\n<html>", "is a text, '<!DOCTYPE html> <html>': fetch the file itself"),
+        ("page.safetensors", b'{"error": "not found"}', "is a text, .*not found.*: fetch the file itself"),
+        ("tensors.pth", save(WEIGHTS), "is a safetensors file: let its name end in .safetensors"),
+        ("zip.safetensors", bytes_of(torch.save, WEIGHTS), "is a PyTorch file: let its name end in .pth"),
+        ("zip.ckpt", bytes_of(archive, "model.ckpt"), "is a zip archive of model.ckpt: unpack it"),
+        (
+            "script.pt",
+            bytes_of(archive, "net/constants.pkl"),
+            r"is a TorchScript archive: .*torch.jit.load\('.*script.pt",
+        ),
         ("weights.ckpt2", b"", "use a file that ends in .safetensors, .pth"),
         ("absent.pth", None, "there is no such file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
+def test_a_file_that_cannot_be_read_is_named_with_what_it_is(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(WeightsError, match=f"{name}.*{message}"):
+    with pytest.raises(WeightsError, match=f"{name}.*{message}" if content != b"" else message):
         read_weights(tmp_path / name)
 
 

@@ -1,5 +1,6 @@
 """Published text-to-image models behind one contract: read from folders and the hub, frozen, told by vectors."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -152,10 +153,10 @@ def test_a_vocabulary_without_the_placeholder_is_refused(ldm_copy):
 # ---------------------------------------------------------------------- folders as they were published
 
 
-def to_pickle(path, rename=lambda key: key):
+def to_pickle(path, rename=lambda key: key, more=None):
     """The same weights as a .bin, under older names."""
     target = {"diffusion_pytorch_model": "diffusion_pytorch_model.bin", "model": "pytorch_model.bin"}[path.stem]
-    torch.save({rename(key): value for key, value in load_file(path).items()}, path.with_name(target))
+    torch.save({rename(key): value for key, value in load_file(path).items()} | (more or {}), path.with_name(target))
     path.unlink()
 
 
@@ -211,6 +212,7 @@ def test_the_folder_of_a_checkpoint_is_told_from_the_checkpoint_and_no_folder_fr
     [
         ("model_index", {"_class_name": "XLPipeline"}, "holds a XLPipeline; use .*LDMTextToImagePipeline"),
         ("model_index", {"vqvae": ["diffusers", "VQModel"]}, "vqvae holds a VQModel, where .* is read with a Autoenc"),
+        ("model_index", {"vqvae": "VQModel"}, "vqvae holds a None, where"),
         ("unet/config", {"cross_attention_dim": 48}, r"8 misshapen: \S+k.weight \(32, 32\) instead of \(32, 48\)"),
         ("bert/config", {"d_model": 48}, r"misshapen: model.embed_positions.weight \(77, 32\) instead of \(77, 48\)"),
         ("bert/config", {"encoder_layers": 3}, r"13 missing: model.layers.2.fc1.bias"),
@@ -242,15 +244,38 @@ def test_parts_of_two_models_are_refused(ldm_copy):
         load_text_to_image(str(ldm_copy))
 
 
-@pytest.mark.parametrize("runs_code", [False, True])
-def test_a_file_that_is_damaged_or_would_run_code_is_named(ldm_copy, runs_code):
-    path = ldm_copy / UNET
-    path.write_bytes(b"\x08")
-    if runs_code:
-        path.unlink()
-        torch.save({"conv_in.bias": torch.zeros(1), "callback": Path}, path.with_suffix(".bin"))
-    with pytest.raises(WeightsError, match="unet cannot be read as UNet2DConditionModel"):
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (UNET, b"\x08", r"unet cannot be read as UNet2DConditionModel: .*; fetch it again"),
+        (
+            UNET.replace("safetensors", "bin"),
+            {"x": torch.zeros(1), "callback": Path},
+            "unet cannot .*again; or keep",
+        ),
+        ("bert/model.safetensors", b"\x08\x00", r"bert cannot be read as LDMBertModel: SafetensorError"),
+        ("bert/pytorch_model.bin", {"x": torch.zeros(1), "callback": Path}, r"bert cannot .*LDMBertModel: Unpickling"),
+        ("bert/pytorch_model.bin", [1], r"bert cannot be read as LDMBertModel: TypeError"),
+        ("bert/pytorch_model.bin", b"version https://git-lfs", "pytorch_model.bin is a pointer of git-lfs: run"),
+        ("vqvae/config.json", b"[]", "vqvae cannot be read as AutoencoderKL"),
+        ("bert/config.json", b"[]", "bert cannot be read as LDMBertModel"),
+    ],
+)
+def test_a_file_that_is_damaged_or_would_run_code_is_named(ldm_copy, file, content, message):
+    path = ldm_copy / file
+    if path.suffix == ".bin":
+        next(path.parent.glob("*.safetensors")).unlink()
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(WeightsError, match=message):
         load_text_to_image(str(ldm_copy))
+
+
+def test_a_pickle_of_more_than_tensors_is_mended_by_the_command_that_its_refusal_names(ldm, ldm_copy):
+    to_pickle(ldm_copy / "bert" / "model.safetensors", more={"callback": Path})
+    with pytest.raises(WeightsError) as refusal:
+        load_text_to_image(str(ldm_copy))
+    exec(re.search(r'python -c "(.*)"', str(refusal.value))[1])
+    assert load_text_to_image(str(ldm_copy)).fingerprint() == ldm.fingerprint()
 
 
 def test_noise_of_an_unknown_kind_is_refused(sd_copy):
