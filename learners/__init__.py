@@ -2,4 +2,4 @@
 
 from utils.run.registry import Registry
 
-LEARNERS: Registry = Registry("learner", __name__)
+LEARNERS: Registry = Registry("learner", "model_name", __name__)

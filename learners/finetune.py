@@ -12,6 +12,7 @@ from learners.losses import cross_entropy_from
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
+from utils.run.config import Milestones
 
 
 @LEARNERS.register("finetune")
@@ -24,7 +25,7 @@ class Finetune(PyCILLearner):
 
     class Config(PyCILLearner.Config):
         epochs: int = Field(80, ge=1, description="epochs of every later task")
-        milestones: list[int] = Field([40, 70], description="epochs where lrate decays")
+        milestones: Milestones = Field([40, 70], description="epochs where lrate decays")
         loss_over: Literal["new", "all"] = Field("new", description="outputs that compete in the loss")
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:

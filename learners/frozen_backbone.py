@@ -22,7 +22,7 @@ from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import ClassifierTransform, classifier_transform
 from utils.run.carried import Carried
-from utils.run.config import RunConfig
+from utils.run.config import BatchSize, Decay, Rate, RunConfig
 from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Training, fit
@@ -39,11 +39,11 @@ class FrozenBackboneLearner(Learner):
         normalize: Literal["none", "0.5", "dataset"] = Field(
             "none", description="pixels: none: in [0, 1]; 0.5: in [-1, 1]; dataset: by its own mean"
         )
-        batch_size: int = Field(48, ge=1, description="images per step of the first task")
+        batch_size: BatchSize = Field(48, description="images per step of the first task")
         pretrain_epochs: int = Field(0, ge=0, description="epochs that train the backbone on the first task; 0: none")
-        pretrain_lr: float = Field(1e-3, gt=0, description="AdamW's rate there, with cosine decay")
-        pretrain_weight_decay: float = Field(0.05, ge=0, description="AdamW's there")
-        pretrain_batch_size: int = Field(128, ge=1, description="images per step there")
+        pretrain_lr: Rate = Field(1e-3, description="AdamW's rate there, with cosine decay")
+        pretrain_weight_decay: Decay = Field(0.05, description="AdamW's there")
+        pretrain_batch_size: BatchSize = Field(128, description="images per step there")
 
     head = "cosine"
 

@@ -11,6 +11,7 @@ from learners.losses import distillation_loss
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
+from utils.run.config import Factor, Milestones, Softness
 
 
 @LEARNERS.register("generative_replay")
@@ -23,9 +24,9 @@ class GenerativeReplay(PyCILLearner):
 
     class Config(PyCILLearner.Config):
         epochs: int = Field(70, ge=1, description="epochs of every later task")
-        milestones: list[int] = Field([30, 50], description="epochs where lrate decays")
-        w_kd: float = Field(0.0, ge=0, description="weight of distillation on replayed images; 0 turns it off")
-        T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")
+        milestones: Milestones = Field([30, 50], description="epochs where lrate decays")
+        w_kd: Factor = Field(0.0, description="weight of distillation on replayed images; 0 turns it off")
+        T: Softness = Field(2.0, description="softens both outputs of the distillation term")
 
     needs_source = True
 

@@ -12,6 +12,7 @@ from learners.memory import keep_exemplars
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
+from utils.run.config import Softness
 
 
 @LEARNERS.register("icarl")
@@ -23,7 +24,7 @@ class ICaRL(PyCILLearner):
     """
 
     class Config(PyCILLearner.Config):
-        T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")
+        T: Softness = Field(2.0, description="softens both outputs of the distillation term")
 
     uses_exemplars = True
 

@@ -10,6 +10,7 @@ from learners.losses import cross_entropy_from, distillation_loss
 from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
+from utils.run.config import Factor, Milestones, Softness
 
 
 @LEARNERS.register("lwf")
@@ -20,11 +21,11 @@ class LearningWithoutForgetting(PyCILLearner):
     """
 
     class Config(PyCILLearner.Config):
-        init_milestones: list[int] = Field([60, 120, 160], description="epochs where init_lr decays")
+        init_milestones: Milestones = Field([60, 120, 160], description="epochs where init_lr decays")
         epochs: int = Field(250, ge=1, description="epochs of every later task")
-        milestones: list[int] = Field([60, 120, 180, 220], description="epochs where lrate decays")
-        T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")
-        lamda: float = Field(3.0, ge=0, description="weight of the distillation term")
+        milestones: Milestones = Field([60, 120, 180, 220], description="epochs where lrate decays")
+        T: Softness = Field(2.0, description="softens both outputs of the distillation term")
+        lamda: Factor = Field(3.0, description="weight of the distillation term")
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         logits = self.network(batch.images)  # (B, num_seen)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from learners.base import Learner
 from utils.data.manager import Task
-from utils.run.config import RunConfig
+from utils.run.config import BatchSize, Decay, Factor, Milestones, Rate, RunConfig
 from utils.training.schedule import TrainConfig
 
 
@@ -18,14 +18,14 @@ class FirstTaskConfig(RunConfig):
     """Keys of the first task's training, and those that later tasks share with it."""
 
     init_epoch: int = Field(200, ge=1, description="epochs of the first task")
-    init_lr: float = Field(0.1, gt=0, description="learning rate of the first task")
-    init_milestones: list[int] = Field([60, 120, 170], description="epochs where init_lr decays")
+    init_lr: Rate = Field(0.1, description="learning rate of the first task")
+    init_milestones: Milestones = Field([60, 120, 170], description="epochs where init_lr decays")
     init_lr_decay: float = Field(0.1, gt=0, le=1, description="factor at init_milestones")
-    init_weight_decay: float = Field(5e-4, ge=0, description="weight decay of the first task")
-    batch_size: int = Field(128, ge=1, description="images per step, replay and exemplars included")
+    init_weight_decay: Decay = Field(5e-4, description="weight decay of the first task")
+    batch_size: BatchSize = Field(128, description="images per step, replay and exemplars included")
     scheduler: Literal["steplr", "cosine", "constant"] = Field("steplr", description="of the learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: any")
+    clip_norm: Factor = Field(0.0, description="largest norm of the whole gradient; 0: any")
 
     def first_schedule(self) -> TrainConfig:
         """Return length, rate and optimiser of the first task's training."""
@@ -44,10 +44,10 @@ class PyCILLearner(Learner):
 
     class Config(FirstTaskConfig):
         epochs: int = Field(170, ge=1, description="epochs of every later task")
-        lrate: float = Field(0.1, gt=0, description="learning rate of later tasks")
-        milestones: list[int] = Field([80, 120], description="epochs where lrate decays")
+        lrate: Rate = Field(0.1, description="learning rate of later tasks")
+        milestones: Milestones = Field([80, 120], description="epochs where lrate decays")
         lrate_decay: float = Field(0.1, gt=0, le=1, description="factor at milestones")
-        weight_decay: float = Field(2e-4, ge=0, description="weight decay of later tasks")
+        weight_decay: Decay = Field(2e-4, description="weight decay of later tasks")
 
     # Set by whoever runs it: the first task's training is cross-entropy alone, so it may be another learner's.
     first_training: Callable[[Task, Callable[[Task], None]], None] | None = None

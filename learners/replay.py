@@ -11,6 +11,7 @@ from learners import LEARNERS
 from learners.memory import keep_exemplars, reservoir_slots
 from learners.pycil import PyCILLearner
 from utils.data.manager import Task
+from utils.run.config import Milestones
 from utils.training import seeding
 
 
@@ -24,7 +25,7 @@ class ExperienceReplay(PyCILLearner):
 
     class Config(PyCILLearner.Config):
         epochs: int = Field(70, ge=1, description="epochs of every later task")
-        milestones: list[int] = Field([30, 50], description="epochs where lrate decays")
+        milestones: Milestones = Field([30, 50], description="epochs where lrate decays")
         selection: Literal["herding", "reservoir"] = Field("herding", description="which images become exemplars")
 
     uses_exemplars = True

@@ -12,6 +12,7 @@ from learners.frozen_backbone import FrozenBackboneLearner
 from learners.pycil import FirstTaskConfig
 from models.heads import CosineHead
 from utils.data.manager import Task
+from utils.run.config import BatchSize
 from utils.run.log import log
 from utils.training.schedule import TrainConfig
 
@@ -27,7 +28,7 @@ class SimpleCIL(FrozenBackboneLearner):
 
     class Config(FrozenBackboneLearner.Config, FirstTaskConfig):
         init_epoch: int = Field(0, ge=0, description="epochs of the first task that train a backbone without weights")
-        batch_size: int = Field(128, ge=1, description="images per step there")
+        batch_size: BatchSize = Field(128, description="images per step there")
 
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:

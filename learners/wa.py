@@ -9,6 +9,7 @@ from learners import LEARNERS
 from learners.icarl import ICaRL
 from utils.data.batches import Batch
 from utils.data.manager import Task
+from utils.run.config import Milestones
 
 
 @LEARNERS.register("wa")
@@ -19,7 +20,7 @@ class WeightAligning(ICaRL):
     """
 
     class Config(ICaRL.Config):
-        milestones: list[int] = Field([60, 100, 140], description="epochs where lrate decays")
+        milestones: Milestones = Field([60, 100, 140], description="epochs where lrate decays")
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         old_share = task.num_old / task.num_seen

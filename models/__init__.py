@@ -2,4 +2,4 @@
 
 from utils.run.registry import Registry
 
-BACKBONES: Registry = Registry("backbone", __name__)
+BACKBONES: Registry = Registry("backbone", "convnet_type", __name__)

@@ -10,7 +10,7 @@ from models import BACKBONES
 from models.files.weights import check_weights_file, load_exactly, published_weights, read_weights
 from models.options import BackboneOptions
 from utils.run.errors import ConfigError
-from utils.run.registry import nearest
+from utils.run.registry import nearest, shown
 
 PILOT_ALIASES = {
     "pretrained_vit_b16_224": "vit_base_patch16_224.augreg_in21k_ft_in1k",
@@ -108,15 +108,16 @@ def _timm_name(name: str, options: BackboneOptions) -> str:
     if base not in timm.list_models():
         known = [*BACKBONES.names(), *PILOT_ALIASES, *timm.list_models(), *timm.list_pretrained()]
         raise ConfigError(
-            f"unknown backbone {name!r}{nearest(name, known) or '.'} Ours: {', '.join(BACKBONES.names())}; "
-            "any timm model works too, by its full name with weight tag"
+            f"convnet_type: unknown backbone {shown(name)}{nearest(name, known) or '.'} Ours: "
+            f"{', '.join(BACKBONES.names())}; any timm model works too, by its full name with weight tag"
         )
     tagged = timm.list_pretrained(f"{base}.*")
     if tag and name not in tagged:
-        raise ConfigError(f"timm has no weights {name!r}{nearest(name, tagged)} Known: {', '.join(tagged) or 'none'}")
+        known = ", ".join(tagged) or "none"
+        raise ConfigError(f"convnet_type: timm has no weights {shown(name)}{nearest(name, tagged)} Known: {known}")
     if not tag and options.wants_published:
         choice = f"say which weights: {', '.join(tagged)}" if tagged else "timm has no weights for it"
-        raise ConfigError(f"backbone {name!r} has no weight tag: {choice}; pretrained=false trains it from scratch")
+        raise ConfigError(f"convnet_type={name!r} has no weight tag: {choice}; pretrained=false trains it from scratch")
     return name
 
 

@@ -4,15 +4,15 @@ from typing import Any
 
 from utils.run.config import SourceConfig
 from utils.run.errors import ConfigError
-from utils.run.registry import Registry
+from utils.run.registry import Registry, shown
 
-SOURCES: Registry = Registry("source", __name__)
+SOURCES: Registry = Registry("source", "synth.name", __name__)
 
 
 def build_source_config(raw: Any) -> SourceConfig:
     """Build the checked Config of the source that `synth.name` picks."""
     if not isinstance(raw, dict) or "name" not in raw:
-        names = ", ".join(SOURCES.names())
-        raise ConfigError(f"synth={raw!r}: must be an object with a name, as in --set synth.name=ddpm; one of {names}")
+        must = "must be an object with a name, as in --set synth.name=ddpm"
+        raise ConfigError(f"synth={shown(raw)}: {must}; one of {', '.join(SOURCES.names())}")
     name = str(raw["name"]).lower()
     return SOURCES[name].Config.parse({**raw, "name": name}, where="synth.")

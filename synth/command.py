@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from utils.run.files import read_json
 from utils.run.folder import CONFIG, DESCRIPTION, read_data, run_manifest
 from utils.run.manifest import MANIFEST, Manifest
 from utils.run.registry import nearest
-from utils.run.words import ALIASES, apply_overrides, flat_keys, read_experiment, translate
+from utils.run.words import ALIASES, apply_overrides, flat_keys, parse_json, read_experiment, translate
 from utils.training.checkpoint import Checkpoints
 from utils.training.run import Run
 
@@ -83,7 +82,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is absent, broken, or holds no object.
     """
     is_yaml = Path(path).suffix in (".yaml", ".yml")
-    keys = read_experiment(path, yaml.safe_load if is_yaml else json.loads)
+    keys = read_experiment(path, yaml.safe_load if is_yaml else parse_json)
     if is_yaml:
         keys = keys.get("reprise", {"synth": {"name": "ldm", "yaml": str(path)}})
     if not isinstance(keys, dict) or not isinstance(keys.get("synth") or {}, dict):

@@ -7,6 +7,7 @@ t holds original time steps, int64 (B,).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from utils.run.errors import ConfigError
+from utils.run.registry import shown
 
 Model = Callable[[Tensor, Tensor], Tensor]
 # Clean predictions (B, C, H, W) in [-1, 1] to one log-likelihood per image, (B,), already multiplied by its scale.
@@ -56,28 +58,29 @@ def linear_process(num_steps: int = 1000, beta_start: float = 1e-3, beta_end: fl
     return Process((1 - betas).cumprod(0), torch.arange(num_steps))
 
 
-def respace(process: Process, spacing: str | int) -> Process:
+def respace(process: Process, spacing: str | int, key: str = "timestep_respacing") -> Process:
     """Keep some time steps with their alpha_bar; the betas between them follow.
 
     Args:
         process: of T steps.
         spacing: "ddimN" takes the smallest integer stride that gives exactly N steps from 0 on; a number N spreads
             N steps evenly from 0 to T - 1.
+        key: whose value it is, for messages.
 
     Raises:
         ConfigError: if no integer stride gives N steps, or N is not in 1..T.
     """
     total, text = len(process), str(spacing)
-    digits = text.removeprefix("ddim")
-    count = int(digits) if digits.isdigit() else 0
+    number = re.fullmatch("(?:ddim)?([0-9]{1,9})", text)
+    count = int(number[1]) if number else 0
     if not 1 <= count <= total:
-        raise ConfigError(f"timestep_respacing={text!r}: use 1 to {total}, or ddimN with such an N")
+        raise ConfigError(f"{key}={shown(text)}: use 1 to {total}, or ddimN with such an N")
     kept = np.linspace(0, total - 1, count).round().astype(int)
     if text.startswith("ddim"):
         kept = np.arange(0, total, -(-total // count))  # the smallest stride that gives no more than N
         if len(kept) < count:
             why = f"no integer stride through {total} steps gives {count} of them"
-            raise ConfigError(f"timestep_respacing={text!r}: {why}; use {count} without ddim")
+            raise ConfigError(f"{key}={text!r}: {why}; use {count} without ddim")
     return Process(process.alpha_bar[kept], process.timesteps[kept])
 
 

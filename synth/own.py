@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.latent.own import OwnModel
 from utils.data.batches import Batches
 from utils.data.transforms import DiffusionTransform
-from utils.run.config import BaseConfig
+from utils.run.config import BaseConfig, Place
 from utils.run.errors import ConfigError
 from utils.training.fit import Hooks, LossFunction, Training, fit
 from utils.training.schedule import TrainConfig
@@ -28,7 +28,7 @@ class OwnGenerator:
     network: type[OwnModel]
 
     class Config(BaseConfig):
-        weights: str | None = Field(None, description="folder of a model that was trained before; then none is trained")
+        weights: Place | None = Field(None, description="folder of a model trained before; then none is trained")
         lr_schedule: Literal["constant", "cosine", "linear"] = Field("linear", description="of the rates, down to 0")
         ema_rate: float = Field(0.99, ge=0, lt=1, description="decay of the averages that are used; 0: raw weights")
 

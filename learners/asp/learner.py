@@ -20,6 +20,7 @@ from models.frozen import Frozen
 from utils.data.batches import Batch, test_batches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
+from utils.run.config import BatchSize, Decay, Factor, Rate
 from utils.run.log import log
 from utils.training.fit import Step
 from utils.training.schedule import TrainConfig
@@ -38,24 +39,24 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
 
     class Config(FrozenBackboneLearner.Config, SeparateReplay.Config):
         few_shot_draw: Literal["own", "reference"] = Field("reference", description="reference: the original's shots")
-        prompt_token_num: int = Field(6, ge=2, multiple_of=2, description="prompts per layer, half of each kind")
+        prompt_token_num: int = Field(6, ge=2, le=1024, multiple_of=2, description="prompts per layer, half each kind")
         TIP_init: Literal["zero", "random"] = Field("zero", description="start of the task-invariant prompts")
         vpt_type: Literal["Deep"] = Field("Deep", description="prompts in every layer")
         avg_alpha: float = Field(0.8, ge=0, le=1, description="share of the average prompt in task-specific prompts")
         EMA_beta: float = Field(0.99, ge=0, le=1, description="share of the old average prompt after a session")
-        perturb_var: float = Field(1.0, ge=0, description="factor of the prompts' standard deviation in training")
-        anchor_lambda: float = Field(0.1, ge=0, description="weight of the anchor loss")
-        kl_weight: float = Field(1e-3, ge=0, description="weight of the prompts' KL divergence, a sum over dimensions")
+        perturb_var: Factor = Field(1.0, description="factor of the prompts' standard deviation in training")
+        anchor_lambda: Factor = Field(0.1, description="weight of the anchor loss")
+        kl_weight: Factor = Field(1e-3, description="weight of the prompts' KL divergence, a sum over dimensions")
         deduplicate_anchors: bool = Field(False, description="one anchor per class of a batch, not one per image")
         optimizer: Literal["sgd", "adam"] = Field("sgd", description="adam means AdamW, as in the original")
         momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-        init_lr: float = Field(0.01, gt=0, description="rate of the base session, with cosine decay per epoch")
-        min_lr: float = Field(0.0, ge=0, description="where the rate ends")
-        weight_decay: float = Field(5e-4, ge=0, description="also on prompts and the head's scale")
+        init_lr: Rate = Field(0.01, description="rate of the base session, with cosine decay per epoch")
+        min_lr: float = Field(0.0, ge=0, le=100, description="where the rate ends")
+        weight_decay: Decay = Field(5e-4, description="also on prompts and the head's scale")
         tuned_epoch: int = Field(20, ge=1, description="epochs of the base session")
         fs_epoch: int = Field(0, ge=0, description="epochs of later sessions; 0: they train nothing")
-        fs_lr: float = Field(1e-3, gt=0, description="rate of later sessions")
-        fs_batch_size: int = Field(16, ge=1, description="current images per step of later sessions")
+        fs_lr: Rate = Field(1e-3, description="rate of later sessions")
+        fs_batch_size: BatchSize = Field(16, description="current images per step of later sessions")
         # After a session that trained: as trained, or class means anew, of the real images or of generated ones, too.
         prototypes: Literal["trained", "real", "mixed"] = Field("real", description="what later class vectors are")
         refresh_old_prototypes: bool = Field(False, description="after fs_epoch, old class vectors anew from replay")

@@ -9,6 +9,7 @@ from learners import LEARNERS
 from learners.dddr.separate_replay import SeparateReplay
 from models.incremental import IncrementalNet
 from utils.data.manager import Task
+from utils.run.config import BatchSize, Decay, Factor, PerClass, Rate, Width
 from utils.training import seeding
 from utils.training.fit import Step
 from utils.training.schedule import TrainConfig
@@ -24,19 +25,19 @@ class DDDR(SeparateReplay):
     """
 
     class Config(SeparateReplay.Config):
-        w_kd: float = Field(10.0, ge=0, description="weight of distillation from the old network on replayed images")
-        w_scl: float = Field(1.0, ge=0, description="weight of the supervised contrastive loss on current images")
-        base_cur_size: int = Field(50, ge=0, description="generated images per class in the first task")
-        cur_size: int = Field(50, ge=0, description="generated images per new class that join later tasks' real ones")
+        w_kd: Factor = Field(10.0, description="weight of distillation from the old network on replayed images")
+        w_scl: Factor = Field(1.0, description="weight of the supervised contrastive loss on current images")
+        base_cur_size: PerClass = Field(50, description="generated images per class in the first task")
+        cur_size: PerClass = Field(50, description="generated images per new class that join later tasks' real ones")
         convnet_type: str = Field("resnet18", description="a backbone of ours or any timm model with its weight tag")
         com_round: int = Field(100, ge=1, description="rounds of every task; with local_ep the number of epochs")
         local_ep: int = Field(5, ge=1, description="epochs per round")
-        batch_size: int = Field(128, ge=1, description="current images per step")
-        lr: float = Field(0.01, gt=0, description="SGD's rate, constant")
+        batch_size: BatchSize = Field(128, description="current images per step")
+        lr: Rate = Field(0.01, description="SGD's rate, constant")
         momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-        weight_decay: float = Field(5e-4, ge=0, description="of SGD")
-        scl_hidden: int = Field(4096, ge=1, description="width of the contrastive head's hidden layer")
-        scl_size: int = Field(256, ge=1, description="width of the contrastive head's output")
+        weight_decay: Decay = Field(5e-4, description="of SGD")
+        scl_hidden: Width = Field(4096, description="width of the contrastive head's hidden layer")
+        scl_size: Width = Field(256, description="width of the contrastive head's output")
 
     def build_network(self) -> IncrementalNet:
         network = super().build_network()

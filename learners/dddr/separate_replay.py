@@ -13,7 +13,7 @@ from learners.losses import cross_entropy_from, distillation_loss, supervised_co
 from utils.data.batches import Batch, Batches, PairedBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.run.config import RunConfig
+from utils.run.config import BatchSize, Factor, PerClass, RunConfig, Softness
 
 
 class SeparateReplay(Learner):
@@ -26,17 +26,17 @@ class SeparateReplay(Learner):
     accepts = frozenset({"images"})
 
     class Config(RunConfig):
-        w_ce_pre: float = Field(0.5, ge=0, description="weight of cross-entropy on replayed images")
-        w_kd: float = Field(0.0, ge=0, description="weight of distillation from the old network on replayed images")
-        w_scl: float = Field(0.0, ge=0, description="weight of the supervised contrastive loss on current images")
-        T: float = Field(2.0, gt=0, description="softens both outputs of the distillation term")
-        scl_temperature: float = Field(0.07, gt=0, description="of the supervised contrastive loss")
+        w_ce_pre: Factor = Field(0.5, description="weight of cross-entropy on replayed images")
+        w_kd: Factor = Field(0.0, description="weight of distillation from the old network on replayed images")
+        w_scl: Factor = Field(0.0, description="weight of the supervised contrastive loss on current images")
+        T: Softness = Field(2.0, description="softens both outputs of the distillation term")
+        scl_temperature: Softness = Field(0.07, description="of the supervised contrastive loss")
         # split: new classes compete among themselves, and so do old ones
         replay_softmax: Literal["split", "joint"] = Field("split", description="joint: new and old classes compete")
-        base_cur_size: int = Field(0, ge=0, description="generated images per class in the first task")
-        cur_size: int = Field(20, ge=0, description="generated images per new class that join later tasks' real ones")
-        pre_size: int | None = Field(None, ge=1, description="replayed images per old class; null: all that were drawn")
-        replay_batch_size: int = Field(128, ge=1, description="replayed images per step")
+        base_cur_size: PerClass = Field(0, description="generated images per class in the first task")
+        cur_size: PerClass = Field(20, description="generated images per new class that join later tasks' real ones")
+        pre_size: PerClass | None = Field(None, ge=1, description="replayed images per old class; null: all drawn")
+        replay_batch_size: BatchSize = Field(128, description="replayed images per step")
 
     def current_synthetic(self, task: Task) -> ImageSet:
         """Return generated images of the task's own classes, from a source that learned them before training."""

@@ -14,6 +14,7 @@ from learners.pycil import PyCILLearner
 from utils.data.batches import Batch
 from utils.data.manager import Task
 from utils.run.carried import Carried
+from utils.run.config import Factor, Milestones
 
 
 @LEARNERS.register("der")
@@ -26,8 +27,8 @@ class DynamicallyExpandableRepresentation(PyCILLearner):
     """
 
     class Config(PyCILLearner.Config):
-        milestones: list[int] = Field([80, 120, 150], description="epochs where lrate decays")
-        alpha_aux: float = Field(1.0, ge=0, description="weight of the auxiliary loss on the newest branch")
+        milestones: Milestones = Field([80, 120, 150], description="epochs where lrate decays")
+        alpha_aux: Factor = Field(1.0, description="weight of the auxiliary loss on the newest branch")
 
     uses_exemplars = True
 

@@ -24,7 +24,7 @@ from utils.data.batches import Batch
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import ClassifierTransform, classifier_transform, match_channels, resize_to_square
-from utils.run.config import RunConfig
+from utils.run.config import BatchSize, Decay, Factor, Rate, RunConfig
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.schedule import TrainConfig
@@ -42,22 +42,22 @@ class GUIDE(Learner):
     class Config(RunConfig):
         shuffle: bool = Field(False, description="permute the class order with the seed")
         convnet_type: str = Field("preact_resnet18", description="a backbone of ours or any timm model")
-        batch_size: int = Field(256, ge=1, description="images per step; 1 / (task + 1) of them are real")
-        classifier_init_lr: float = Field(0.1, gt=0, description="learning rate of the first task, falling to 0")
-        classifier_lr: float = Field(0.01, gt=0, description="learning rate of later tasks, falling to 0")
+        batch_size: BatchSize = Field(256, description="images per step; 1 / (task + 1) of them are real")
+        classifier_init_lr: Rate = Field(0.1, description="learning rate of the first task, falling to 0")
+        classifier_lr: Rate = Field(0.01, description="learning rate of later tasks, falling to 0")
         disjoint_classifier_init_num_steps: int = Field(5000, ge=1, description="steps of the first task")
         disjoint_classifier_num_steps: int = Field(2000, ge=1, description="steps of every later task")
-        classifier_weight_decay: float = Field(5e-4, ge=0, description="on all parameters")
+        classifier_weight_decay: Decay = Field(5e-4, description="on all parameters")
         classifier_augmentation: bool = Field(True, description="crop, rotation, flip, colours, erasing; false: none")
         use_new_grad: bool = Field(True, description="bend replay by the classifier that is being trained")
         guid_to_new_classes: bool = Field(True, description="toward the likeliest new class; false: off its own label")
         use_old_grad: bool = Field(False, description="bend replay by the classifier of the task before, by its label")
         negate_old_grad: bool = Field(False, description="away from its own label; false: toward it")
         # Each image draws its factor of the gradient between the two ends; null: the other end
-        classifier_scale_min_new: float | None = Field(None, ge=0, description="smallest factor with use_new_grad")
-        classifier_scale_max_new: float | None = Field(None, ge=0, description="largest factor with use_new_grad")
-        classifier_scale_min_old: float | None = Field(None, ge=0, description="smallest factor with use_old_grad")
-        classifier_scale_max_old: float | None = Field(None, ge=0, description="largest factor with use_old_grad")
+        classifier_scale_min_new: Factor | None = Field(None, description="smallest factor with use_new_grad")
+        classifier_scale_max_new: Factor | None = Field(None, description="largest factor with use_new_grad")
+        classifier_scale_min_old: Factor | None = Field(None, description="smallest factor with use_old_grad")
+        classifier_scale_max_old: Factor | None = Field(None, description="largest factor with use_old_grad")
         trim_logits: bool = Field(True, description="leave classes not seen yet out of the bending softmax")
         guid_generation_interval: int = Field(1, ge=1, description="steps from one draw of replay to the next")
         timestep_respacing: str = Field("ddim50", description="sampling steps of the replay in training")

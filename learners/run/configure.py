@@ -10,7 +10,6 @@ from synth import SOURCES, build_source_config
 from synth.replay import replay_kind
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
-from utils.run.registry import nearest
 from utils.run.words import apply_overrides, translate, unread_keys
 
 
@@ -39,9 +38,6 @@ def build_config(raw: dict[str, Any], overrides: list[str] = ()) -> tuple[RunCon
     known = {key for name in names for key in LEARNERS[name].Config.model_fields}
     unused = sorted(((known | unread_keys()) - own.keys()) & raw.keys())
     used = {key: value for key, value in raw.items() if key not in unused}
-    for key in used:
-        if key not in own:
-            raise ConfigError(f"unknown key {key!r}{nearest(key, known)}")
     if used.get("synth") is not None:
         used["synth"] = build_source_config(used["synth"])
     config = learner.Config.build(used)
@@ -54,7 +50,8 @@ def _check_pair(learner: type[Learner], config: RunConfig) -> None:
     if synth is None:
         if learner.needs_source:
             raise ConfigError(
-                f'{config.model_name!r} needs a source: add "synth": {{"name": one of {", ".join(SOURCES.names())}}}'
+                f"model_name={config.model_name!r} needs a source: "
+                f'add "synth": {{"name": one of {", ".join(SOURCES.names())}}}'
             )
         return
     if synth.syn_image_path is not None and len(config.seed) > 1:
@@ -70,7 +67,7 @@ def _check_pair(learner: type[Learner], config: RunConfig) -> None:
     if source.samples not in learner.accepts:
         can_use = f"it can use {' or '.join(sorted(learner.accepts))}" if learner.accepts else "it uses no source"
         raise ConfigError(
-            f"the source {synth.name!r} makes {source.samples}, which the learner {config.model_name!r} cannot "
-            f"replay ({can_use}): choose another source or another learner"
+            f"synth.name and model_name: {synth.name!r} makes {source.samples}, which the learner "
+            f"{config.model_name!r} cannot replay ({can_use}): choose another source or another learner"
         )
     replay_kind(config, source, learner.replay_kind).check(config, source)

@@ -16,7 +16,7 @@ from utils.run.config import RunConfig
 from utils.run.errors import DataError
 from utils.run.folder import replay_folder
 from utils.run.registry import Registry
-from utils.training.runtime import Runtime
+from utils.training.runtime import Runtime, choose_device
 
 
 def describe_all() -> str:
@@ -37,6 +37,7 @@ def _first_lines(entries: Registry) -> list[str]:
 
 def describe_run(config: RunConfig, name: str) -> Iterator[str]:
     """Yield the schedule, what will be trained and generated, data and weights, and what it takes on disk."""
+    choose_device(config.device)  # a word that is no device is said now
     yield f"Run {name}: {config.model_name}, {len(config.seed)} seed(s) {config.seed}"
     found = find_dataset(config.data_name, config.data_dir)
     if not found.present:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.config import NetworkConfig
 from models.latent.contract import NOISE, LatentDiffusion
 from models.latent.own import OwnModel
+from utils.run.config import Width
 from utils.run.errors import ConfigError
 
 
@@ -32,15 +33,15 @@ class Denoiser(nn.Module):
 class SmallLDMConfig(NetworkConfig):
     """Hyperparameters of a `SmallLDM`. Every level after the first halves the side of what it gets."""
 
-    vae_channels: list[int] = Field([16, 32], min_length=1, description="autoencoder's width per level")
-    latent_channels: int = Field(4, ge=1, description="channels of a latent")
-    block_out_channels: list[int] = Field([64, 96], min_length=1, description="UNet's width per level")
-    layers_per_block: int = Field(1, ge=1, description="residual blocks per level of the UNet")
+    vae_channels: list[Width] = Field([16, 32], min_length=1, description="autoencoder's width per level")
+    latent_channels: Width = Field(4, description="channels of a latent")
+    block_out_channels: list[Width] = Field([64, 96], min_length=1, description="UNet's width per level")
+    layers_per_block: int = Field(1, ge=1, le=64, description="residual blocks per level of the UNet")
     attention_levels: list[int] = Field([1], description="levels of the UNet with attention, 0 is the finest")
-    num_heads: int = Field(4, ge=1, description="attention heads")
-    norm_num_groups: int = Field(8, ge=1, description="groups of every GroupNorm")
-    vector_size: int = Field(512, ge=1, description="length of a class vector")
-    num_tokens: int = Field(16, ge=1, description="parts of a class vector that attention chooses among")
+    num_heads: Width = Field(4, description="attention heads")
+    norm_num_groups: Width = Field(8, description="groups of every GroupNorm")
+    vector_size: Width = Field(512, description="length of a class vector")
+    num_tokens: Width = Field(16, description="parts of a class vector that attention chooses among")
     prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="of the UNet")
 
     def check(self, side: int) -> None:

@@ -12,16 +12,17 @@ from models.config import NetworkConfig
 from models.latent.contract import NOISE
 from models.latent.own import OwnModel
 from models.latent.small import build_unet
+from utils.run.config import Side, Width
 from utils.run.errors import ConfigError
 
 
 class SmallControlNetConfig(NetworkConfig):
     """Hyperparameters of a `SmallControlNet`. Every level after the first halves the side of what it gets."""
 
-    map_size: int | None = Field(None, ge=4, description="side of the edge maps; null: the images' own")
-    block_out_channels: list[int] = Field([32, 64], min_length=1, description="UNet's width per level")
-    layers_per_block: int = Field(1, ge=1, description="residual blocks per level of the UNet")
-    norm_num_groups: int = Field(8, ge=1, description="groups of every GroupNorm")
+    map_size: Side | None = Field(None, description="side of the edge maps; null: the images' own")
+    block_out_channels: list[Width] = Field([32, 64], min_length=1, description="UNet's width per level")
+    layers_per_block: int = Field(1, ge=1, le=64, description="residual blocks per level of the UNet")
+    norm_num_groups: Width = Field(8, description="groups of every GroupNorm")
     prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="of the UNet")
 
     def halvings(self, side: int) -> int:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.config import NetworkConfig
+from utils.run.config import Width
 from utils.run.errors import ConfigError
 
 # From this many channels per group on, GroupNorm on CPUs is as fast in channels_last as in plain order, and the bf16
@@ -38,11 +39,11 @@ class _PaddedLinear(nn.Linear):
 class ClassUNetConfig(NetworkConfig):
     """Hyperparameters of a `ClassUNet`; the defaults are GUIDE's CIFAR network."""
 
-    block_out_channels: list[int] = Field([128, 256, 256, 256], min_length=1, description="UNet width per level")
-    layers_per_block: int = Field(3, ge=1, description="residual blocks per level")
+    block_out_channels: list[Width] = Field([128, 256, 256, 256], min_length=1, description="UNet width per level")
+    layers_per_block: int = Field(3, ge=1, le=64, description="residual blocks per level")
     attention_levels: list[int] = Field([1, 2], description="levels with attention, 0 is the finest")
-    attention_head_dim: int = Field(64, ge=1, description="channels per attention head")
-    norm_num_groups: int = Field(32, ge=1, description="groups of every GroupNorm")
+    attention_head_dim: Width = Field(64, description="channels per attention head")
+    norm_num_groups: Width = Field(32, description="groups of every GroupNorm")
     dropout: float = Field(0.1, ge=0, lt=1, description="inside the residual blocks")
     resample: Literal["conv", "resnet"] = Field("conv", description="between levels: convolution or residual block")
     gradient_checkpointing: bool = Field(False, description="recompute blocks going backward: less memory, more time")

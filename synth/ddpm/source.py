@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.files.weights import load_exactly, read_weights
@@ -35,7 +35,7 @@ from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import AUGMENTATIONS, DiffusionTransform, to_uint8
-from utils.run.config import SourceConfig
+from utils.run.config import BatchSize, Decay, Factor, Place, Rate, Side, SourceConfig
 from utils.run.errors import ConfigError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.training import seeding
@@ -65,34 +65,40 @@ class DDPM(ReplaySource):
         # Its rehearsal is drawn with the first four too, but a later run only draws with what is learned.
         drawing: ClassVar[set[str]] = {"sampler", "timestep_respacing", "guidance", "clip_x0", "gradient_checkpointing"}
 
-        image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
+        image_size: Side | None = Field(None, description="side in pixels; null: the data set's own")
         attention_resolutions: list[int] | None = Field(None, description="sides with attention, not attention_levels")
-        diffusion_steps: int = Field(1000, ge=1, description="time steps of the full process")
+        diffusion_steps: int = Field(1000, ge=1, le=10**5, description="time steps of the full process")
         beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
         beta_end: float = Field(2e-2, gt=0, lt=1, description="variance of the last step")
         train_respacing: str = Field("", description="train on a subset such as ddim250; empty: all steps")
         first_task_num_steps: int = Field(100_000, ge=1, description="training steps of the first task")
         num_steps: int = Field(50_000, ge=1, description="training steps of every later task")
-        batch_size: int = Field(256, ge=1, description="images per training step, replay included")
+        batch_size: BatchSize = Field(256, description="images per training step, replay included")
         flip: bool | None = Field(None, description="show mirror images too; null: where the data set's recipe does")
-        lr: float = Field(2e-4, gt=0, description="AdamW's rate, constant")
+        lr: Rate = Field(2e-4, description="AdamW's rate, constant")
         lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of lr, down to 0")
-        weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+        weight_decay: Decay = Field(0.0, description="AdamW's")
         ema_rate: float = Field(0.9999, ge=0, lt=1, description="decay of the average that generates; 0: raw weights")
-        init_weights: str | None = Field(None, min_length=1, description="folder of a DDPM whose average starts it")
+        init_weights: Place | None = Field(None, description="folder of a DDPM whose average starts it")
         clip_x0: bool = Field(True, description="clamp predicted images to their range at every step of sampling")
         sampler: Literal["ddim", "ddpm"] = Field("ddim", description="how replay is drawn")
         timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread from end to end")
-        guidance: float = Field(0.0, ge=0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
+        guidance: Factor = Field(0.0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
         label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training for guidance")
         # Old classes in its training come from the learner's replay, or it draws them itself from its raw weights.
         rehearsal: Literal["replay", "own"] = Field("replay", description="whose images of old classes it sees")
         # reference: as GUIDE has it, labels by chance in whole batches, and only whole batches in training
         counts: Literal["balanced", "reference"] = Field("balanced", description="of the classes in its own draw")
         # null: as many as the new task has real ones
-        gr_n_generated_examples_per_task: int | None = Field(None, ge=1, description="its own images per old task")
+        gr_n_generated_examples_per_task: int | None = Field(None, ge=1, le=10**7, description="its images of a task")
 
         translate = staticmethod(translate)  # of GUIDE's flags
+
+        @model_validator(mode="after")
+        def _noise_grows(self) -> DDPM.Config:
+            if self.beta_start > self.beta_end:
+                raise ValueError(f"synth.beta_start={self.beta_start} is above synth.beta_end={self.beta_end}")
+            return self
 
         def training_settings(self) -> dict[str, Any]:
             """Leave out what is not learned: without guidance no label is hidden."""
@@ -105,8 +111,9 @@ class DDPM(ReplaySource):
         flip = AUGMENTATIONS[dataset.augmentation].flip if config.flip is None else config.flip
         self.transform = DiffusionTransform(size, flip)
         self.process = linear_process(config.diffusion_steps, config.beta_start, config.beta_end)
-        self.train_process = respace(self.process, config.train_respacing or config.diffusion_steps)
-        respace(self.process, config.timestep_respacing)  # what does not fit is said now
+        train_steps = config.train_respacing or config.diffusion_steps
+        self.train_process = respace(self.process, train_steps, "synth.train_respacing")
+        respace(self.process, config.timestep_respacing, "synth.timestep_respacing")  # what does not fit is said now
         self.wants_past = config.rehearsal == "replay"
         seeding.seed_everything(run.seed, "ddpm")
         self.network = self.build_network().to(run.device).eval()

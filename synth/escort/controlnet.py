@@ -30,6 +30,7 @@ from utils.data.manager import Task
 from utils.data.transforms import to_uint8
 from utils.run.carried import Carried
 from utils.run.command import promised_offline
+from utils.run.config import BatchSize, Factor, Place, Side
 
 CLASS = "{class}"  # stands in a prompt for the words of the class
 # The two published scripts, `compress.py` and `compress_lowres.py`: prompt, what it is guided away from, DDIM steps.
@@ -53,21 +54,21 @@ class ControlNetSource(ExemplarCompression):
     class Config(ExemplarCompression.Config):
         places: ClassVar[set[str]] = {"base", "controlnet", "tokenizer", "class_prompts"}
 
-        sample_batch: int = Field(4, ge=1, description="images drawn at once, of one size each")
-        base: str = Field(BASE.example, description="hub id, folder, or control_sd15_canny.pth, with its ControlNet")
-        controlnet: str | None = Field(None, description="hub id or folder; null: lllyasviel/sd-controlnet-canny")
-        tokenizer: str = Field(CLIP_TOKENIZER, description="folder or hub id of the tokenizer that a file needs")
+        sample_batch: BatchSize = Field(4, description="images drawn at once, of one size each")
+        base: Place = Field(BASE.example, description="hub id, folder, or control_sd15_canny.pth, with its ControlNet")
+        controlnet: Place | None = Field(None, description="hub id or folder; null: lllyasviel/sd-controlnet-canny")
+        tokenizer: Place = Field(CLIP_TOKENIZER, description="folder or hub id of the tokenizer that a file needs")
         model_precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the weights; auto: the run's")
         resolution: Literal["high", "low"] = Field("high", description="which of the two published scripts is followed")
-        short_side: int | None = Field(None, ge=8, description="of what is drawn, in pixels; null: the script's")
-        grid: int = Field(64, ge=8, multiple_of=8, description="sides of what is drawn are multiples of it")
+        short_side: Side | None = Field(None, ge=8, description="of what is drawn, in pixels; null: the script's")
+        grid: Side = Field(64, ge=8, multiple_of=8, description="sides of what is drawn are multiples of it")
         prompt: str | None = Field(None, description=f"what is drawn, {CLASS} is the class; null: the script's")
         negative_prompt: str | None = Field(None, description="what is avoided; null: the script's")
-        class_prompts: str | None = Field(None, description="JSON file, folder name -> words of the class")
+        class_prompts: Place | None = Field(None, description="JSON file, folder name -> words of the class")
         verbatim_names: bool = Field(False, description="true: names of folders as they are, as ESCORT has it")
         sample_steps: int | None = Field(None, ge=1, lt=1000, description="DDIM steps; null: the script's, 20 or 50")
-        guidance: float = Field(9.0, ge=1, description="classifier-free, away from the negative prompt; 1 is none")
-        control_strength: float = Field(1.0, ge=0, description="factor of what the ControlNet adds")
+        guidance: Factor = Field(9.0, ge=1, description="classifier-free, away from the negative prompt; 1 is none")
+        control_strength: Factor = Field(1.0, description="factor of what the ControlNet adds")
 
         @model_validator(mode="after")
         def _a_class_in_a_cell(self) -> ControlNetSource.Config:

@@ -22,6 +22,7 @@ from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import DiffusionTransform, to_uint8
 from utils.run.carried import Carried
+from utils.run.config import BatchSize, Factor, Rate
 from utils.run.errors import ConfigError, NotFittedError
 from utils.training import seeding
 from utils.training.fit import Training
@@ -40,13 +41,13 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
     class Config(OwnGenerator.Config, SmallControlNetConfig, ExemplarCompression.Config):
         places: ClassVar[set[str]] = {"weights"}
 
-        sample_batch: int = Field(256, ge=1, description="images drawn at once")
+        sample_batch: BatchSize = Field(256, description="images drawn at once")
         turns: bool = Field(True, description="learn from turned and mirrored images too, for the classes to come")
         unet_steps: int = Field(400, ge=1, description="training steps of the UNet")
         control_steps: int = Field(600, ge=1, description="training steps of the ControlNet")
-        batch_size: int = Field(64, ge=1, description="images per step of both")
-        lr: float = Field(2e-3, gt=0, description="AdamW's rate for both")
-        control_strength: float = Field(1.0, ge=0, description="factor of what the ControlNet adds")
+        batch_size: BatchSize = Field(64, description="images per step of both")
+        lr: Rate = Field(2e-3, description="AdamW's rate for both")
+        control_strength: Factor = Field(1.0, description="factor of what the ControlNet adds")
         scheduler: Literal["ddim", "dpmpp", "unipc", "euler"] = Field("ddim", description="how copies are drawn")
         sample_steps: int = Field(20, ge=1, lt=1000, description="steps of it")
 

@@ -22,7 +22,7 @@ from synth.requests import Requests
 from utils.data.images import ImageSet, Part
 from utils.data.manager import DataManager, Task
 from utils.run.carried import Carried, Items
-from utils.run.config import SourceConfig
+from utils.run.config import PerClass, SourceConfig
 from utils.run.errors import NotFittedError
 from utils.run.files import load_tensors, save_tensors
 
@@ -48,10 +48,10 @@ class ExemplarCompression(ReplaySource):
 
         replay: Literal["keep"] = Field("keep", description="copies are drawn when they are wanted, and stay on disk")
         fit_after_last_task: bool = Field(True, description="also compress the exemplars of the last task")
-        real_per_class: int | None = Field(None, ge=0, description="R, of a class, stay images; null: what S leaves")
-        syn_per_class: int = Field(0, ge=0, description="S, exemplars per class that become edge maps")
+        real_per_class: PerClass | None = Field(None, description="R, of a class, stay images; null: what S leaves")
+        syn_per_class: PerClass = Field(0, description="S, exemplars per class that become edge maps")
         augmentation_prob: float = Field(0.0, ge=0, le=1, description="p, that a real image is shown as its own copy")
-        augmentations_per_image: int = Field(5, ge=1, description="K, copies of each image")
+        augmentations_per_image: int = Field(5, ge=1, le=10**4, description="K, copies of each image")
         # needed: a copy is drawn when an epoch first shows it; all: all copies before a training
         prepare: Literal["needed", "all"] = Field("needed", description="copies that are drawn before a training")
         canny_low: int = Field(100, ge=0, description="lower threshold of the gradient")

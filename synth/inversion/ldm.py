@@ -15,6 +15,7 @@ from synth import SOURCES
 from synth.base import weights_place
 from synth.inversion.source import ClassInversion
 from utils.run.command import promised_offline
+from utils.run.config import Place, Side
 
 log = logging.getLogger("reprise")
 
@@ -28,10 +29,10 @@ class LDM(ClassInversion):
     """
 
     class Config(ClassInversion.Config):
-        ldm_ckpt: str = Field("CompVis/ldm-text2im-large-256", description="hub id, diffusers folder or CompVis file")
-        yaml: str | None = Field(None, description="CompVis YAML of a checkpoint file; other models need none")
-        tokenizer: str = Field("bert-base-uncased", description="folder or hub id, for a checkpoint file")
-        image_size: int | None = Field(None, ge=8, description="side of its images in pixels; null: the model's own")
+        ldm_ckpt: Place = Field("CompVis/ldm-text2im-large-256", description="hub id, diffusers folder or CompVis file")
+        yaml: Place | None = Field(None, description="CompVis YAML of a checkpoint file; other models need none")
+        tokenizer: Place = Field("bert-base-uncased", description="folder or hub id, for a checkpoint file")
+        image_size: Side | None = Field(None, ge=8, description="side of its images in pixels; null: the model's own")
         model_precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the weights; auto: the run's")
 
     def __init__(self, config, run, num_classes, class_names, dataset):

@@ -21,6 +21,7 @@ from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import DiffusionTransform
 from utils.run.carried import Carried
+from utils.run.config import BatchSize, Factor, Rate, Side
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import Hooks, Training
@@ -38,19 +39,19 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
     network = SmallLDM
 
     class Config(OwnGenerator.Config, SmallLDMConfig, ClassInversion.Config):
-        sample_batch: int = Field(128, ge=1, description="images drawn at once")
+        sample_batch: BatchSize = Field(128, description="images drawn at once")
         samples_per_class: int = Field(1000, ge=1, description="images shown per class in the search, in whole batches")
-        inversion_lr: float = Field(0.1, gt=0, description="AdamW's rate in the search; vectors here are long")
-        guidance: float = Field(2.0, ge=0, description="classifier-free: 1 is the plain class, 0 no class at all")
-        image_size: int | None = Field(None, ge=4, description="side in pixels; null: the data set's own")
+        inversion_lr: Rate = Field(0.1, description="AdamW's rate in the search; vectors here are long")
+        guidance: Factor = Field(2.0, description="classifier-free: 1 is the plain class, 0 no class at all")
+        image_size: Side | None = Field(None, description="side in pixels; null: the data set's own")
         vae_steps: int = Field(500, ge=1, description="training steps of the autoencoder")
-        vae_lr: float = Field(2e-3, gt=0, description="AdamW's rate for it")
-        vae_batch_size: int = Field(64, ge=1, description="images per step of it")
+        vae_lr: Rate = Field(2e-3, description="AdamW's rate for it")
+        vae_batch_size: BatchSize = Field(64, description="images per step of it")
         vae_turns: bool = Field(True, description="also show it turned and mirrored images, for the classes to come")
-        kl_weight: float = Field(1e-4, ge=0, description="of the divergence from a standard normal, per latent value")
+        kl_weight: Factor = Field(1e-4, description="of the divergence from a standard normal, per latent value")
         unet_steps: int = Field(900, ge=1, description="training steps of UNet and class vectors")
-        unet_lr: float = Field(2e-3, gt=0, description="AdamW's rate for them")
-        unet_batch_size: int = Field(32, ge=1, description="latents per step of them")
+        unet_lr: Rate = Field(2e-3, description="AdamW's rate for them")
+        unet_batch_size: BatchSize = Field(32, description="latents per step of them")
         label_dropout: float = Field(0.1, ge=0, lt=1, description="share of classes hidden in training for guidance")
 
     def __init__(self, config, run, num_classes, class_names, dataset):

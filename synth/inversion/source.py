@@ -33,7 +33,7 @@ from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import AUGMENTATIONS, to_uint8
 from utils.run.carried import Carried
-from utils.run.config import SourceConfig
+from utils.run.config import BatchSize, Decay, Factor, PerClass, Place, Rate, SourceConfig
 from utils.run.errors import WeightsError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.training import seeding
@@ -54,26 +54,26 @@ class ClassInversion(ReplaySource):
     class Config(SourceConfig):
         drawing: ClassVar[set[str]] = {"scheduler", "sample_steps", "guidance"}
 
-        syn_per_class: int | None = Field(20, ge=1, description="replay images per class; 200 in DDDR")
-        sample_batch: int = Field(40, ge=1, description="images drawn at once")
+        syn_per_class: PerClass | None = Field(20, ge=1, description="replay images per class; 200 in DDDR")
+        sample_batch: BatchSize = Field(40, description="images drawn at once")
         inversion: bool = Field(True, description="false: no search, the class's name is the prompt (text models)")
         samples_per_class: int = Field(500, ge=1, description="images shown per class in the search, in whole batches")
         com_round_gen: int = Field(1, ge=1, description="rounds of the search, each with a new AdamW; 10 in DDDR")
         g_local_train_steps: int | None = Field(None, ge=1, description="per client and round; null: samples_per_class")
-        g_local_bs: int = Field(12, ge=1, description="images per step of the search")
-        fs_g_local_bs: int | None = Field(None, ge=1, description="the same after the first task; null: g_local_bs")
-        num_users: int = Field(1, ge=1, description="clients that search, each on its part, and are averaged")
+        g_local_bs: BatchSize = Field(12, description="images per step of the search")
+        fs_g_local_bs: BatchSize | None = Field(None, description="the same after the first task; null: g_local_bs")
+        num_users: int = Field(1, ge=1, le=1000, description="clients that search, each on its part, and are averaged")
         beta: float = Field(0.0, ge=0, description="Dirichlet split of the classes over clients; 0: equal random parts")
-        inversion_lr: float = Field(0.02, gt=0, description="AdamW's rate, constant, whatever the batch size")
-        inversion_weight_decay: float = Field(0.01, ge=0, description="AdamW's, on the vectors")
+        inversion_lr: Rate = Field(0.02, description="AdamW's rate, constant, whatever the batch size")
+        inversion_weight_decay: Decay = Field(0.01, description="AdamW's, on the vectors")
         initializer: str = Field("sculpture", description="the word where every search starts; one token")
         coarse_word: str = Field("", description='what all classes are, such as "bird": put before the placeholder')
         flip: bool | None = Field(None, description="show mirror images too; null: where the data set's recipe does")
         prompt: str = Field(f"a photo of {PLACEHOLDER}", description="what is drawn; * is the class")
-        class_prompts: str | None = Field(None, description="JSON file, folder name -> words of the class")
+        class_prompts: Place | None = Field(None, description="JSON file, folder name -> words of the class")
         scheduler: Literal["ddim", "dpmpp", "unipc", "euler"] = Field("ddim", description="how replay is drawn")
         sample_steps: int = Field(50, ge=1, lt=1000, description="steps of it")
-        guidance: float = Field(10.0, ge=0, description="classifier-free: 1 is the plain class, 0 no class at all")
+        guidance: Factor = Field(10.0, description="classifier-free: 1 is the plain class, 0 no class at all")
 
         @field_validator("prompt")
         @classmethod

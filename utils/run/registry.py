@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from utils.run.errors import ConfigError
 
 T = TypeVar("T")
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+shown = _REPR.repr  # of any value, cut to a length that a message can hold
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -24,11 +28,12 @@ class Registry(Generic[T]):
 
     Args:
         kind: what is registered, for error messages: "learner", "source", ...
+        key: of the experiment file, whose value is such a name.
         package: the package whose modules register things, by its import name.
     """
 
-    def __init__(self, kind: str, package: str):
-        self.kind, self.package, self._is_loaded = kind, package, False
+    def __init__(self, kind: str, key: str, package: str):
+        self.kind, self.key, self.package, self._is_loaded = kind, key, package, False
         self._entries: dict[str, T] = {}
 
     def register(self, *names: str) -> Callable[[T], T]:
@@ -58,7 +63,7 @@ class Registry(Generic[T]):
         entries = self._load()
         if name not in entries:
             hint, known = nearest(name, entries) or ".", ", ".join(sorted(entries))
-            raise ConfigError(f"unknown {self.kind} {name!r}{hint} Known: {known}")
+            raise ConfigError(f"{self.key}: unknown {self.kind} {shown(name)}{hint} Known: {known}")
         return entries[name]
 
     def _load(self) -> dict[str, T]:

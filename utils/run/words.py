@@ -7,8 +7,11 @@ come before the translation, because a switch among them may turn on what other 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import yaml
 
 from utils.run.config import SourceConfig
 from utils.run.errors import ConfigError
+from utils.run.registry import shown
 
 ALIASES = {"backbone_type": "convnet_type"}  # PILOT's
 # Keys that the files of PyCIL and its forks carry and nothing reads.
@@ -56,18 +60,35 @@ def unread_keys() -> set[str]:
     return {*DEAD_KEYS, *flat_keys(), *(key for words in WORDS for key in words.idle)}
 
 
-def read_experiment(path: str | Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object, of whose keys Python would silently take the last one."""
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {shown(twice[0])} stands twice in one object: keep one of them")
+    return dict(pairs)
+
+
+def _whole_number(digits: str) -> int | float:
+    """Read a JSON integer; one that is too long for Python is infinite, which every key refuses by its name."""
+    return int(digits) if len(digits) < 1000 else math.inf
+
+
+# Text, or bytes in UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+parse_json = partial(json.loads, object_pairs_hook=_each_key_once, parse_int=_whole_number)
+
+
+def read_experiment(path: str | Path, parse: Callable[[bytes], Any] = parse_json) -> dict[str, Any]:
     """Read the object in an experiment file, of JSON or whatever else ``parse`` takes.
 
     Raises:
         ConfigError: if the file is absent, is not JSON (line and column named), or holds no object.
     """
     try:
-        raw = parse(Path(path).read_text(encoding="utf-8"))
+        raw = parse(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"no experiment file {path}; the ones that come with Reprise lie in exps/") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # JSON's and YAML's name line and column
-        raise ConfigError(f"cannot read the experiment file {path}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # JSON's and YAML's name line and column
+        why = " ".join(str(error).split()) + "; save it as UTF-8" * isinstance(error, UnicodeError)
+        raise ConfigError(f"cannot read the experiment file {path}: {why}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values as one JSON object, not a {type(raw).__name__}")
     return raw
@@ -88,17 +109,19 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
     Raises:
         ConfigError: if an override is no `key=value`.
     """
-    result = _rename(json.loads(json.dumps(raw)))
+    result = _rename(raw)
     if overrides and result.get("synth") is None and (implied := _implied(result)):
         result["synth"] = {"name": implied}
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
-            raise ConfigError(f"--set {override!r}: write --set key=value")
+            raise ConfigError(f"--set {shown(override)}: write --set key=value")
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except json.JSONDecodeError:
             value = text
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--set {shown(override)}: {error}") from error
         _put(result, path.strip().split("."), value)
     return result
 
@@ -116,8 +139,8 @@ def _put(result: dict[str, Any], path: list[str], value: Any) -> None:
         path = next(([key] for key, (_, inner) in flat.items() if key in result and [inner] == path[1:]), path)
     *parents, last = path
     for parent in parents:
-        if not isinstance(result.get(parent), dict):
-            result[parent] = {}
+        # A copy: the file's keys stay as they are.
+        result[parent] = dict(inside) if isinstance(inside := result.get(parent), dict) else {}
         result = result[parent]
     result[last] = value
 
@@ -143,7 +166,8 @@ def _rename(raw: dict[str, Any]) -> dict[str, Any]:
     for alias, key in ALIASES.items():
         if (value := result.pop(alias, None)) is not None:
             if result.get(key) not in (None, value):
-                raise ConfigError(f"{alias}={value!r} and {key}={result[key]!r} are one key: keep one of them")
+                both = f"{alias}={shown(value)} and {key}={shown(result[key])}"
+                raise ConfigError(f"{both} are one key: keep one of them")
             result[key] = value
     return result
 
@@ -165,13 +189,13 @@ def _move(raw: dict[str, Any]) -> dict[str, Any]:
     synth = {} if implied is None else {"name": implied}
     synth |= {key: value for key, value in (given or {}).items() if value is not None}
     for key, value in flat.items():
-        words, inner = known[key]
+        (words, inner), said = known[key], f"{key}={shown(value)}"
         # Keys that every source has, such as syn_image_path, name none; the others belong to theirs alone.
         named = str(synth.get("name", words.source)).lower()
         if inner not in SourceConfig.model_fields and named not in (words.source, *words.relatives):
-            raise ConfigError(f"{key}={value!r} is of the source {words.source!r}, and synth.name={named!r}: keep one")
+            raise ConfigError(f"{said} is of the source {words.source!r}, and synth.name={shown(named)}: keep one")
         if str(synth.get(inner, value)).lower() != str(value).lower():  # "true" is true
-            raise ConfigError(f"{key}={value!r} and synth.{inner}={synth[inner]!r} are one key: keep one of them")
+            raise ConfigError(f"{said} and synth.{inner}={shown(synth[inner])} are one key: keep one of them")
         synth[inner] = value
     return {**result, "synth": synth}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from utils.run.errors import ConfigError
 from utils.run.log import log
+from utils.run.registry import shown
 
 
 def choose_device(wanted: list[int | str], local_rank: int = 0) -> torch.device:
@@ -29,8 +31,8 @@ def choose_device(wanted: list[int | str], local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if names[0] in ("auto", "cuda"):
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if wrong := [name for name in names if not name.isdigit()]:
-        raise ConfigError(f'device={wrong[0]!r}: use GPU ids such as ["0"], "cpu", -1 or "auto"')
+    if wrong := [name for name in names if not re.fullmatch("[0-9]{1,4}", name)]:
+        raise ConfigError(f'device={shown(wrong[0])}: use GPU ids such as ["0"], "cpu", -1 or "auto"')
     if not torch.cuda.is_available():
         log.warning("device=%s, but this machine has no GPU: using the CPU", ",".join(names))
         return torch.device("cpu")

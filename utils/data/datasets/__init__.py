@@ -27,7 +27,7 @@ from utils.run.registry import Registry, nearest
 
 __all__ = ["DATASETS", "PROVIDER_ERRORS", "Dataset", "Found", "find_dataset", "load_dataset"]
 
-DATASETS: Registry[DatasetRecipe] = Registry("data set", __name__)
+DATASETS: Registry[DatasetRecipe] = Registry("data set", "dataset", __name__)
 # What a download or an unpacking raises: no network, no right to write, a damaged archive.
 PROVIDER_ERRORS = (OSError, RuntimeError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile)
 
@@ -72,7 +72,7 @@ def find_dataset(name: str, data_dir: str | Path = "data") -> Found:
     folders = [Path(data_dir, item) for item in dict.fromkeys((name, name.lower(), *recipe.folders))]
     if not known and not any(folder.is_dir() for folder in folders):
         raise ConfigError(
-            f"unknown data set {name!r}{nearest(name.lower(), DATASETS.names()) or '.'} Known: "
+            f"dataset: unknown data set {name!r}{nearest(name.lower(), DATASETS.names()) or '.'} Known: "
             f"{', '.join(DATASETS.names())}, and any folder {folders[0]}/<train|test>/<class>/<image>"
         )
     # A folder without train/ may be something else, such as torchvision's MNIST on a disk that ignores case.
