@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 from torch import Tensor, nn
 
 from models import BACKBONES
-from models.files.weights import check_weights_file, load_exactly, published_weights, read_weights
+from models.files.weights import UNREADABLE, check_weights_file, load_exactly, published_weights, read_weights
 from models.options import BackboneOptions
 from utils.run.errors import ConfigError
 from utils.run.registry import nearest, shown
@@ -20,8 +21,6 @@ PILOT_ALIASES = {
     # For a ViT with prompts: the name meant these weights in the timm that it was written for.
     "pretrained_vit_b16_224_vpt": "vit_base_patch16_224.augreg_in21k_ft_in1k",
 }
-# What timm's constructors raise for arguments that make no network.
-REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 OURS_TO_SAY = ("num_classes", "img_size", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
 
 
@@ -136,7 +135,7 @@ def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
         network = timm.create_model(name, **arguments)
-    except REFUSALS as error:
+    except (AssertionError, *UNREADABLE) as error:
         given, reason = f"backbone_args={options.args!r}", error or type(error).__name__
         raise ConfigError(f"timm cannot build {name} for {images} with {given}: {reason}") from error
     if 0 in getattr(getattr(network, "patch_embed", None), "grid_size", ()):
@@ -150,5 +149,7 @@ def _load_local(network: nn.Module, path: str) -> None:
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     weights = {key: value for key, value in weights.items() if key.rpartition(".")[0] not in classifiers}
     # timm's own translation of foreign key names and of positions for other image sizes, where a model has one.
-    translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    load_exactly(network, translate(weights, network) if translate else weights, path)
+    translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", lambda weights, _: weights)
+    with suppress(AssertionError, *UNREADABLE):  # of another width: what does not fit is said below
+        weights = translate(weights, network)
+    load_exactly(network, weights, path)

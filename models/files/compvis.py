@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from operator import getitem, itemgetter
-from pathlib import Path
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.files.compvis_yaml import read_yaml
 from models.files.diffusers_folder import LDM_SCHEDULE, check_tokenizer
 from models.files.diffusers_parts import TextToImageParts, read_tokenizer
-from models.files.weights import load_exactly, read_weights
+from models.files.weights import check_weights_file, load_exactly, read_weights
 from utils.run.errors import ConfigError, WeightsError
 
 Prefix = str | tuple[str, ...]  # one of several is enough
@@ -25,14 +24,6 @@ TEXT_HEADS = 8  # BERTEmbedder's; shapes tell heads times width alone
 # Side of the latents of text2img-large. The YAML's image_size is not read: it stands there with 8, 32 and 64.
 LATENT_SIDE = 32
 
-# What the conversion reads of the YAML, by section of model.params.
-NEEDED = {
-    "unet_config.params.": ["model_channels", "in_channels", "out_channels", "context_dim", "attention_resolutions",
-                            "num_res_blocks", "channel_mult", "num_heads", "transformer_depth"],
-    "first_stage_config.params.ddconfig.": ["ch", "in_channels", "z_channels", "ch_mult", "num_res_blocks", "out_ch"],
-    "cond_stage_config.params.": ["n_embed", "n_layer"],
-    "": ["linear_start", "linear_end", "timesteps", "scale_factor"],
-}  # fmt: skip
 SCHEDULE_KEYS = {"num_train_timesteps": "timesteps", "beta_start": "linear_start", "beta_end": "linear_end"}
 # Numbers of the YAML that CompVis keeps beside the weights too: in which buffer, and how they are read off it.
 KEPT = {
@@ -46,13 +37,7 @@ SHOWN = {
     "feed_forward": TEXT + "attn_layers.layers.1.1.net.0.0.weight",
 }  # fmt: skip
 # A key that gives another kind of model away.
-FOREIGN = {
-    "cond_stage_model.transformer.text_model.": "Stable Diffusion 1.x",
-    "cond_stage_model.model.": "Stable Diffusion 2.x",
-    "conditioner.embedders.": "Stable Diffusion XL",
-    "denoise_fn.": "a diffusion model in pixels",
-    "unet.": "a model in the names of diffusers",
-}
+FOREIGN = {TEXT + "text_model.": "Stable Diffusion 1.x", "cond_stage_model.model.": "Stable Diffusion 2.x"}
 # CompVis' names of the text encoder's layers to those of LDMBertEncoder. Even blocks (0.) are attention, odd ones (1.)
 # feed-forward.
 TEXT_NAMES = {
@@ -128,11 +113,7 @@ def check_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool,
         WeightsError: if the checkpoint or the tokenizer is absent.
         ConfigError: if the YAML is absent or is none of a latent diffusion model.
     """
-    if not Path(path).is_file():
-        raise WeightsError(
-            f"{key}={path!r}: there is no such file. Put text2img-large's model.ckpt there, or name the hub id "
-            "CompVis/ldm-text2im-large-256, which needs no YAML"
-        )
+    check_weights_file(path, key, ". Put text2img-large's model.ckpt there, or name CompVis/ldm-text2im-large-256")
     read_yaml(yaml)
     check_tokenizer(tokenizer, "vocab.txt", "bert-base-uncased", offline)
 
@@ -159,7 +140,7 @@ def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) 
     kind = next(kinds, "no latent diffusion model with a BERT text encoder")
     advice = "Use text2img-large's model.ckpt here; a Stable Diffusion is read from its hub id or its diffusers folder"
     shape = checkpoint.shapes(SHOWN, kind, advice)
-    _check_buffers(params, checkpoint.weights, yaml)
+    _check_numbers(params, checkpoint.weights, yaml)
     original = {"model": {"params": params}}
     unet_config = names.create_unet_diffusers_config_from_ldm(original, checkpoint.section(UNET))
     unet_config["sample_size"] = LATENT_SIDE  # the library takes every checkpoint for one of 512 pixels
@@ -175,41 +156,14 @@ def read_checkpoint(path: str, yaml: str | None, tokenizer: str, offline: bool) 
     return TextToImageParts(vae, text_encoder, words, unet, schedule, LATENT_SIDE)
 
 
-# ---------------------------------------------------------------------- the YAML
-
-
-def read_yaml(path: str | None) -> dict[str, Any]:
-    """Read the section model.params of a CompVis YAML, with all that the conversion needs.
-
-    Raises:
-        ConfigError: if there is no such file, or a key is missing.
-    """
-    import yaml
-
-    if path is None:
-        raise ConfigError("yaml is missing: a checkpoint file needs its CompVis YAML, such as the one in exps/ldm")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"yaml={path!r}: there is no such file; exps/ldm holds the one of text2img-large") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"yaml={path!r} cannot be read as YAML: {error}") from error
-    for key in (f"model.params.{section}{name}" for section, names in NEEDED.items() for name in names):
-        try:
-            reduce(getitem, key.split("."), content)
-        except (LookupError, TypeError) as error:
-            raise ConfigError(f"yaml={path!r}: {key} is missing; the one in exps/ldm shows all keys") from error
-    return content["model"]["params"]
-
-
-def _check_buffers(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> None:
+def _check_numbers(params: dict[str, Any], weights: dict[str, Tensor], path: str) -> None:
     """Compare the YAML's numbers with those that CompVis keeps beside the weights; no shape would show a mistake."""
     found = {key: float(read(weights[buffer])) for key, (buffer, read) in KEPT.items() if buffer in weights}
     for key, there in found.items():
-        claimed = params[key]
-        if not isinstance(claimed, (int, float)) or abs(claimed - there) > 1e-4 * abs(there):
+        # In half precision the checkpoint's numbers are rounded; those that count are the YAML's.
+        if abs(params[key] - there) > max(1e-4, torch.finfo(weights[KEPT[key][0]].dtype).eps) * abs(there):
             raise ConfigError(
-                f"yaml={path!r} does not belong to this checkpoint: it says model.params.{key}: {claimed}, the "
+                f"yaml={path!r} does not belong to this checkpoint: it says model.params.{key}: {params[key]}, the "
                 f"checkpoint {there:.6g} (in {KEPT[key][0]})"
             )
 

@@ -77,14 +77,18 @@ class PublishedModel:
     index: Literal["model_index.json", "config.json"] = "model_index.json"
 
     def missing(self, folder: Path) -> list[str]:
-        """List files that are absent, each by the best of its names."""
+        """List files that are absent, each by the best of its names.
+
+        Raises:
+            WeightsError: if weights are there that are none, such as pointers of git-lfs.
+        """
         if not (folder / self.index).is_file():
             return [self.index]
-        return [names[0] for names in self.files(folder) if not any((folder / name).is_file() for name in names)]
-
-    def files(self, folder: Path) -> list[list[str]]:
-        """List what a whole folder holds; of each row one file is enough."""
-        return [DIFFUSERS_WEIGHTS] if self.index == "config.json" else layout_of(folder).files
+        rows = [DIFFUSERS_WEIGHTS] if self.index == "config.json" else layout_of(folder).files
+        found = [[folder / name for name in names if (folder / name).is_file()] for names in rows]
+        for best in (paths[0] for paths in found if paths and is_weights_file(paths[0])):
+            check_content(best)
+        return [names[0] for names, paths in zip(rows, found) if not paths]
 
 
 def check_folder(source: str, offline: bool, model: PublishedModel) -> Path | None:
@@ -106,7 +110,7 @@ def check_folder(source: str, offline: bool, model: PublishedModel) -> Path | No
         )
     index = _cached_file(source, model.index)
     if index is not None and not model.missing(index.parent):
-        return _require_whole(index.parent, model)
+        return index.parent
     if offline or not hub_answers():
         raise _absent(source, "nothing is fetched offline" if offline else "the hub does not answer", model)
     return None
@@ -164,10 +168,6 @@ def _require_whole(folder: Path, model: PublishedModel) -> Path:
             f"{folder} is not a whole {model.kind} of diffusers, it lacks {first_names(absent)}: "
             f"copy the files from the published model{hint}"
         )
-    for names in model.files(folder):
-        best = next(folder / name for name in names if (folder / name).is_file())
-        if is_weights_file(best):
-            check_content(best)
     return folder
 
 

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from models.files.diffusers_folder import (
-    LDM_SCHEDULE,
     PublishedModel,
     check_folder,
     fetch_folder,
@@ -126,11 +125,8 @@ def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
             source, local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (SafetensorError, UnpicklingError, *UNREADABLE) as error:
-        keep = "import torch; from models.files.weights import read_weights as read; torch.save(read({0!r}), {0!r})"
-        advice = [f'; or keep its tensors: python -c "{keep.format(str(bin))}"' for bin in Path(source).glob("*.bin")]
-        raise WeightsError(
-            f"{source} cannot be read as {kind}: {first_line(error)}; fetch it again{''.join(advice)}"
-        ) from error
+        advice = "fetch it again, or save the tensors of its .bin alone, if it holds more"
+        raise WeightsError(f"{source} cannot be read as {kind}: {first_line(error)}; {advice}") from error
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if missing or mismatched:
         misshapen = [f"{key} {tuple(there)} instead of {tuple(wanted)}" for key, there, wanted in mismatched]
@@ -143,14 +139,19 @@ def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
 
 
 def _read_schedule(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "scheduler" / "scheduler_config.json", "fetch it again", WeightsError)
-    config.setdefault("prediction_type", "epsilon")  # files of 2022 do not say it
-    schedule = {key: config.get(key) for key in LDM_SCHEDULE}
-    absent = [key for key, value in schedule.items() if value is None]
-    foreign = [key for key in ("trained_betas", "rescale_betas_zero_snr") if config.get(key)]
-    if absent or foreign or schedule["prediction_type"] not in PREDICTIONS:
-        raise WeightsError(
-            f"{folder / 'scheduler'}: noise of this kind is not supported (missing {absent}, unknown {foreign}, "
-            f"prediction_type {schedule['prediction_type']!r}); use a model that predicts {' or '.join(PREDICTIONS)}"
-        )
+    """Read all that the scheduler's file says, for diffusers to make any of its schedulers from."""
+    from diffusers import DDPMScheduler
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path, "fetch it again", WeightsError)
+    # Files of 2022 do not say what is predicted.
+    schedule = {"prediction_type": "epsilon"} | {key: value for key, value in config.items() if key[:1] != "_"}
+    said = {key: schedule.get(key) for key in ("prediction_type", "algorithm_type")}
+    # By an SDE, an image would not follow from its seed alone.
+    if said["prediction_type"] not in PREDICTIONS or str(said["algorithm_type"]).startswith("sde"):
+        raise WeightsError(f"{path}: {said} is not supported; use a model of {' or '.join(PREDICTIONS)}, and no SDE")
+    try:
+        DDPMScheduler.from_config(schedule)
+    except UNREADABLE as error:
+        raise WeightsError(f"{path} makes no noise of diffusers ({first_line(error)}): fetch it again") from error
     return schedule

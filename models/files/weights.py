@@ -18,7 +18,6 @@ from utils.run.errors import WeightsError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts put the weights
-PREFIX = re.compile(r"(module\.|_orig_mod\.)*")  # of DataParallel and torch.compile
 NAMED_AT_MOST = 5  # keys in an error
 # What the readers of PyTorch, transformers and diffusers raise for files that are damaged.
 UNREADABLE = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -29,8 +28,13 @@ def is_weights_file(source: str | Path) -> bool:
     return Path(source).suffix in SUFFIXES
 
 
-def check_weights_file(path: str | Path, key: str = "backbone_weights") -> None:
-    """See that a local weight file is there and of a kind that we read; ``key`` of the config names it.
+def check_weights_file(path: str | Path, key: str = "backbone_weights", hint: str = "") -> None:
+    """See that a local weight file is there and of a kind that we read.
+
+    Args:
+        path: of the file.
+        key: of the config that names it.
+        hint: what the user may do if it is not there.
 
     Raises:
         WeightsError: if it is not, or holds something else than its ending says.
@@ -38,7 +42,7 @@ def check_weights_file(path: str | Path, key: str = "backbone_weights") -> None:
     if not is_weights_file(path):
         raise WeightsError(f"{key}={str(path)!r}: use a file that ends in {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
-        raise WeightsError(f"{key}={str(path)!r}: there is no such file")
+        raise WeightsError(f"{key}={str(path)!r}: there is no such file{hint}")
     check_content(Path(path))
 
 
@@ -51,21 +55,16 @@ def check_content(path: Path) -> None:
     with open(path, "rb") as file:
         start, members = file.read(200), []
     with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        members = archive.namelist()
-    text = " ".join(start.decode(errors="ignore").split())
-    is_safetensors, is_pytorch = start[8:9] == b"{", start.startswith((b"PK", b"\x80"))
-    named_so = path.suffix == SUFFIXES[0]
+        members = [name.rpartition("/")[2] for name in archive.namelist()]
+    text, is_safetensors = " ".join(start.decode(errors="ignore").split()), path.suffix == SUFFIXES[0]
     for is_so, what, remedy in (
         (not start, "empty", "fetch it again"),
         (text.startswith("version https://git-lfs"), "a pointer of git-lfs", "run `git lfs pull` in its folder"),
         (text.isprintable(), f"a text, {text[:60]!r}", "fetch the file itself, and not the page about it"),
-        # Reading it would run its code.
-        (any(name.endswith("/constants.pkl") for name in members), "a TorchScript archive",
-         f"if you trust it, write its weights: torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pth')"),
-        (members and not any(name.endswith("/data.pkl") for name in members),
-         f"a zip archive of {first_names(members)}", "unpack it and name the weights in it"),
-        (is_safetensors and not named_so, "a safetensors file", "let its name end in .safetensors"),
-        (is_pytorch and not is_safetensors and named_so, "a PyTorch file", "let its name end in .pth"),
+        ("constants.pkl" in members, "a TorchScript archive", "save the state_dict() of torch.jit.load(it) alone"),
+        (members and "data.pkl" not in members, f"a zip archive of {first_names(members)}", "unpack it"),
+        (not is_safetensors and start[8:9] == b"{", "a safetensors file", "let its name end in .safetensors"),
+        (is_safetensors and members, "a PyTorch file", "let its name end in .pth"),
     ):  # fmt: skip
         if is_so:
             raise WeightsError(f"{path} is {what}: {remedy}")
@@ -98,12 +97,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         given = next((given[key] for key in WRAPPERS if isinstance(given.get(key), dict)), given)
     tensors = {key: value for key, value in given.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
-        keys = f" with the keys {first_names([*map(str, given)])}" if given else ""
-        raise WeightsError(
-            f"{path} holds a {type(weights).__name__}{keys}, not a dictionary of named tensors: where it was made, "
-            "write the network's state_dict() alone"
-        )
-    return {PREFIX.sub("", key, 1): value for key, value in tensors.items()}
+        what = f"a {type(weights).__name__} {', '.join(map(str, given))[:80]}".strip()
+        raise WeightsError(f"{path} holds {what}, not named tensors: where it was made, save a state_dict() alone")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
 
 
 class PickledObject:
@@ -129,9 +125,8 @@ def _read_file(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is damaged, or is a pickle of more than tensors, and reading it could run foreign code. Fetch it "
-            "again, or, if you trust it, convert it once where the libraries are that wrote it: "
-            "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
+            f"{path} is damaged, or reading it could run foreign code: fetch it again, or, if you trust it, convert it "
+            "where it was made: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
         ) from error
     except (SafetensorError, *UNREADABLE) as error:
         raise WeightsError(f"{path} is no whole file of weights ({first_line(error)}); fetch it again") from error

@@ -26,7 +26,8 @@ class LatentDiffusion(FrozenModel, ABC):
         latent_shape (tuple[int, int, int]): (c, h, w) of a latent.
         vector_size (int): D, length of the vector that stands for one class.
         schedule (dict[str, Any]): what diffusers' schedulers need to know of the noise: num_train_timesteps,
-            beta_start, beta_end, beta_schedule, prediction_type ("epsilon" or "v_prediction").
+            beta_start, beta_end, beta_schedule, prediction_type ("epsilon" or "v_prediction"), and whatever else the
+            model's own scheduler file says, such as timestep_spacing.
     """
 
     @abstractmethod
@@ -68,7 +69,7 @@ class LatentDiffusion(FrozenModel, ABC):
 
         Args:
             zt: (B, c, h, w), of unit scale.
-            t: int64 (B,), time steps.
+            t: (B,), time steps; of a scheduler that has some between two whole ones they are no integers.
             context: of ``context``.
 
         Returns:

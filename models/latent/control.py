@@ -55,7 +55,7 @@ class ControlNetPipeline(TextToImage):
         # Without the safety checker, which blackens some images; texts are embedded once, by `embed`.
         self.pipeline = StableDiffusionControlNetPipeline(
             vae=parts.vae, text_encoder=None, tokenizer=None, unet=parts.unet, controlnet=controlnet,
-            scheduler=DDIMScheduler(**parts.schedule, **DDIM), safety_checker=None, feature_extractor=None,
+            scheduler=DDIMScheduler.from_config(parts.schedule | DDIM), safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
         )  # fmt: skip
         self.pipeline.set_progress_bar_config(disable=True)

@@ -14,9 +14,11 @@ from synth.diffusion import Model
 from utils.data.batches import Batch, Loading, ShuffledBatches
 from utils.data.images import ImageSet
 from utils.data.transforms import match_channels, stack_images, to_unit_range
+from utils.run.errors import ConfigError
 from utils.training.run import Run
 
-# How replay is drawn: diffusers' scheduler and what differs from its defaults. All are deterministic.
+# How replay is drawn: diffusers' scheduler and what differs from its defaults, unless the model's own scheduler file
+# says it. All are deterministic.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     # Latent diffusion's own DDIM visits 981, 961, ..., 1 and ends at the first alpha_bar, not at 1: another offset or
     # end moves the latents visibly.
@@ -31,16 +33,25 @@ def noise_scheduler(schedule: dict[str, Any]):
     """Return what adds noise and makes the target of training."""
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler(**schedule)
+    return DDPMScheduler.from_config(schedule)
 
 
 def sample_scheduler(name: str, schedule: dict[str, Any], steps: int):
-    """Return a deterministic sampler of ``SAMPLERS``, with its time steps set."""
+    """Return a deterministic sampler of ``SAMPLERS``, with its time steps set.
+
+    Raises:
+        ConfigError: if the schedule has not so many steps, or something that this sampler cannot do.
+    """
     import diffusers
 
     kind, settings = SAMPLERS[name]
-    scheduler = getattr(diffusers, kind)(**schedule, **settings)
-    scheduler.set_timesteps(steps)
+    try:
+        scheduler = getattr(diffusers, kind).from_config(settings | schedule)
+        scheduler.set_timesteps(steps)
+    except (ArithmeticError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{steps} steps of scheduler={name!r} do not suit a model with {schedule}: {error}"
+        ) from error
     return scheduler
 
 
@@ -54,7 +65,8 @@ def sample_scheduled(model: Model, zt: Tensor, scheduler) -> Tensor:
     """
     zt = zt * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        predicted = model(scheduler.scale_model_input(zt, t), t.long().expand(len(zt)).to(zt.device))
+        time = t if t % 1 else t.long()  # some schedules have steps between two of training
+        predicted = model(scheduler.scale_model_input(zt, t), time.expand(len(zt)).to(zt.device))
         zt = scheduler.step(predicted, t, zt).prev_sample
     return zt
 

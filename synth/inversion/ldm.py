@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+import math
 from typing import Literal
 
-import yaml
 from pydantic import Field
 
+from models.files.compvis_yaml import flatten, load_yaml
 from models.latent.contract import LatentDiffusion
 from models.latent.text_to_image import Placement, check_text_to_image, load_text_to_image
 from synth import SOURCES
@@ -60,18 +60,16 @@ class LDM(ClassInversion):
 
 def unread(path: str, config: LDM.Config) -> list[str]:
     """Return what DDDR reads from its YAML beside the model, where it differs from the keys that count here."""
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
-    model = content.get("model", {}) if isinstance(content, dict) else {}
-    inversion = model.get("params", {}).get("personalization_config", {}).get("params", {})
-    if not inversion:
+    yaml, inversion = flatten(load_yaml(path)), "model.params.personalization_config.params."
+    if not any(key.startswith(inversion) for key in yaml):
         return []
-    batch_size = content.get("data", {}).get("params", {}).get("batch_size", 1)
-    rate, words = model.get("base_learning_rate"), inversion.get("initializer_words", [config.initializer])
-    said = []
-    if isinstance(rate, float) and abs(rate * batch_size - config.inversion_lr) > 1e-9:
+    rate, batch_size = yaml.get("model.base_learning_rate"), yaml.get("data.params.batch_size", 1)
+    words, vectors = yaml.get(f"{inversion}initializer_words"), yaml.get(f"{inversion}num_vectors_per_token", 1)
+    numbers, said = [value for value in (rate, batch_size) if isinstance(value, (int, float))], []
+    if rate is not None and (len(numbers) < 2 or abs(math.prod(numbers) - config.inversion_lr) > 1e-9):
         said.append(f"a learning rate of {rate} * {batch_size}: synth.inversion_lr={config.inversion_lr}")
-    if config.initializer not in words:
+    if words is not None and config.initializer not in (words if isinstance(words, list) else [words]):
         said.append(f"initializer_words {words}: synth.initializer={config.initializer!r}")
-    if inversion.get("num_vectors_per_token", 1) != 1:
-        said.append(f"num_vectors_per_token {inversion['num_vectors_per_token']}: a class is one vector")
+    if vectors != 1:
+        said.append(f"num_vectors_per_token {vectors}: a class is one vector")
     return said

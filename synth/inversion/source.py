@@ -108,7 +108,9 @@ class ClassInversion(ReplaySource):
 
         Raises:
             WeightsError: if vectors were loaded that were found with another one.
+            ConfigError: if its noise and the sampler do not suit each other.
         """
+        sample_scheduler(self.config.scheduler, model.schedule, self.config.sample_steps)
         fingerprint = model.fingerprint()
         if self._kept.get("model", fingerprint) != fingerprint:
             raise WeightsError(

@@ -137,6 +137,26 @@ def test_a_local_file_of_another_network_is_refused_and_an_absent_one_is_missed_
 
 
 @pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"embed_dim": 32, "num_heads": 2}, r"misshapen: cls_token \(1, 1, 64\) instead of \(1, 1, 32\)"),
+        ({"depth": 2}, "unexpected: blocks.2"),
+        ({"class_token": False, "global_pool": "avg"}, "unexpected: cls_token"),
+    ],
+)
+def test_a_local_file_of_another_size_is_refused_with_what_does_not_fit(published, args, said):
+    with pytest.raises(WeightsError, match=f"model.safetensors does not fit this backbone .*{said}"):
+        build_backbone("test_vit", BackboneOptions(weights=str(published[1]), image_size=160, args=args))
+
+
+def test_a_local_file_of_another_number_of_classes_serves_without_its_classifier(tmp_path):
+    reference = timm.create_model("test_vit", num_classes=7)
+    torch.save({"model": reference.state_dict()}, tmp_path / "seven.pth")
+    backbone = build_backbone("test_vit", BackboneOptions(weights=str(tmp_path / "seven.pth"), image_size=160))
+    torch.testing.assert_close(backbone.network.blocks.state_dict(), reference.blocks.state_dict())
+
+
+@pytest.mark.parametrize(
     ("name", "options"), [("resnet20", {}), ("test_vit", {"image_size": 32, "args": {"depth": 2}})]
 )
 def test_a_backbone_reads_back_what_it_saved_also_with_arguments(tmp_path, name, options):

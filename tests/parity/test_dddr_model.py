@@ -1,5 +1,6 @@
 """DDDR's frozen text-to-image model (arXiv:2409.01128) against diffusers' pipelines and formulas written by hand."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 import yaml
 
 from models.files.diffusers_folder import LAYOUTS
+from models.files.diffusers_parts import _read_schedule
 from models.latent.text_to_image import TextToImage, load_text_to_image
 from synth.diffusion import classifier_free
-from synth.inversion.latents import sample_scheduled, sample_scheduler
+from synth.inversion.latents import SAMPLERS, sample_scheduled, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
 from tests.support.tiny_ldm import tiny_ldm, tiny_ldm_folder, tiny_stable_diffusion
 from utils.training import seeding
@@ -115,6 +117,41 @@ def test_images_are_those_of_the_librarys_pipeline(pair, guidance):
         ours = model.decode(sample_scheduled(classifier_free(conditional, unconditional, guidance), noise, scheduler))
     expected = torch.from_numpy(theirs).permute(0, 3, 1, 2)
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=1e-4)
+
+
+# What the scheduler's file of Stable Diffusion 1.5 says, and what files of other models say beside it.
+SD15 = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+SPACED = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "final_sigmas_type": "sigma_min"}
+KARRAS = {"timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": True, "set_alpha_to_one": True}
+BETWEEN = {"timestep_spacing": "linspace", "thresholding": True, "clip_sample": True}
+
+
+@pytest.mark.parametrize("said", [{}, SPACED, KARRAS, BETWEEN, {"trained_betas": [0.01] * 1000}])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_stable_diffusion_is_drawn_by_the_librarys_schedulers_made_from_its_own_file(tmp_path, name, said):
+    import diffusers
+
+    config = SD15 | said
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    kind, own = SAMPLERS[name]
+    # Where the file says no spacing, Euler's sampler visits whole steps here, as it always did.
+    theirs = getattr(diffusers, kind).from_config((own if name == "euler" else {}) | config)
+    theirs.set_timesteps(7)
+    ours = sample_scheduler(name, _read_schedule(tmp_path), 7)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=0)
+    noise, times = torch.randn(2, 4, 8, 8, generator=seeding.generator("noise")), []
+    theirs_zt = noise * theirs.init_noise_sigma
+    for t in theirs.timesteps:
+        model_input = theirs.scale_model_input(theirs_zt, t)
+        theirs_zt = theirs.step(model_input / 2, t, theirs_zt).prev_sample
+    found = sample_scheduled(lambda zt, t: times.append(t[0].item()) or zt / 2, noise, ours)
+    torch.testing.assert_close(found, theirs_zt, rtol=0, atol=0)
+    assert times == theirs.timesteps.tolist()
 
 
 def test_latents_are_the_scaled_posterior(pair):

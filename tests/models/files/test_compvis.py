@@ -1,5 +1,6 @@
 """A checkpoint of CompVis' code becomes diffusers' networks with the same outputs, or is refused with the reason."""
 
+import re
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from models.files.compvis import TEXT, UNET, VAE, read_yaml
+from models.files.compvis import TEXT, UNET, VAE
+from models.files.compvis_yaml import read_yaml
 from models.latent.text_to_image import TextToImage, check_text_to_image, load_text_to_image
 from tests.support.tiny_compvis import compvis_weights, compvis_yaml, write_compvis
 from tests.support.tiny_ldm import tiny_ldm
@@ -100,13 +102,84 @@ def test_schedule_is_the_yamls_and_images_have_256_pixels_whatever_it_says(files
     [
         ("linear_end", 0.02, r"linear_end: 0.02, the checkpoint 0.012 \(in betas\)"),
         ("timesteps", 500, r"timesteps: 500, the checkpoint 1000"),
-        ("linear_start", "5e-3", r"linear_start: 5e-3, the checkpoint"),  # to YAML 1.1 this is a text
     ],
 )
 def test_a_yaml_that_contradicts_the_checkpoint_is_told_so(files, key, value, message):
     rewrite_yaml(files, key, value)
     with pytest.raises(ConfigError, match=f"does not belong to this checkpoint: it says model.params.*{message}"):
         load(files)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_in_half_precision_has_rounded_weights_and_the_yamls_own_noise(files, weights, model, dtype):
+    rewrite_weights(files, {key: value.to(dtype) for key, value in weights.items()})
+    half = load(files)
+    assert half.schedule == model.schedule
+    zt, t, context = torch.ones(1, 4, 8, 8), torch.tensor([500]), torch.ones(1, 77, 32)
+    torch.testing.assert_close(half.predict(zt, t, context), model.predict(zt, t, context), rtol=0, atol=0.05)
+    rewrite_yaml(files, "linear_start", 0.0009)  # further off than any rounding
+    with pytest.raises(ConfigError, match=r"linear_start: 0\.0009, the checkpoint 0.00085"):
+        load(files)
+
+
+UNET_KEY, VAE_KEY, TEXT_KEY = "unet_config.params.", "first_stage_config.params.", "cond_stage_config."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (UNET_KEY + "num_head_channels", 8, "should be -1"),  # would count before num_heads
+        (UNET_KEY + "num_heads", -1, "greater than 0"),
+        (UNET_KEY + "num_heads", "8 heads", "valid integer"),
+        (UNET_KEY + "use_spatial_transformer", False, "should be True"),
+        (UNET_KEY + "num_classes", 10, "should be None"),
+        (UNET_KEY + "use_scale_shift_norm", True, "should be False"),
+        (UNET_KEY + "resblock_updown", True, "should be False"),
+        (UNET_KEY + "dims", 3, "should be 2"),
+        (UNET_KEY + "transformer_depth", [1], "valid integer"),
+        (UNET_KEY + "channel_mult", [1, "a"], "valid integer"),
+        (UNET_KEY + "context_dim", None, "valid integer"),
+        (VAE_KEY + "embed_dim", 3, "should be 4"),
+        (VAE_KEY + "ddconfig.double_z", False, "should be True"),
+        (VAE_KEY + "ddconfig.attn_resolutions", [16], "at most 0 items"),
+        (VAE_KEY + "ddconfig.ch_mult", 1, "valid list"),
+        (TEXT_KEY + "params.max_seq_len", 64, "should be 77"),
+        (TEXT_KEY + "target", "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "should be 'ldm.*BERTEmbedder'"),
+        ("first_stage_config.target", "ldm.models.autoencoder.VQModelInterface", "should be 'ldm.*AutoencoderKL'"),
+        ("parameterization", "x0", "should be 'eps'"),
+        ("parameterization", "v", "should be 'eps'"),
+        ("beta_schedule", "sqrt_linear", "should be 'linear'"),
+        ("conditioning_key", "concat", "should be 'crossattn'"),
+        ("original_elbo_weight", 0.1, "should be 0"),
+        ("scale_by_std", True, "should be False"),
+        ("use_ema", True, "should be False"),
+        ("linear_start", "5e-3 ", "valid number"),
+        ("scale_factor", 0, "greater than 0"),
+        ("timesteps", "many", "valid integer"),
+    ],
+)
+def test_a_yaml_of_a_model_that_is_not_ours_to_draw_with_is_refused_by_key_and_value(files, key, value, message):
+    rewrite_yaml(files, key, value)
+    shown = re.escape(f"model.params.{key}: {value!r}")
+    with pytest.raises(ConfigError, match=f"model.yaml'?: {shown} is not ours: .*{message}"):
+        check_text_to_image(**files, offline=True)
+
+
+def test_a_key_that_the_unet_does_not_know_is_refused_with_the_nearest(files):
+    rewrite_yaml(files, UNET_KEY + "num_haeds", 4)
+    with pytest.raises(ConfigError, match=r"unknown key 'model.params.unet_config.params.num_haeds'.*num_heads"):
+        check_text_to_image(**files, offline=True)
+
+
+def test_what_compvis_says_beside_the_networks_does_no_harm(files, model):
+    for key, value in {
+        "original_elbo_weight": 0.0, "num_timesteps_cond": 1, "monitor": "val/loss", "use_ema": False, "channels": 4,
+        "scheduler_config": {"target": "a", "params": {"f": [1.0]}}, "beta_schedule": "linear",
+        UNET_KEY + "legacy": True, UNET_KEY + "num_head_channels": -1, UNET_KEY + "use_checkpoint": True,
+        VAE_KEY + "lossconfig": {"target": "torch.nn.Identity"}, TEXT_KEY + "params.max_seq_len": 77,
+    }.items():  # fmt: skip
+        rewrite_yaml(files, key, value)
+        check_text_to_image(**files, offline=True)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +243,7 @@ def test_a_weight_that_is_missing_or_has_no_place_is_named(files, weights, key, 
     [
         ("cond_stage_model.transformer.text_model.embeddings.position_ids", r"Stable Diffusion 1\.x"),
         ("cond_stage_model.model.ln_final.weight", r"Stable Diffusion 2\.x"),
-        ("conditioner.embedders.0.transformer.weight", "Stable Diffusion XL"),
+        ("conditioner.embedders.0.transformer.weight", "no latent diffusion model with a BERT text encoder"),
         ("layer1.0.conv1.weight", "no latent diffusion model with a BERT text encoder"),
     ],
 )
@@ -185,8 +258,8 @@ def test_another_architecture_is_named(files, weights, key, kind):
     ("change", "message"),
     [
         ({"yaml": None}, "yaml is missing: a checkpoint file needs its CompVis YAML"),
-        ({"yaml": "nowhere.yaml"}, "yaml='nowhere.yaml': there is no such file; exps/ldm holds the one"),
-        ({"source": "no/model.ckpt"}, "no such file. Put text2img-large's model.ckpt there, or name the hub id"),
+        ({"yaml": "nowhere.yaml"}, "yaml='nowhere.yaml' is unreadable .*No such file.*see exps/ldm"),
+        ({"source": "no/model.ckpt"}, "no such file. Put text2img-large's model.ckpt there, or name CompVis"),
         ({"tokenizer": "tests"}, "tokenizer='tests' is no folder with a vocab.txt"),
         ({"tokenizer": "models/bert/none"}, "tokenizer='models/bert/none' is no folder with a vocab.txt"),
         ({"tokenizer": "nobody/none"}, "is no folder with a vocab.txt, nor is it in the hub's cache, and nothing"),
@@ -200,8 +273,17 @@ def test_what_is_absent_is_said_before_any_weights_are_read(files, change, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: [", "cannot be read as YAML"),
-        ("just words", "model.params.unet_config.params.model_channels is missing"),
+        ("model: [", "is unreadable"),
+        ("model:\n\tparams: 1", "is unreadable .*cannot start any token"),
+        ("[" * 3000 + "]" * 3000, "is unreadable .maximum recursion"),
+        ("model: !!python/object/apply:os.system [exit 1]", "is unreadable .*constructor"),
+        (
+            "a: &a [x, x]\nb: [*a, *a]",
+            r"is unreadable .what \*name stands for may be of any size: write it out",
+        ),
+        ("just words", "holds a str, not sections"),
+        ("- model", "holds a list, not sections"),
+        ("model: 3", "model.params.unet_config.params.model_channels is missing"),
         ("model: {params: {}}", "model.params.unet_config.params.model_channels is missing"),
         (None, "model.params.unet_config.params.num_heads is missing"),
     ],

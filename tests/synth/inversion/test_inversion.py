@@ -160,6 +160,18 @@ def test_every_sampler_finds_the_only_latent_that_the_model_knows(name, predicti
     assert_close(sample_scheduled(model, noise, scheduler), z0.expand(3, -1, -1, -1), rtol=0, atol=0.15)
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [({"timestep_spacing": "odd"}, "not supported"), ({"num_train_timesteps": 20}, "cannot be larger than"),
+     ({"beta_schedule": "none"}, "none is not")],
+)  # fmt: skip
+def test_a_model_whose_noise_the_sampler_cannot_follow_is_refused_when_it_comes(tmp_path, said, message):
+    source, model = make_inversion(tmp_path, scheduler="ddim", sample_steps=50), tiny_model()
+    model.schedule |= said
+    with pytest.raises(ConfigError, match=f"50 steps of scheduler='ddim' do not suit a model with .*{message}"):
+        source.use(model)
+
+
 def test_a_chunk_that_does_not_fit_in_memory_is_halved_once_and_for_all(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
     source = fitted(tmp_path, sample_batch=8)

@@ -85,6 +85,11 @@ def test_an_initializer_of_several_tokens_is_refused_before_training(tmp_path):
     [
         ({}, []),
         ({"base_learning_rate": 1e-3}, ["a learning rate of 0.001 * 4: synth.inversion_lr=0.02"]),
+        (
+            {"base_learning_rate": "5e-3"},
+            ["a learning rate of 5e-3 * 4: synth.inversion_lr=0.02"],
+        ),
+        ({"initializer_words": "sculpture"}, []),
         ({"initializer_words": ["bird"]}, ["initializer_words ['bird']: synth.initializer='sculpture'"]),
         ({"num_vectors_per_token": 2}, ["num_vectors_per_token 2: a class is one vector"]),
     ],
@@ -96,6 +101,28 @@ def test_what_a_yaml_says_and_nobody_reads_is_known(tmp_path, changes, said):
     model["params"] = {"personalization_config": {"params": inversion}}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": model, "data": {"params": {"batch_size": 4}}}))
     assert unread(str(tmp_path / "model.yaml"), LDM.Config.parse({"name": "ldm"})) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 3000 + "]" * 3000, "is unreadable"),
+        ("a: &a [x]\nb: *a", "is unreadable"),
+        ("- model", "holds a list"),
+        (None, "is unreadable .*No such file"),
+    ],
+)
+def test_a_broken_yaml_beside_a_folder_is_refused_when_the_source_is_made(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "model.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"model.yaml' {message}"):
+        make_ldm(tmp_path, ldm_ckpt=tiny_ldm_folder(), yaml=str(tmp_path / "model.yaml"))
+
+
+@pytest.mark.parametrize("model", [{"params": 3}, {"params": {"personalization_config": [1]}}, None])
+def test_a_yaml_without_an_inversion_says_nothing(tmp_path, model):
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": model}))
+    assert unread(str(tmp_path / "model.yaml"), LDM.Config.parse({"name": "ldm"})) == []
 
 
 def test_the_yaml_that_comes_with_us_contradicts_nothing():
