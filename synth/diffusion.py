@@ -64,17 +64,17 @@ def respace(process: Process, spacing: str | int, key: str = "timestep_respacing
     Args:
         process: of T steps.
         spacing: "ddimN" takes the smallest integer stride that gives exactly N steps from 0 on; a number N spreads
-            N steps evenly from 0 to T - 1.
-        key: whose value it is, for messages.
+            N steps evenly from 0 to T - 1; empty: all steps.
+        key: says in a message whose value it is.
 
     Raises:
         ConfigError: if no integer stride gives N steps, or N is not in 1..T.
     """
-    total, text = len(process), str(spacing)
+    total, text = len(process), str(spacing) or str(len(process))
     number = re.fullmatch("(?:ddim)?([0-9]{1,9})", text)
     count = int(number[1]) if number else 0
     if not 1 <= count <= total:
-        raise ConfigError(f"{key}={shown(text)}: use 1 to {total}, or ddimN with such an N")
+        raise ConfigError(f"{key}={shown(text)}: use 1 to {total}, or ddimN with such an N; empty: all steps")
     kept = np.linspace(0, total - 1, count).round().astype(int)
     if text.startswith("ddim"):
         kept = np.arange(0, total, -(-total // count))  # the smallest stride that gives no more than N

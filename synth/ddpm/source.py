@@ -67,6 +67,7 @@ class DDPM(ReplaySource):
 
         image_size: Side | None = Field(None, description="side in pixels; null: the data set's own")
         attention_resolutions: list[int] | None = Field(None, description="sides with attention, not attention_levels")
+        # Another number without betas scales both by 1000 / diffusion_steps, as GUIDE does: see words.py
         diffusion_steps: int = Field(1000, ge=1, le=10**5, description="time steps of the full process")
         beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
         beta_end: float = Field(2e-2, gt=0, lt=1, description="variance of the last step")
@@ -82,7 +83,7 @@ class DDPM(ReplaySource):
         init_weights: Place | None = Field(None, description="folder of a DDPM whose average starts it")
         clip_x0: bool = Field(True, description="clamp predicted images to their range at every step of sampling")
         sampler: Literal["ddim", "ddpm"] = Field("ddim", description="how replay is drawn")
-        timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread from end to end")
+        timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread; empty: all")
         guidance: Factor = Field(0.0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
         label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training for guidance")
         # Old classes in its training come from the learner's replay, or it draws them itself from its raw weights.
@@ -111,8 +112,7 @@ class DDPM(ReplaySource):
         flip = AUGMENTATIONS[dataset.augmentation].flip if config.flip is None else config.flip
         self.transform = DiffusionTransform(size, flip)
         self.process = linear_process(config.diffusion_steps, config.beta_start, config.beta_end)
-        train_steps = config.train_respacing or config.diffusion_steps
-        self.train_process = respace(self.process, train_steps, "synth.train_respacing")
+        self.train_process = respace(self.process, config.train_respacing, "synth.train_respacing")
         respace(self.process, config.timestep_respacing, "synth.timestep_respacing")  # what does not fit is said now
         self.wants_past = config.rehearsal == "replay"
         seeding.seed_everything(run.seed, "ddpm")
@@ -179,7 +179,8 @@ class DDPM(ReplaySource):
         config, old = self.config, sorted(self.fitted_classes)
         count = (config.gr_n_generated_examples_per_task or num_images) * task.index
         if config.counts == "reference":
-            count = math.ceil(count / config.batch_size) * config.batch_size  # GUIDE draws whole batches
+            # GUIDE draws batch after batch, whole ones, and where it needs less than one, a smaller one.
+            count += -count % min(config.batch_size, count)
         chance = seeding.generator(self.run.seed, task.index, "rehearsal")
         labels = draw_labels(old, count, chance, balanced=config.counts == "balanced")
         log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)

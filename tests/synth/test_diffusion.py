@@ -72,6 +72,8 @@ def test_a_subset_can_be_thinned_again():
         ("fast", "use 1 to 1000"),
         ("-5", "use 1 to 1000"),
         ("2.5", "use 1 to 1000"),
+        ("²", "use 1 to 1000"),  # a digit, and no number
+        ("250,250", "use 1 to 1000"),
     ],
 )
 def test_a_spacing_that_cannot_be_is_a_config_error(spacing, said):
