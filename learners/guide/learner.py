@@ -17,7 +17,7 @@ from learners.guide.batches import RenewedBatches
 from learners.guide.guidance import log_likelihood
 from learners.guide.picture import picture
 from learners.guide.replay import Guided
-from synth.ddpm.words import drop_switches
+from synth.ddpm.words import complete, drop_switches
 from synth.diffusion import Bend
 from synth.requests import Requests
 from utils.data.batches import Batch
@@ -68,19 +68,17 @@ class GUIDE(Learner):
 
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
-            """Read GUIDE's flags of the classifier run.
+            """Read GUIDE's flags of the classifier run; those that its command leaves out have its defaults.
 
             Raises:
-                ConfigError: if ``depth`` is not 18, a switch has a value that is not there, or classes per task are
-                    given by ``num_tasks``.
+                ConfigError: if ``depth`` is not 18, a switch has a value that is not there, or a command leaves out a
+                    flag whose default is not known.
             """
             given = {key: value for key, value in drop_switches(raw).items() if value is not None or key == "synth"}
-            if str(given.pop("depth", 18)) != "18":
-                raise ConfigError("depth: only 18 is there, the published one; other networks go by convnet_type")
-            if "num_tasks" in given:
-                raise ConfigError(f"num_tasks={raw['num_tasks']!r}: give init_cls and increment, classes / num_tasks")
+            if str(depth := given.pop("depth", 18)) != "18":
+                raise ConfigError(f"{depth=}: only 18 is there, the published one; other networks go by convnet_type")
             given.pop("lr", None)  # the diffusion run's, which GUIDE's command of the classifier names to no effect
-            return given
+            return given if raw.get("cl_method") is None else complete(given, "classifier")
 
         @model_validator(mode="after")
         def _one_gradient_with_a_scale(self) -> GUIDE.Config:

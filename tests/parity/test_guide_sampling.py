@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from learners.guide.guidance import log_likelihood
+from synth import build_source_config
 from synth.diffusion import Process, linear_process, respace, sample_ddim
 
 ROWS = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 2, 2.0]])
@@ -82,6 +83,20 @@ def test_p1_schedule():
 
 
 @pytest.mark.parametrize(
+    ("steps", "first", "last", "alpha_bar"),
+    # GUIDE: betas from 0.001 to 0.02 times 1000 / diffusion_steps; the products were taken in NumPy, float64
+    [(1000, 0.001, 0.02, 2.565152e-5), (100, 0.01, 0.2, 1.255497e-05), (250, 0.004, 0.08, 2.054298e-05)],
+)
+def test_p1_a_shorter_schedule_has_larger_betas(steps, first, last, alpha_bar):
+    config = build_source_config({"name": "ddpm", "diffusion_steps": steps})
+    process = linear_process(steps, config.beta_start, config.beta_end)
+    assert process.betas[[0, -1]].tolist() == pytest.approx([first, last], rel=1e-9)
+    assert process.alpha_bar[-1].item() == pytest.approx(alpha_bar, rel=1e-6)
+    said = build_source_config({"name": "ddpm", "diffusion_steps": steps, "beta_end": 0.02})
+    assert (said.beta_start, said.beta_end) == (0.001, 0.02)  # a file that gives betas says all of its schedule
+
+
+@pytest.mark.parametrize(
     ("spacing", "first", "last"),
     [
         ("ddim50", [0, 20, 40], [960, 980]),
@@ -92,11 +107,12 @@ def test_p1_schedule():
         ("ddim40", [0, 25], [975]),
         ("250", [0, 4, 8, 12, 16, 20], [979, 983, 987, 991, 995, 999]),  # without the prefix: from end to end
         ("50", [0, 20, 41, 61, 82, 102], [979, 999]),
+        ("", [0, 1, 2], [998, 999]),  # the parser's default: all of them
     ],
 )
 def test_p2_kept_time_steps(spacing, first, last):
     kept = respace(PROCESS, spacing).timesteps.tolist()
-    assert len(kept) == int(spacing.removeprefix("ddim"))
+    assert len(kept) == int(spacing.removeprefix("ddim") or 1000)
     assert (kept[: len(first)], kept[-len(last) :]) == (first, last)
 
 

@@ -37,6 +37,7 @@ class Words:
         switches: keys that turn the source on; None: each of them does.
         off: what a file says without a source where none of these keys turns one on; None: they stay as they are.
         idle: keys that are accepted and do nothing.
+        read: rewrites a whole file in the original's words, before anything else looks at it.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Words:
     switches: tuple[str, ...] | None = None
     off: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     idle: frozenset[str] = frozenset()
+    read: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 WORDS: list[Words] = []  # every room that has some appends its own
@@ -152,6 +154,8 @@ def translate(raw: dict[str, Any]) -> dict[str, Any]:
         ConfigError: for keys that contradict each other, or that belong to another source than the one named.
     """
     raw = _rename(raw)
+    for words in WORDS:
+        raw = words.read(raw)
     synth = raw.get("synth")
     for words in WORDS:
         given = [key for key in words.keys if key in raw]

@@ -36,7 +36,7 @@ def pixels(images):
         ({"classifier_scale_min_new": "fast"}, "classifier_scale_min_new='fast'.*number"),
         ({"classifier_scale_min_new": -1}, "classifier_scale_min_new=-1.*greater than or equal to 0"),
         ({"classifier_scale_max_new": 0.5}, "classifier_scale_min_new=1.0 is above its max, 0.5"),
-        ({"depth": 34}, "depth: only 18"),
+        ({"depth": 34}, "depth=34: only 18"),
         ({"negate_old_grad": True}, "negate_old_grad=true acts with use_old_grad"),
         ({"num_res_blocks": 2.5}, "synth.num_res_blocks=2.5: use a whole number"),
         ({"cl_method": "other"}, "cl_method='other': only generative_replay and"),
@@ -48,7 +48,9 @@ def pixels(images):
         ({"synth": {"name": "ldm"}}, "'ldm' does not allow: choose synth.name=ddpm"),  # it cannot be guided
         ({"synth": {"name": "small_ldm"}}, "'small_ldm' does not allow: choose synth.name=ddpm"),
         ({"embedding_kind": "none"}, "embedding_kind='none': only concat_time_1hot"),
-        ({"timestep_respacing": "ddim60"}, "timestep_respacing='ddim60': no integer stride"),
+        ({"timestep_respacing": "ddim60"}, "^timestep_respacing='ddim60': no integer stride"),
+        ({"synth": {"name": "ddpm", "timestep_respacing": "0"}}, "^synth.timestep_respacing='0': use 1 to 1000"),
+        ({"synth": {"name": "ddpm", "train_respacing": "ddim60"}}, "^synth.train_respacing='ddim60': no integer"),
         ({"batch_size": 2}, "batch_size=2: the last of 3 tasks gets no real image"),
     ],
 )
