@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,37 +29,50 @@ from utils.run.errors import DataError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-
 
 def decode_image(path: str | Path) -> Tensor:
-    """Read one file as uint8 (C, H, W): C is 1 for grey files and 3 for all others (alpha is dropped).
+    """Read one file as uint8 (C, H, W): C is 1 for grey files and 3 for all others.
+
+    Grey of 16 bits keeps its upper 8. In grey of 32 bits, integers are levels from 0 to 255 and floats lie in [0, 1].
+    The rest is as torchvision's ImageFolder has it, with which PyCIL reads: palettes and CMYK become RGB, alpha is
+    dropped, of several frames the first is read, and EXIF's orientation is not followed.
 
     Raises:
-        DataError: if the file cannot be decoded; the message names it.
+        DataError: if the file cannot be decoded, or has 32 bits beyond these ranges; the message names it.
     """
-    with _opened(path) as image:
-        if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
-            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    with _readable(path), Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            image = Image.fromarray(_to_levels(np.asarray(image), image))
         return pil_to_tensor(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
+def _to_levels(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Bring grey of 16 or 32 bits, which convert() would clip, to uint8."""
+    if image.mode.startswith("I;16") or image.format == "PNG":  # whose 16 bits are mode "I" in an older PIL
+        return (values >> 8).astype(np.uint8)
+    most = 1 if image.mode == "F" else 255
+    if not ((values >= 0) & (values <= most)).all():  # nor if some are not numbers
+        raise ValueError(f"its 32 bits hold more than 0 to {most}, on a scale of their own; save it with 8 or 16 bits")
+    return (values * (255 // most)).round().astype(np.uint8)
+
+
 def read_header(path: str) -> tuple[int, int, bool]:
-    """Return height, width and whether the image has one channel, as its file says, without decoding it.
+    """Return height, width and whether the image has one channel, as its file says; only 32 bits are decoded.
 
     Raises:
-        DataError: if it is no image; the message names it.
+        DataError: if it is no image, or has 32 bits beyond the ranges of `decode_image`; the message names it.
     """
-    with _opened(path) as image:
+    with _readable(path), Image.open(path) as image:
+        if image.mode in ("I", "F"):
+            decode_image(path)
         return image.height, image.width, image.mode in ("1", "L")
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _readable(path: str | Path) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError) as error:
+        yield
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the image {path}: {error}; replace or delete the file") from error
 
 

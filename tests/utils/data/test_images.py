@@ -1,12 +1,15 @@
 """Images at every border: uint8 tensors or files, in parts, with labels."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from utils.data.images import FeatureSet, ImageSet, decode_image
+from utils.data.images import FeatureSet, ImageSet, decode_image, read_header
 from utils.run.errors import DataError
 
 
@@ -35,6 +38,70 @@ def test_a_file_is_grey_or_rgb_and_a_png_decoded_without_loss(tmp_path, mode, ch
     pixels = decode_image(save(tmp_path, "image.png", array, mode))
     assert pixels.shape == (channels, 5, 4) and pixels.dtype == torch.uint8
     assert mode != "RGB" or torch.equal(pixels, torch.from_numpy(array).permute(2, 0, 1))
+
+
+def of_mode(mode, values) -> Image.Image:
+    """An image of one row, whose raw bytes are those of the values."""
+    return Image.frombytes(mode, (len(values), 1), values.tobytes())
+
+
+WIDE = np.array([0, 255, 256, 65535])  # of 16 bits
+RED_THEN_BLUE = [Image.new("RGB", (1, 1), colour) for colour in ("red", "blue")]
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # to be shown on its side
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "pixels"),
+    [
+        ("16.png", of_mode("I;16", WIDE.astype("<u2")), {}, [0, 0, 1, 255]),
+        ("16.tif", of_mode("I;16", WIDE.astype("<u2")), {}, [0, 0, 1, 255]),
+        ("16b.tif", of_mode("I;16B", WIDE.astype(">u2")), {}, [0, 0, 1, 255]),
+        ("int.tif", Image.fromarray(np.int32([[0, 1, 128, 255]])), {}, [0, 1, 128, 255]),
+        ("float.tif", Image.fromarray(np.float32([[0, 0.2, 0.5, 1]])), {}, [0, 51, 128, 255]),
+        ("1.png", Image.fromarray(np.array([[False, True]])), {}, [0, 255]),
+        ("la.png", Image.new("LA", (1, 1), (90, 7)), {}, [90, 90, 90]),
+        ("rgba.png", Image.new("RGBA", (1, 1), (10, 20, 30, 0)), {}, [10, 20, 30]),  # the colour behind the glass
+        ("p.png", Image.new("RGB", (1, 1), (10, 20, 30)).quantize(2), {"transparency": 0}, [10, 20, 30]),
+        ("cmyk.tif", Image.new("CMYK", (1, 1), (255, 0, 51, 0)), {}, [0, 255, 204]),
+        ("pages.tif", RED_THEN_BLUE[0], {"save_all": True, "append_images": RED_THEN_BLUE[1:]}, [255, 0, 0]),
+        ("moves.webp", RED_THEN_BLUE[0],
+         {"save_all": True, "append_images": RED_THEN_BLUE[1:], "lossless": True}, [255, 0, 0]),
+        ("turned.png", Image.fromarray(np.uint8([[10, 20]])), {"exif": TURNED}, [10, 20]),  # as ImageFolder reads it
+    ],
+)  # fmt: skip
+def test_every_kind_of_file_becomes_8_bits_in_one_way(tmp_path, name, image, options, pixels):
+    image.save(tmp_path / name, **options)
+    assert decode_image(tmp_path / name).flatten().tolist() == pixels
+    assert read_header(tmp_path / name)[:2] == (image.height, image.width)
+
+
+@pytest.mark.parametrize(
+    ("values", "most"),
+    [
+        (np.float32([[0, 255]]), 1),
+        (np.float32([[0, -0.1]]), 1),
+        (np.float32([[0, np.nan]]), 1),
+        (np.int32([[0, 256]]), 255),
+        (np.int32([[-1, 0]]), 255),
+    ],
+)
+def test_32_bits_without_a_common_scale_are_refused_before_and_while_they_are_read(tmp_path, values, most):
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    for read in (read_header, decode_image):
+        with pytest.raises(DataError, match=rf"deep\.tif: its 32 bits hold more than 0 to {most}, .*; save it with 8"):
+            read(tmp_path / "deep.tif")
+
+
+def test_a_file_that_says_it_is_monstrous_is_named(tmp_path):
+    path = save(tmp_path, "vast.png", np.zeros((2, 2), np.uint8))
+    content = bytearray((tmp_path / "vast.png").read_bytes())
+    content[16:24] = struct.pack(">II", 60_000, 60_000)  # width and height
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "vast.png").write_bytes(content)
+    for read in (read_header, decode_image):
+        with pytest.raises(DataError, match=r"vast\.png: Image size \(3600000000 pixels\) exceeds"):
+            read(path)
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "text", "cut off"])
