@@ -17,6 +17,7 @@ from torchvision.utils import make_grid
 from synth.base import ReplaySource
 from synth.requests import Requests
 from utils.data.images import ImageSet, encode_image
+from utils.data.listing import list_images
 from utils.data.transforms import stack_images
 from utils.run.config import SourceConfig
 from utils.run.errors import BankError
@@ -185,8 +186,9 @@ def stems_of(requests: Requests) -> list[str]:
 
 
 def found_images(folder: Path) -> list[str]:
-    """Return the names of all files below a folder that are called as drawn images are."""
-    return sorted(filter(NAME.fullmatch, (path.relative_to(folder).as_posix() for path in folder.glob("*/*"))))
+    """Return the names of all files below a folder that are called as drawn images are; none if it is not there."""
+    paths = list_images(folder) if folder.is_dir() else []
+    return sorted(filter(NAME.fullmatch, (Path(path).relative_to(folder).as_posix() for path in paths)))
 
 
 def save_image(path: Path, image: Tensor, config: SourceConfig) -> Path:

@@ -149,6 +149,8 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
 
 def test_a_finished_run_is_classified_with_and_compared(finished, tmp_path, capsys):
     make_folders(tmp_path / "mine")
+    (tmp_path / "mine" / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "mine" / "train" / ".ipynb_checkpoints" / "0.png").write_bytes(b"hidden")
     assert predict(["--run", str(finished / "seed_1"), "--images", str(tmp_path / "mine"), "--device", "cpu"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 9
     assert compare.main([str(finished)]) == 0

@@ -17,7 +17,8 @@ from learners.run.configure import build_config
 from learners.run.state import restore_learner
 from synth.replay import Replay
 from utils.data.datasets import DATASETS
-from utils.data.images import IMAGE_SUFFIXES, ImageSet, Part, decode_image
+from utils.data.images import ImageSet, Part, decode_image
+from utils.data.listing import IMAGE_SUFFIXES, list_images
 from utils.data.transforms import match_channels
 from utils.run.command import exit_code
 from utils.run.errors import CheckpointError, DataError
@@ -85,7 +86,7 @@ def print_classes(args: argparse.Namespace) -> int:
     """Print a row of CSV for every image file below a folder, sorted."""
     seeds = sorted(args.run.glob("seed_*"))
     learner, names = load_learner(seeds[0] if seeds else args.run, [args.device] if args.device else None)
-    paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(map(Path, list_images(args.images)))
     if not paths:
         raise DataError(f"no images below {args.images}: looked for {', '.join(IMAGE_SUFFIXES)}")
     rows = classify(learner, names, paths)

@@ -1,19 +1,20 @@
 """Replay images on disk: drawn once, handed out in order, and refused where they are not this run's."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from synth.bank import Bank
-from synth.drawing import preview
+from synth.drawing import found_images, preview
 from synth.replay import Given, Redrawn, Stored
 from tests.support.toy import toy_dataset
 from tests.support.toy_sources import Remembers
 from utils.data.images import ImageSet, decode_image, encode_image
 from utils.data.manager import DataManager, Split
 from utils.run.config import SourceConfig
-from utils.run.errors import BankError
+from utils.run.errors import BankError, DataError
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
@@ -116,6 +117,18 @@ def test_too_few_given_images_are_refused_with_folder_and_counts(tmp_path, act):
     arguments = {"require": [], "past": [replay.data.task(1)], "drawn_of_new": [replay.data.task(0)]}[act]
     with pytest.raises(BankError, match=r'need_syn_imgs=false, but .*task_0 has {"0": 2, "1": 2} .* 3 are wanted'):
         getattr(replay, act)(*arguments)
+
+
+def test_hidden_images_are_not_adopted_and_a_pipe_is_named(tmp_path):
+    put_images(tmp_path, 3)
+    folder = tmp_path / "bank" / "task_0"
+    (folder / "0" / ".ipynb_checkpoints").mkdir()
+    for name in ("._0-3.png", ".ipynb_checkpoints/0-0.png"):
+        (folder / "0" / name).write_bytes(b"no image")
+    assert found_images(folder) == [f"{label}/{label}-{i}.png" for label in (0, 1) for i in range(3)]
+    os.mkfifo(folder / "0" / "0-3.png")
+    with pytest.raises(DataError, match=r"0-3\.png is no file that could be read"):
+        given(tmp_path, adopt_syn_images=True).past(TASKS.task(1))
 
 
 def test_the_first_images_are_adopted_and_none_of_strange_names(tmp_path):

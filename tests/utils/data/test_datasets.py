@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -93,9 +94,8 @@ def test_class_folders_sort_by_number_only_where_all_are_numbers(tmp_path, name,
 def test_images_are_found_at_any_depth_and_hidden_and_other_files_are_ignored(tmp_path):
     folder = write_folders(tmp_path / "pets")
     write_image(folder / "train" / "cat" / "images" / "more.JPEG")
-    write_files(
-        folder, {f"train/{name}": b"" for name in ("cat/.hidden.png", "cat/notes.txt", "readme.md", ".a/b.png")}
-    )
+    names = ("cat/.hidden.png", "cat/notes.txt", "readme.md", ".a/b.png", "cat/.a/b.png", "__MACOSX/a.png", "cat.png")
+    write_files(folder, {f"train/{name}": b"" for name in names})
     write_image(folder / "exemplars" / "cat" / "0_seed00.jpg")  # beside train and test
     dataset = load_dataset("pets", tmp_path)
     assert (dataset.train.counts(2).tolist(), dataset.class_names) == ([3, 2], ["cat", "dog"])
@@ -116,6 +116,37 @@ def test_what_is_wrong_with_class_folders_is_named_at_load(tmp_path, options, fi
     write_files(write_folders(tmp_path / "pets", **options), files)
     with pytest.raises(DataError, match=said):
         load_dataset("pets", tmp_path)
+
+
+def test_links_among_class_folders_multiply_no_image(tmp_path):
+    folder = write_folders(tmp_path / "pets")
+    for name in ("cat", "dog"):
+        (folder / "train" / name / "all").symlink_to(folder / "train")
+    assert load_dataset("pets", tmp_path).train.counts(2).tolist() == [2, 2]
+    (folder / "train" / "emu").symlink_to(folder / "train" / "cat")  # a class of another's images
+    write_image(folder / "test" / "emu" / "0.png")
+    with pytest.raises(DataError, match=r"no image in the class folders emu of .*train"):
+        load_dataset("pets", tmp_path)
+
+
+def test_the_training_folder_may_be_the_test_folder(tmp_path):
+    folder = write_folders(tmp_path / "pets", splits=["train"])
+    (folder / "test").symlink_to(folder / "train")
+    dataset = load_dataset("pets", tmp_path)
+    assert torch.equal(dataset.train.parts[0].images, dataset.test.parts[0].images)
+
+
+def test_class_names_are_any_utf8_and_others_are_named_without_reading_an_image(tmp_path):
+    names = ["a\nb", "a\tb", "A", "a", "\x07", "\u00e9" * 127]
+    folder = write_folders(tmp_path / "pets", names)
+    dataset = load_dataset("pets", tmp_path)
+    assert dataset.class_names == sorted(names) and len(dataset.train) == 12
+    try:
+        os.mkdir(os.path.join(os.fsencode(folder), b"train", b"caf\xe9"))
+    except OSError:
+        pytest.skip("this disk takes only UTF-8")
+    with pytest.raises(DataError, match=r"pets/train/caf\\xe9' is not UTF-8: rename it"):
+        find_dataset("pets", tmp_path)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_with_the_folder_form(tmp_path):

@@ -6,7 +6,6 @@ broken file is named before hours of training and not after them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from utils.data.datasets.base import LoadedData
-from utils.data.images import IMAGE_SUFFIXES, decode_image, map_in_threads, read_header
+from utils.data.images import decode_image, map_in_threads, read_header
+from utils.data.listing import IMAGE_SUFFIXES, list_folder, list_images
 from utils.run.errors import DataError
 
 SMALL_SIDE = 64  # pixels; images up to this side live in memory
@@ -23,7 +23,7 @@ ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet as published names the clas
 
 def list_class_names(split: Path) -> list[str]:
     """List the class folders in ``split``: by number where all are numbers, else as ImageFolder sorts them."""
-    names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+    names = [path.name for path in list_folder(split) if path.is_dir()]
     return sorted(names, key=int) if all(name.isascii() and name.isdigit() for name in names) else names
 
 
@@ -92,17 +92,7 @@ def _list_files(split: Path, left_out: Collection[str]) -> dict[str, list[str]]:
     """Return sorted paths of the images of every class."""
     if (split / ANNOTATIONS).is_file():
         return _read_annotations(split)
-    return {name: _list_images(split / name) for name in list_class_names(split) if name not in left_out}
-
-
-def _list_images(folder: Path) -> list[str]:
-    # Of a folder that is not there, os.walk lists nothing.
-    return sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
-    )
+    return {name: list_images(split / name, split) for name in list_class_names(split) if name not in left_out}
 
 
 def _read_annotations(split: Path) -> dict[str, list[str]]:
