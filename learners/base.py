@@ -16,12 +16,13 @@ from models.heads import HEADS
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone
 from synth.replay import Replay
-from utils.data.batches import Batch, Batches, test_batches
+from utils.data.batches import TOO_SMALL, Batch, Batches, test_batches
 from utils.data.images import ImageSet, Samples
 from utils.data.manager import DataManager, Task
 from utils.data.transforms import ClassifierTransform, classifier_transform
 from utils.run.carried import Carried, Items
 from utils.run.config import RunConfig
+from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import Hooks, Step, Training, fit
 from utils.training.run import Run
@@ -58,6 +59,9 @@ class Learner(ABC):
         self.transform = self.build_transform()
         self.memory = make_memory(config, data, replay, self.uses_exemplars)
         self.network = self.build_network()
+        alone = [key for key in type(config).model_fields if key.endswith("batch_size") and getattr(config, key) == 1]
+        if alone and self.network.least_batch(self.transform.size) > 1:
+            raise ConfigError(f"{alone[0]}=1: {TOO_SMALL}")
         self.old_network: IncrementalNet | None = None
         self.present: Samples = ImageSet()
         self.past: Samples = ImageSet()
@@ -109,7 +113,7 @@ class Learner(ABC):
 
     def batches(self, task: Task) -> Batches:
         """Shuffle present, exemplars and past together."""
-        loading = self.run.loading(self.transform, self.config.batch_size, task.index, "train")
+        loading = self.run.loading(self.transform, self.config.batch_size, task.index, "train", network=self.network)
         return self.replay.batches(self.present + self.memory.images, self.past, loading)
 
     @abstractmethod

@@ -84,7 +84,8 @@ class FrozenBackboneLearner(Learner):
         backbone = self.frozen.network.requires_grad_(True)
         module = IncrementalNet(backbone, head(backbone.num_features)).to(self.run.device)
         module.grow(task.num_seen, seeding.generator(self.run.seed, task.index, "pretrain-head"))
-        batches = ImageBatches(self.present, None, self.run.loading(self.transform, batch_size, task.index, "pretrain"))
+        loading = self.run.loading(self.transform, batch_size, task.index, "pretrain", network=module)
+        batches = ImageBatches(self.present, None, loading)
         with self.run.timed("train"):
             fit(module, batches, partial(_classify, module), schedule, Training(self.run, task, "pretrain"))
         self.frozen.freeze(self.run.runtime.bf16)

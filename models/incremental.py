@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.heads import Head
 from utils.data.batches import Mixed
@@ -47,6 +49,16 @@ class IncrementalNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images, float (B, 3, H, W), to logits (B, num_classes)."""
         return self.head(self.features(x))
+
+    def least_batch(self, side: int) -> int:
+        """Return how many images of ``side`` pixels a step needs: 2 where BatchNorm sees one value of each, else 1."""
+        if not any(isinstance(part, _BatchNorm) for part in self.backbone.modules()):
+            return 1
+        with suppress(ValueError), torch.no_grad():
+            # A copy, since training moves BatchNorm's statistics.
+            copy.deepcopy(self.backbone).train()(next(self.parameters()).new_zeros(1, 3, side, side))
+            return 1
+        return 2
 
     def layout(self) -> dict[str, Any]:
         """Return what `rebuild` needs to give a new network the shapes of this one, as JSON."""

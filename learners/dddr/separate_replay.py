@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch.nn.functional as F
@@ -45,13 +46,13 @@ class SeparateReplay(Learner):
 
     def batches(self, task: Task) -> Batches:
         """Pair the present, generated images among it, with replay of the old classes if there is any."""
-        loading = self.run.loading(self.transform, self.current_batch(task), task.index, "train")
+        loading = self.run.loading(self.transform, self.current_batch(task), task.index, "train", network=self.network)
         current = self.replay.batches(self.present + self.current_synthetic(task), ImageSet(), loading)
         if self.config.pre_size is not None:
             self.past = self.past.first_of_each(self.config.pre_size)
         if not len(self.past):
             return current
-        loading = self.run.loading(self.transform, self.config.replay_batch_size, task.index, "replay")
+        loading = replace(loading, batch_size=self.config.replay_batch_size, key=(*loading.key[:-1], "replay"))
         return PairedBatches(current, self.replay.batches(ImageSet(), self.past, loading))
 
     def current_batch(self, task: Task) -> int:

@@ -146,7 +146,7 @@ class GUIDE(Learner):
         draw, batch_size = None, self.config.batch_size
         if self.replay.source is not None and task.index > 0:
             draw, batch_size = partial(self.replay.draw_step, task), batch_size // (task.index + 1)
-        loading = self.run.loading(self.transform, batch_size, task.index, "train")
+        loading = self.run.loading(self.transform, batch_size, task.index, "train", network=self.network)
         self.training_batches = RenewedBatches(self.present, draw, self.config.guid_generation_interval, loading)
         return self.training_batches
 

@@ -9,11 +9,13 @@ from learners import LEARNERS
 from learners.losses import distillation_loss
 from learners.run.configure import build_config
 from learners.run.experiment import Experiment
+from models.incremental import IncrementalNet
 from synth import SOURCES
 from tests.support.toy import TINY_SOURCES, toy_experiment, toy_raw
-from utils.data.batches import Batch
+from utils.data.batches import Batch, ShuffledBatches
 from utils.data.datasets import load_dataset
 from utils.data.manager import Task
+from utils.run.errors import ConfigError
 from utils.run.folder import claim_folder, claim_machine
 from utils.training.runtime import Runtime
 
@@ -141,3 +143,35 @@ def test_the_hooks_of_a_task_are_called_in_one_order(tmp_path, monkeypatch):
         "fit_after", "learned", "after_source_fit",
     ]  # fmt: skip
     assert called[:21] == [*first, *first[:5], "past", *first[5:]]
+
+
+ONE_STEP = {
+    "init_epoch": 1, "pretrain_epochs": 1, "tuned_epoch": 1, "com_round": 1, "disjoint_classifier_init_num_steps": 1,
+    "batch_size": 19, "pretrain_batch_size": 19, "precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNERS.names())
+def test_no_learner_trains_batch_norm_on_the_one_image_that_is_left(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(IncrementalNet, "least_batch", lambda network, side: 2)
+    seen, share = [], ShuffledBatches._share
+    monkeypatch.setattr(ShuffledBatches, "_share", lambda self, pick: seen.append(len(pick)) or share(self, pick))
+    learner = toy_experiment(name, tmp_path, **ONE_STEP).check()
+    learner.replay.fit_after = lambda *task: None
+    learner.learn_task(next(learner.data.tasks()))  # of twenty images
+    # GUIDE leaves out what does not fill a batch.
+    assert set(seen) == ({19} if "guide" in name else {20})
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("finetune", "batch_size"), ("dddr", "replay_batch_size"), ("guide", "batch_size")]
+)
+def test_batches_of_one_image_are_refused_at_once_where_batch_norm_cannot_take_them(name, key, tmp_path, monkeypatch):
+    monkeypatch.setattr(IncrementalNet, "least_batch", lambda network, side: 2)
+    with pytest.raises(ConfigError, match=f"^{key}=1: BatchNorm of this network cannot train on one image alone; take"):
+        toy_experiment(name, tmp_path, **{key: 1}).check()
+
+
+def test_batches_of_one_image_are_trained_where_the_maps_leave_batch_norm_several_values(tmp_path):
+    keys = {"init_epoch": 1, "limit_tasks": 1, "batch_size": 1}
+    assert toy_experiment("finetune", tmp_path, **keys).learn_all()["finished"]

@@ -85,3 +85,13 @@ def test_aligning_twice_is_aligning_once():
 def test_aligning_needs_old_and_new_classes(num_old):
     with pytest.raises(AssertionError, match=f"num_old={num_old} of 4 classes"):
         network(4).align_new_weights(num_old)
+
+
+@pytest.mark.parametrize(("side", "least"), [(2, 1), (1, 2)])  # one image of one pixel leaves BatchNorm a single value
+def test_batch_norm_says_how_many_images_it_needs_and_learns_nothing_by_it(side, least):
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert net.eval().least_batch(side) == least and not net.backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net.backbone.norm = nn.Identity()
+    assert net.least_batch(side) == 1

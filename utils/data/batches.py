@@ -18,7 +18,10 @@ from torch.utils.data import DataLoader
 
 from utils.data.images import FeatureSet, ImageSet, Samples
 from utils.data.transforms import stack_by_size
+from utils.run.errors import ConfigError
 from utils.training import seeding
+
+TOO_SMALL = "BatchNorm of this network cannot train on one image alone; take two or more, or another convnet_type"
 
 
 class Mixed(NamedTuple):
@@ -63,6 +66,8 @@ class Loading:
         shard: (rank, world size): this process takes every world-size-th sample of each batch; where the batch does
             not divide, ranks with one sample less weigh theirs a little more.
         drop_last: leave out what does not fill a batch, unless there is no other.
+        network: says by `least_batch` how many samples a step needs; a last batch with fewer joins the one before it.
+            None: one will do.
     """
 
     transform: Any
@@ -72,6 +77,7 @@ class Loading:
     num_workers: int = 0
     shard: tuple[int, int] = (0, 1)
     drop_last: bool = False
+    network: Any = None
 
 
 class Batches(ABC):
@@ -104,14 +110,20 @@ class ShuffledBatches(Batches):
     def __init__(self, labels: Tensor, loading: Loading):
         self.loading, self.device = loading, loading.device
         self.labels = labels.to(loading.device)
+        network, smallest = loading.network, len(labels) % loading.batch_size or loading.batch_size
+        # The network is asked only where a process may get one sample alone.
+        self.least = network.least_batch(loading.transform.size) if network and smallest < 2 * loading.shard[1] else 1
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.labels), self.loading.batch_size)
-        return whole if self.loading.drop_last and whole else whole + (rest > 0)
+        return whole if whole and (self.loading.drop_last or rest < self.least) else whole + (rest > 0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        count, size = len(self), self.loading.batch_size
         order = torch.randperm(len(self.labels), generator=seeding.generator(*self.loading.key, "shuffle", epoch))
-        picks = [self._share(pick) for pick in order.split(self.loading.batch_size)[start : len(self)]]
+        stop = count * size if self.loading.drop_last else None  # None: the last batch has all that is left
+        picks = order[:stop].tensor_split(tuple(range(size, count * size, size)))[start:count]
+        picks = [self._share(pick) for pick in picks]
         generators = (
             seeding.generator(*self.loading.key, "augment", epoch, step, self.loading.shard[0])
             for step in range(start, start + len(picks))
@@ -123,12 +135,15 @@ class ShuffledBatches(Batches):
         """Yield a batch for every pick, int64 (B,); each has a generator for its augmentation."""
 
     def _share(self, pick: Tensor) -> Tensor:
-        """Return this process's part of a batch; one with fewer samples than processes goes to all of them whole.
+        """Return this process's part of a batch; one without enough samples for each process goes to all of them whole.
 
         None then has an empty batch, whose mean would not be a number, and the mean over processes stays that of one.
+        A ConfigError says that the batch itself is too small for the network.
         """
         rank, world = self.loading.shard
-        return pick[rank::world] if len(pick) >= world else pick
+        if len(pick) < self.least:
+            raise ConfigError(f"{len(pick)} of {len(self.labels)} images in a batch: {TOO_SMALL}")
+        return pick[rank::world] if len(pick) >= self.least * world else pick
 
 
 NO_FEATURES = FeatureSet()
@@ -262,10 +277,7 @@ class PairedBatches(Batches):
 
 
 def _decode_training(images: ImageSet, transform, key: tuple, places: list[tuple[int, int]]) -> Tensor:
-    """Load one batch in a worker: of every place, the image at a row for the sample that it stands for.
-
-    Every sample's crop has its own key, whatever image it shows.
-    """
+    """Load one batch in a worker: at every place a row's image, cropped by the key of the sample that it stands for."""
     loaded = [transform.load_train(images.image(row), seeding.generator(*key, sample)) for row, sample in places]
     return torch.stack([image.contiguous() for image in loaded])
 

@@ -12,6 +12,10 @@ class ConfigError(RepriseError):
 class DataError(RepriseError):
     """A data set that is absent, incomplete or broken."""
 
+    def __str__(self) -> str:
+        # What a worker raises, torch raises anew with the text of the worker's traceback, whose last words are ours.
+        return super().__str__().rpartition("DataError: ")[2].strip()
+
 
 class SealedDataError(RepriseError):
     """Real images of a past task were asked for."""

@@ -1,6 +1,7 @@
 """Every image once per epoch, in an order that depends on the key alone and needs no state to be resumed."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from torch.testing import assert_close
 from utils.data.batches import Batch, ImageBatches, Loading, MixedBatches, PairedBatches, test_batches
 from utils.data.images import FeatureSet, ImageSet
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
+from utils.run.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
+PAIRS = SimpleNamespace(least_batch=lambda side: 2)  # a network that cannot train on one image
 
 
 def images_of(count, size=8, start=0) -> ImageSet:
@@ -56,6 +59,38 @@ def test_every_image_comes_once_per_epoch_unless_what_does_not_fill_a_batch_is_l
     assert [len(batch) for batch in epoch] == sizes and len(batches) == len(sizes)
     assert sorted(torch.cat([batch.labels for batch in epoch]).tolist()) == list(range(count))
     assert [len(batch) for batch in dropping.epoch(0)] == full and len(dropping) == len(full)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [
+        (9, 4, [4, 5]),  # one image alone joins the batch before it
+        (10, 4, [4, 4, 2]),  # two do not
+        (8, 4, [4, 4]),
+        (3, 2, [3]),
+        (3, 4, [3]),
+    ],
+)
+def test_a_last_batch_that_is_too_small_joins_the_one_before(count, batch_size, sizes):
+    joining, apart = (batches_of(images_of(count), batch_size=batch_size, network=network) for network in (PAIRS, None))
+    epoch, order = list(joining.epoch(3)), torch.cat([batch.labels for batch in apart.epoch(3)])
+    assert [len(batch) for batch in epoch] == sizes and len(joining) == len(sizes)
+    assert torch.equal(torch.cat([batch.labels for batch in epoch]), order)  # the same images in the same order
+    assert_same(list(joining.epoch(3, len(sizes) - 1)), epoch[-1:])  # also where a run is taken up
+    if len(joining) == len(apart):
+        assert_same(epoch, list(apart.epoch(3)))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (5, 1)])
+def test_a_batch_that_can_join_none_is_refused_before_the_first_step(count, batch_size):
+    with pytest.raises(ConfigError, match=f"1 of {count} images in a batch: BatchNorm of this network cannot train on"):
+        next(batches_of(images_of(count), batch_size=batch_size, network=PAIRS).epoch(0))
+
+
+@pytest.mark.parametrize(("count", "world"), [(7, 2), (6, 2), (5, 3)])
+def test_no_process_gets_fewer_samples_than_the_network_needs(count, world):
+    shards = [batches_of(images_of(count), shard=(rank, world), network=PAIRS).epoch(0) for rank in range(world)]
+    assert all(len(batch) >= 2 for shard in shards for batch in shard)
 
 
 def test_every_image_keeps_its_label():
@@ -142,6 +177,22 @@ def test_large_images_are_the_same_with_and_without_worker_processes(photographs
     )
     assert alone[0].images.shape == (4, 3, 16, 16)
     assert_same(alone, helped)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_large_image_that_breaks_while_it_is_trained_on_is_named_without_a_traceback(tmp_path, damage, workers):
+    path = tmp_path / "late.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(80, 80, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:1000]) if damage == "cut off" else path.unlink()  # a whole header is left
+    images, transform = ImageSet.of([str(path)], torch.tensor([0])), loading("imagenet", 16, in_memory=False).transform
+    for read in (
+        lambda: next(batches_of(images, recipe="imagenet", size=16, in_memory=False, num_workers=workers).epoch(0)),
+        lambda: next(test_batches(images, transform, 4, CPU, workers)),
+    ):
+        with pytest.raises(DataError) as caught:
+            read()
+        assert str(caught.value).startswith(f"cannot read the image {path}: ") and "\n" not in str(caught.value)
 
 
 def test_each_large_image_is_cropped_by_its_own_key(photographs):
