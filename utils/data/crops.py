@@ -41,7 +41,8 @@ def crop_boxes(count: int, height: int, width: int, scale: Range, generator: tor
     """Draw boxes as torchvision's RandomResizedCrop does: area in ``scale``, aspect from 3/4 to 4/3.
 
     Returns:
-        top, left, height and width in pixels, int64 (count,) each; the middle square where ten draws do not fit.
+        top, left, height and width in pixels, int64 (count,) each; where none of ten draws fits, the middle with the
+        longest side that the aspects allow.
     """
     # Ten draws at once for every box, of which the first that fits is taken.
     area = height * width * torch.empty(count, 10).uniform_(*scale, generator=generator)
@@ -49,9 +50,10 @@ def crop_boxes(count: int, height: int, width: int, scale: Range, generator: tor
     widths, heights = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)  # (count, 10)
     first, found = fits.int().argmax(1, keepdim=True), fits.any(1)
-    h, w = (sides.gather(1, first).flatten().where(found, min(height, width)) for sides in (heights, widths))
+    middle = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
+    h, w = (sides.gather(1, first).flatten().where(found, side) for sides, side in zip((heights, widths), middle))
     top, left = (
-        (torch.rand(count, generator=generator) * (room + 1)).long().where(found, torch.round(room / 2).long())
+        (torch.rand(count, generator=generator) * (room + 1)).long().where(found, room // 2)
         for room in (height - h, width - w)
     )
     return top, left, h, w

@@ -244,11 +244,11 @@ def test_a_cropped_training_batch_stays_in_range_and_is_normalised(recipe):
     assert_close(transform(recipe, 32).train(images, generator(2)), tv.Normalize(MEAN, STD)(batch))
 
 
-def test_an_image_too_long_for_any_crop_gives_its_middle_as_pil_resizes_it():
-    image = noise_images(1, 3, 40, 160)[0]
-    middle = as_pil(image).crop((60, 0, 100, 40)).resize((16, 16), Image.BILINEAR)
-    crop = random_resized_crop(image, 16, (0.9, 1.0), generator())
-    assert_close(crop, as_tensor(middle), rtol=0, atol=1)
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (40, 161), (161, 40), (90, 100), (1, 1)])
+def test_an_image_too_long_for_any_crop_is_cut_as_torchvision_cuts_it(height, width):
+    # An area of more than the image, so that none of the ten draws fits.
+    expected = tv.RandomResizedCrop.get_params(torch.zeros(1, height, width), [50.0, 60.0], [3 / 4, 4 / 3])
+    assert [int(number) for number in crop_boxes(1, height, width, (50.0, 60.0), generator())] == list(expected)
 
 
 @pytest.mark.parametrize(
