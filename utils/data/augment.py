@@ -1,20 +1,39 @@
 """Rotations, colours and erased rectangles for whole batches, and AutoAugment for single images.
 
-The formulas are those of kornia 0.7.1, with which Cywiński et al. (arXiv:2403.03938) train; several differ from
-torchvision's of the same name. Images are changed on their device; the draws are made on the CPU, so that a seed means
-the same everywhere.
+The formulas for batches are those of kornia 0.7.1, with which Cywiński et al. (arXiv:2403.03938) train; several differ
+from torchvision's of the same name. Batches are changed on their device; the draws are made on the CPU, so that a seed
+means the same everywhere.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
+from torchvision.transforms.v2 import AutoAugment
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from utils.data.crops import Range
 
-IMAGENET_POLICY = AutoAugment(AutoAugmentPolicy.IMAGENET)
+
+class ImageNetPolicy(AutoAugment):
+    """AutoAugment of PIL images, as the widely used code has it with which Duan et al. (arXiv:2311.18266) train.
+
+    torchvision's own fills with black what turns and shears into the image, turns to either side, and neither
+    interpolates when it shears nor solarizes above quite the same level.
+    """
+
+    def _apply_image_or_video_transform(self, image, transform_id, level, *args, **kwargs):
+        if transform_id == "Rotate":
+            return image.rotate(abs(level), fillcolor="grey")
+        if transform_id == "ShearX":
+            return image.transform(image.size, Image.AFFINE, (1, level, 0, 0, 1, 0), Image.BICUBIC, fillcolor="grey")
+        level *= 256 / 255 if transform_id == "Solarize" else 1
+        return super()._apply_image_or_video_transform(image, transform_id, level, *args, **kwargs)
+
+
+IMAGENET_POLICY = ImageNetPolicy()
 
 
 def scale_brightness(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
@@ -106,20 +125,20 @@ def auto_augment(image: Tensor, generator: torch.Generator) -> Tensor:
     """Apply one of 25 pairs of operations, whose probabilities and strengths were found by search on ImageNet.
 
     Cubuk et al., "AutoAugment: Learning Augmentation Strategies from Data", CVPR 2019, arXiv:1805.09501, Table 9.
-    Pixels that turn or shear into the image are black.
+    Pixels that turn or shear into the image are grey.
 
     Args:
-        image: uint8 (1 or 3, H, W), on any device.
+        image: uint8 (3, H, W), on any device; it is changed on the CPU.
         generator: on the CPU.
 
     Returns:
-        uint8 (C, H, W).
+        uint8 (3, H, W).
     """
     # torchvision draws from the CPU's global generator alone. `torch.manual_seed` would reach a GPU's as well, which
     # the fork does not restore.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-        return IMAGENET_POLICY(image)
+        return pil_to_tensor(IMAGENET_POLICY(to_pil_image(image.cpu()))).to(image.device)
 
 
 def rgb_to_hsv(images: Tensor) -> Tensor:
