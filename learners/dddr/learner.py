@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ class DDDR(SeparateReplay):
         convnet_type: str = Field("resnet18", description="a backbone of ours or any timm model with its weight tag")
         com_round: int = Field(100, ge=1, description="rounds of every task; with local_ep the number of epochs")
         local_ep: int = Field(5, ge=1, description="epochs per round")
+        replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field("bilinear", description="of drawn images")
         batch_size: BatchSize = Field(128, description="current images per step")
         lr: Rate = Field(0.01, description="SGD's rate, constant")
         momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")

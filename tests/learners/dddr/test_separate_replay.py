@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torchvision.transforms import Resize
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from learners import LEARNERS
 from learners.dddr.learner import DDDR
@@ -185,3 +187,10 @@ def test_every_round_has_a_new_optimiser(tmp_path, monkeypatch):
     learner, task = experiment.check(), next(iter(experiment.data.tasks()))
     learner.learn_task(task)
     assert seen == [(False, False), (True, True), (True, False), (True, True)]  # whether there is momentum
+
+
+def test_drawn_images_are_resized_as_the_original_resizes_them(tmp_path):
+    """By torchvision's Resize of a PIL image, which is bilinear."""
+    drawn = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    kept = make_learner(tmp_path).transform.keep(drawn, training=True)
+    assert_close(kept[0], pil_to_tensor(Resize(8)(to_pil_image(drawn[0]))), rtol=0, atol=1)
