@@ -53,9 +53,15 @@ def linear_process(num_steps: int = 1000, beta_start: float = 1e-3, beta_end: fl
     """Make the linear schedule (Ho et al. 2020, arXiv:2006.11239, section 4).
 
     Its start is ten times the usual one, as Cywinski et al. have it (2024, arXiv:2403.03938).
+
+    Raises:
+        ConfigError: if so little of an image is left at its end that float32 cannot tell it from nothing.
     """
     betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
-    return Process((1 - betas).cumprod(0), torch.arange(num_steps))
+    alpha_bar = (1 - betas).cumprod(0)
+    if alpha_bar[-1] < 1e-70:  # whose root divides
+        raise ConfigError(f"{beta_start=}, {beta_end=}, diffusion_steps={num_steps}: too much noise, lower one of them")
+    return Process(alpha_bar, torch.arange(num_steps))
 
 
 def respace(process: Process, spacing: str | int, key: str = "timestep_respacing") -> Process:

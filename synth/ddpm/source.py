@@ -69,8 +69,8 @@ class DDPM(ReplaySource):
         attention_resolutions: list[int] | None = Field(None, description="sides with attention, not attention_levels")
         # Another number without betas scales both by 1000 / diffusion_steps, as GUIDE does: see words.py
         diffusion_steps: int = Field(1000, ge=1, le=10**5, description="time steps of the full process")
-        beta_start: float = Field(1e-3, gt=0, lt=1, description="variance of the first step")
-        beta_end: float = Field(2e-2, gt=0, lt=1, description="variance of the last step")
+        beta_start: float = Field(1e-3, ge=1e-7, lt=1, description="variance of the first step")
+        beta_end: float = Field(2e-2, ge=1e-7, lt=1, description="variance of the last step")
         train_respacing: str = Field("", description="train on a subset such as ddim250; empty: all steps")
         first_task_num_steps: int = Field(100_000, ge=1, description="training steps of the first task")
         num_steps: int = Field(50_000, ge=1, description="training steps of every later task")

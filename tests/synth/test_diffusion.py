@@ -72,13 +72,18 @@ def test_a_subset_can_be_thinned_again():
         ("fast", "use 1 to 1000"),
         ("-5", "use 1 to 1000"),
         ("2.5", "use 1 to 1000"),
-        ("²", "use 1 to 1000"),  # a digit, and no number
         ("250,250", "use 1 to 1000"),
+        *((text, "use 1 to 1000") for text in ("²", "ddim²", "ddim５", "ddim٣", "ddim1e3", "DDIM5", "9" * 5000)),
     ],
 )
-def test_a_spacing_that_cannot_be_is_a_config_error(spacing, said):
-    with pytest.raises(ConfigError, match=said):
-        respace(linear_process(), spacing)
+def test_a_spacing_that_cannot_be_is_a_config_error_that_names_its_key(spacing, said):
+    with pytest.raises(ConfigError, match=f"synth.train_respacing=.*{said}"):
+        respace(linear_process(), spacing, "synth.train_respacing")
+
+
+def test_noise_that_leaves_nothing_of_an_image_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"beta_end=0\.9, diffusion_steps=1000: too much noise"):
+        linear_process(1000, 1e-3, 0.9)
 
 
 def test_noise_is_added_as_diffusers_adds_it():

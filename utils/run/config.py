@@ -111,7 +111,7 @@ class BaseConfig(
                 key, value and what is allowed).
         """
         try:
-            return cls(**{key: value for key, value in raw.items() if value is not None})
+            return cls.model_validate({key: value for key, value in raw.items() if value is not None})
         except ValidationError as error:
             # As many as a reader takes in: a list may hold a thousand mistakes.
             raise ConfigError("; ".join(cls._explain(where, item) for item in error.errors()[:5])) from error
@@ -121,6 +121,8 @@ class BaseConfig(
         key = where + ".".join(str(part)[:80] for part in item["loc"])
         if item["type"] == "extra_forbidden":
             return f"unknown key {key!r}{nearest(item['loc'][-1], cls.model_fields)}"
+        if item["type"] == "string_unicode":  # the key itself; values were looked at before
+            return f"unknown key {shown(where + item['input'])}"
         if item["type"] == "missing":
             return f"the key {key!r} is missing"
         message = item["msg"].removeprefix("Value error, ")

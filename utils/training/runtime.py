@@ -27,12 +27,12 @@ def choose_device(wanted: list[int | str], local_rank: int = 0) -> torch.device:
         ConfigError: for a word that is no device, or an id that is missing among GPUs that are there.
     """
     names = [str(name).strip().lower().removeprefix("cuda:") for name in wanted]
+    if names and not re.fullmatch("auto|cuda|cpu|-1|[0-9]{1,4}(,[0-9]{1,4})*", said := ",".join(names)):
+        raise ConfigError(f'device={shown(said)}: use GPU ids such as ["0"], "cpu", -1 or "auto"')
     if not names or names[0] in ("cpu", "-1"):
         return torch.device("cpu")
     if names[0] in ("auto", "cuda"):
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if wrong := [name for name in names if not re.fullmatch("[0-9]{1,4}", name)]:
-        raise ConfigError(f'device={shown(wrong[0])}: use GPU ids such as ["0"], "cpu", -1 or "auto"')
     if not torch.cuda.is_available():
         log.warning("device=%s, but this machine has no GPU: using the CPU", ",".join(names))
         return torch.device("cpu")

@@ -7,7 +7,7 @@ from learners.run.configure import build_config
 from synth import SOURCES
 from utils.run.config import BaseConfig, RunConfig
 from utils.run.errors import ConfigError
-from utils.run.words import apply_overrides, read_experiment, translate
+from utils.run.words import apply_overrides, parse_json, read_experiment, translate
 
 
 class Example(BaseConfig):
@@ -55,6 +55,10 @@ def test_values_are_read_as_pycils_users_write_them(key, written, read):
         ("epochs", 0, "greater than or equal to 1"), ("rate", 0.0, "greater than 0"),
         ("rate", float("nan"), "finite"), ("rate", float("inf"), "finite"),
         ("epochs", 2.5, "integer"), ("epochs", "many", "integer"), ("numbers", "4,five", "integer"),
+        ("epochs", "1_0", "digits alone"), ("rate", "1_0", "digits alone"),  # Python would read 10
+        ("epochs", 2**32, "below 4294967296"), ("rate", "1e300", "below 4294967296"), ("rate", "nan", "greater than 0"),
+        ("words", [float("nan")], "finite"), ("words", ["a\0"], "NUL"), ("words", ["a\ud800"], "surrogates"),
+        ("words", [[[[[[[[[[[]]]]]]]]]]], "8 levels"), ("words", ["x" * 2001], "at most 2000"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_names_key_value_and_what_is_allowed(key, written, said):
@@ -109,6 +113,10 @@ def test_every_key_has_a_one_line_description():
         (b"[1]", r"file\.json must hold .* one JSON object, not a list"),
         (b"", r"file\.json: .*line 1"),
         (b"\xff", r"cannot read .*file\.json"),
+        (b'{"a": "\xe4"}', r"file\.json: .*save it as UTF-8"),
+        (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' stands twice"),
+        (b'{"synth": {"a": 1, "a": 2}}', "the key 'a' stands twice"),
+        (b"[" * 100_000, r"file\.json: .*recursion"),
         (None, r"no experiment file .*file\.json"),
     ],
 )
@@ -117,6 +125,12 @@ def test_a_file_that_holds_no_object_is_named_with_its_mistake(tmp_path, content
         (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         read_experiment(tmp_path / "file.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_file_may_be_in_any_unicode_encoding(tmp_path, encoding):
+    (tmp_path / "file.json").write_bytes('{"prefix": "ä"}'.encode(encoding))
+    assert read_experiment(tmp_path / "file.json") == {"prefix": "ä"}
 
 
 @pytest.mark.parametrize(
@@ -138,9 +152,15 @@ def test_overrides_are_put_in_one_after_the_other(overrides, expected):
     assert raw == {"a": 1, "synth": {"name": "x"}}
 
 
-@pytest.mark.parametrize("override", ["a", "=3", ""])
-def test_an_override_without_key_and_sign_is_an_error(override):
-    with pytest.raises(ConfigError, match="write --set key=value"):
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        *((text, "write --set key=value") for text in ("a", "=3", "")),
+        ('a={"b": 1, "b": 2}', "'b' stands twice"), ("a=" + "[" * 100_000, r"--set 'a=\[\[.*recursion"),
+    ],
+)  # fmt: skip
+def test_an_override_that_cannot_be_read_is_an_error(override, said):
+    with pytest.raises(ConfigError, match=said):
         apply_overrides({}, [override])
 
 
@@ -288,12 +308,28 @@ def test_keys_that_only_another_learner_knows_may_hold_anything_and_are_listed_a
         ({"model_name": "generative_replay"}, 'needs a source: add "synth": .*one of .*ddpm'),  # nothing to replay
         *(({"synth": synth}, "synth=.*: must be an object with a name") for synth in ("ddpm", {"num_steps": 5})),
         ({"synth": {**DDPM, "num_steps": 0}}, "synth.num_steps=0: .*greater than or equal to 1"),
-        ({"scheduler": "stepl"}, "scheduler='stepl'"),
+        ({"scheduler": "stepl"}, "scheduler='stepl': .*'steplr', 'cosine' or 'constant'"),
+        ({"model_name": ["finetune"]}, "model_name: unknown learner .*did you mean 'finetune'"),
+        ({"synth": {"name": 2}}, "synth.name: unknown source '2'"),
+        ({"model_name": "joint", "synth": DDPM}, "synth.name and model_name: 'ddpm' makes images"),
+        ({"synth": {**DDPM, "beta_start": 0.5}}, "synth.beta_start=0.5 is above synth.beta_end=0.02"),
+        ({"synth": {**DDPM, "block_out_channels": [10**12]}}, "synth.block_out_channels.0=.*less than or equal to"),
+        ({"init_lr": 1e308}, "init_lr=.*less than or equal to 100"),
+        ({"milestones": [-1]}, "milestones.0=-1"),
+        ({"init_cls": parse_json("9" * 5000)}, "init_cls=inf: use a finite number"),
+        *(({"output_dir": name}, "output_dir=.*give a path") for name in ("", " ")),
+        *(({key: "x" * 256}, f"{key}=") for key in ("output_dir", "init_from", "dataset", "prefix")),
+        ({"x" * 10_000: 1}, "unknown key 'xxx"),
+        ({"\ud800": 1}, "unknown key"),
+        ({"": 1}, "unknown key ''"),
+        ({"seed": ["a"] * 1000}, "seed.0='a'"),
+        ({"backbone_args": {"a": [float("inf")]}}, "backbone_args=.*finite"),
     ],
 )
-def test_a_mistake_in_the_experiment_is_one_config_error(change, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_mistake_in_the_experiment_is_one_short_config_error(change, said):
+    with pytest.raises(ConfigError, match=said) as caught:
         build_config({**BASE, **change})
+    assert len(str(caught.value)) < 1000
 
 
 def test_learner_and_source_names_may_be_written_in_capitals():

@@ -42,7 +42,7 @@ def test_an_id_that_is_missing_among_gpus_that_are_there_is_an_error(monkeypatch
 
 
 @pytest.mark.parametrize("count", [0, 2])
-@pytest.mark.parametrize("wanted", ["gpu", "cuda:x", "1.5", "", "-2"])
+@pytest.mark.parametrize("wanted", ["gpu", "cuda:x", "1.5", "", "-2", "true", "²", "５", "9" * 5])
 def test_a_word_that_is_no_device_is_an_error_on_every_machine(monkeypatch, wanted, count):
     pretend_gpus(monkeypatch, count)
     with pytest.raises(ConfigError, match="use GPU ids such as"):
