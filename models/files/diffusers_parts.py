@@ -146,10 +146,11 @@ def _read_schedule(folder: Path) -> dict[str, Any]:
     config = read_json(path, "fetch it again", WeightsError)
     # Files of 2022 do not say what is predicted.
     schedule = {"prediction_type": "epsilon"} | {key: value for key, value in config.items() if key[:1] != "_"}
-    said = {key: schedule.get(key) for key in ("prediction_type", "algorithm_type")}
-    # By an SDE, an image would not follow from its seed alone.
-    if said["prediction_type"] not in PREDICTIONS or str(said["algorithm_type"]).startswith("sde"):
-        raise WeightsError(f"{path}: {said} is not supported; use a model of {' or '.join(PREDICTIONS)}, and no SDE")
+    said = {key: schedule.get(key) for key in ("prediction_type", "algorithm_type", "rescale_betas_zero_snr")}
+    # By an SDE, an image would not follow from its seed alone; of pure noise, the noise says nothing of an image.
+    known = PREDICTIONS[1:] if said["rescale_betas_zero_snr"] else PREDICTIONS
+    if said["prediction_type"] not in known or str(said["algorithm_type"]).startswith("sde"):
+        raise WeightsError(f"{path}: {said} is not supported; use a model of {' or '.join(known)}, and no SDE")
     try:
         DDPMScheduler.from_config(schedule)
     except UNREADABLE as error:

@@ -125,7 +125,7 @@ SD15 = {
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
     "steps_offset": 1, "trained_betas": None, "clip_sample": False,
 }  # fmt: skip
-SPACED = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "final_sigmas_type": "sigma_min"}
+SPACED = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 KARRAS = {"timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": True, "set_alpha_to_one": True}
 BETWEEN = {"timestep_spacing": "linspace", "thresholding": True, "clip_sample": True}
 

@@ -274,6 +274,10 @@ def test_a_file_that_is_damaged_or_would_run_code_is_named(ldm_copy, file, conte
     [
         ({"prediction_type": "sample"}, "'prediction_type': 'sample'.* use a model of epsilon or v_prediction"),
         ({"algorithm_type": "sde-dpmsolver++"}, "'algorithm_type': 'sde-dpm.* and no SDE"),
+        (
+            {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
+            "'rescale_betas_zero_snr': True. is not supported; use a model of v_pred",
+        ),
         ({"beta_end": None}, "makes no noise of diffusers .TypeError"),
         ({"beta_schedule": "cosine"}, "makes no noise of diffusers .NotImplementedError: cosine is not"),
         ({"beta_start": "a"}, "makes no noise of diffusers"),
