@@ -68,7 +68,6 @@ def replace(chance: random.Random, raw: dict[str, Any]) -> Mutation:
 
 
 def add(chance: random.Random, raw: dict[str, Any]) -> Mutation:
-    # A key of any learner or source, with its own default or an odd value.
     fields = chance.choice([kind[name].Config for kind in (LEARNERS, SOURCES) for name in kind.names()]).model_fields
     key = chance.choice(sorted(fields))
     part, default = raw if key in RunConfig.model_fields else raw.get("synth") or raw, fields[key].default
@@ -117,6 +116,7 @@ KINDS = {drop: 2, replace: 5, add: 5, swap: 2, misspell: 2, double: 2, corrupt: 
 def call(*arguments: str) -> tuple[int | None, str]:
     """Run main.py; return its exit code and what it said of a mistake, or no code and what has escaped."""
     said = io.StringIO()
+    os.environ.pop("HF_HUB_OFFLINE", None)  # a file that says offline sets it for good
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(said):
             return main.main(list(arguments)), said.getvalue()
