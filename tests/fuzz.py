@@ -126,8 +126,7 @@ def call(*arguments: str) -> tuple[int | None, str]:
 
 def judge(mutation: Mutation, path: Path) -> tuple[bool, str | None]:
     """Plan a mutated file; return whether it was accepted and what is wrong with the answer, None where nothing is."""
-    content = mutation.content
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    path.write_bytes(content if isinstance(content := mutation.content, bytes) else json.dumps(content).encode())
     code, said = call("--config", str(path), "--plan")
     if code == 0:
         return True, nonsense(path) if mutation.may_pass else "accepted"
