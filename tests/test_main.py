@@ -74,7 +74,7 @@ def make_folders(root: Path):
         ("--name a/b", ["'a/b'", "--name"]),  # --overwrite might delete what is there
         ("--set output_dir=README.md", ["output_dir='README.md/", "is a file: choose another place"]),
         ("--plan --set output_dir=README.md/below", ["output_dir=", "a part of this path is a file"]),
-        (f"--plan --set output_dir={'x' * 300}", ["output_dir=", "choose shorter names"]),
+        (f"--plan --set output_dir={'x' * 300}", ["output_dir=", "too long"]),
         ("--set synth.syn_image_path=README.md", ["synth.syn_image_path='README.md'", "is a file"]),
         ("--plan --set synth.syn_image_path=README.md/x", ["synth.syn_image_path=", "a part of this path is a file"]),
     ],

@@ -37,6 +37,7 @@ KEYS: dict[str, dict[Any, str]] = {
         Literal["ldm.modules.encoders.modules.BERTEmbedder"]: "cond_stage_config.target",
     },
 }  # fmt: skip
+DEEPEST = 50  # sections in each other
 NEEDED = (PositiveInt, list[PositiveInt], PositiveFloat)
 KINDS = {f"model.params.{section}{name}": kind
          for section, kinds in KEYS.items() for kind, names in kinds.items() for name in names.split()}  # fmt: skip
@@ -52,10 +53,15 @@ def load_yaml(path: str) -> dict[str, Any]:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("what *name stands for may be of any size: write it out")
+        depth = 0
+        for event in yaml.parse(text):  # piece by piece, so that no file takes long
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("what *name stands for may be of any size: write it out")
+            if depth > DEEPEST:
+                raise ValueError("its sections lie too deep in each other")
         content = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"yaml={path!r} is unreadable ({' '.join(str(error).split())}); see exps/ldm") from error
     if not isinstance(content, dict):
         raise ConfigError(f"yaml={path!r} holds a {type(content).__name__}, not sections such as the one in exps/ldm")

@@ -121,9 +121,9 @@ def test_a_training_that_was_cut_off_ends_with_the_same_bits(finished, monkeypat
         if task.index == 1:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Fitting, "_preview", cut_off)
-        fit(folder="cut")
+        assert fit(folder="cut") == 130  # as at Ctrl-C
     assert not Path("cut/fitted.json").exists() and fit(folder="cut") == 0
     assert files("cut", "*.safetensors") == files("fitted", "*.safetensors")
 

@@ -275,7 +275,7 @@ def test_what_is_absent_is_said_before_any_weights_are_read(files, change, messa
     [
         ("model: [", "is unreadable"),
         ("model:\n\tparams: 1", "is unreadable .*cannot start any token"),
-        ("[" * 3000 + "]" * 3000, "is unreadable .maximum recursion"),
+        ("[" * 3000 + "]" * 3000, "is unreadable .its sections lie too deep"),
         ("model: !!python/object/apply:os.system [exit 1]", "is unreadable .*constructor"),
         (
             "a: &a [x, x]\nb: [*a, *a]",
