@@ -38,6 +38,8 @@ ODD = [
 ]  # fmt: skip
 TINY = {"dataset": "digits", "init_cls": 5, "increment": 5, "limit_tasks": 2, "kshot": 0, "batch_size": 64, "seed": 1,
         "init_epoch": 1, "epochs": 1, "num_workers": 0, "log_with": None, "model_seed": None}  # fmt: skip
+# What files say beside keys that tiny settings replace, and that does not go with these.
+BESIDE = {"classifier_scale_max_new": None, "synth.attention_resolutions": None, "synth.real_per_class": None}
 
 
 class Mutation(NamedTuple):
@@ -179,9 +181,10 @@ def learn(paths: list[Path]) -> Iterator[str]:
         if config.synth is None or config.synth.name not in ("ldm", "controlnet"):
             tiny = toy_raw(config.model_name, path.parent, config.synth and config.synth.name, **TINY)
             tiny |= {f"synth.{key}": value for key, value in tiny.pop("synth", {}).items()}
+            tiny |= BESIDE if config.synth else {}
             settings = [word for key, value in tiny.items() for word in ("--set", f"{key}={json.dumps(value)}")]
             code, said = call("--config", str(path), *settings)
-            yield "" if code == 0 else f"{path.read_bytes()[:1500]!r}: {said[-500:]}"
+            yield "" if code == 0 else f"{said[-500:]} in {path.read_bytes()[:1500]!r}"
 
 
 def run() -> int:

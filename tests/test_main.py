@@ -63,6 +63,7 @@ def make_folders(root: Path):
         ("--set dataset=digts", ["digts", "did you mean 'digits'"]),
         ("--set dataset=../digits", ["dataset", "data_dir"]),  # a path
         ("--set convnet_type=resnet33", ["resnet33", "did you mean"]),
+        ("--plan --set dataset=cub --set data_dir=nowhere --set convnet_type=1e308", ["convnet_type", "1e+308"]),
         ("--set model_name=joint", ["'ddpm' makes images, which the learner 'joint' cannot replay"]),
         ("--set synth=null", ["generative_replay", "needs a source"]),
         ("--set device=gpu", ["device='gpu'", '"cpu"']),

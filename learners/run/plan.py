@@ -37,7 +37,9 @@ def _first_lines(entries: Registry) -> list[str]:
 
 def describe_run(config: RunConfig, name: str) -> Iterator[str]:
     """Yield the schedule, what will be trained and generated, data and weights, and what it takes on disk."""
-    choose_device(config.device)  # a word that is no device is said now
+    # A word that is no device and no backbone is said even where the data is not here.
+    choose_device(config.device)
+    missing = missing_weights(config, offline=True)
     yield f"Run {name}: {config.model_name}, {len(config.seed)} seed(s) {config.seed}"
     found = find_dataset(config.data_name, config.data_dir)
     if not found.present:
@@ -50,7 +52,7 @@ def describe_run(config: RunConfig, name: str) -> Iterator[str]:
         yield f"It cannot be read: {error}"
         return
     experiment = Experiment(config, name, config.seed[0], dataset, Runtime(["cpu"], "fp32"))
-    if missing := missing_weights(config, offline=True):
+    if missing:
         yield from (f"Weights: {text}" for text in missing)
         yield "The schedule follows once the weights are here."
         return
