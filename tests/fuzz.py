@@ -66,7 +66,8 @@ def replace(chance: random.Random, raw: dict[str, Any]) -> Mutation:
     part, key = chance.choice(places(raw))
     names = {"model_name": LEARNERS.names(), "name": SOURCES.names()}.get(key, ODD)
     part[key] = chance.choice(chance.choice([names, ODD]))
-    return Mutation(raw, f"{key}={part[key]!a}", (key,))
+    # Another learner may not know the backbone, as `memo_resnet32` is MEMO's word.
+    return Mutation(raw, f"{key}={part[key]!a}", (key, "convnet_type") if key == "model_name" else (key,))
 
 
 def add(chance: random.Random, raw: dict[str, Any]) -> Mutation:
