@@ -47,14 +47,17 @@ def start(args: argparse.Namespace) -> int:
     from learners.run.configure import build_config
     from utils.run.errors import ConfigError
     from utils.run.folder import require_places
+    from utils.run.registry import shown
     from utils.run.words import read_experiment
 
     config, unused = build_config(read_experiment(args.config), args.overrides)
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # said in the file, it must reach the hub's own code as well
     name = args.name or run_name(args.config, config, args.overrides)
-    if not re.fullmatch(r"\w[\w.+-]*", name):  # one folder below output_dir: --overwrite can never delete another
-        raise ConfigError(f"the run's name {name!r}: give --name letters, digits and _-+. alone, none of -+. first")
+    # One folder below output_dir, so that --overwrite can never delete another, with room for what is added to it.
+    if not re.fullmatch(r"\w[\w.+-]*", name) or len(name.encode()) > 200:
+        rule = "give --name letters, digits and _-+. alone, up to 200 bytes, none of -+. first"
+        raise ConfigError(f"the run's name {shown(name)}: {rule}")
     require_places(config, name)
     if args.plan:
         from learners.run.plan import describe_run

@@ -73,6 +73,7 @@ def make_folders(root: Path):
         ("--config exps/nothing.json", ["exps/nothing.json"]),
         ("--set dataset=cub --set data_dir=nowhere --offline", ["nowhere/cub", "train/<class>/<image>"]),
         ("--name a/b", ["'a/b'", "--name"]),  # --overwrite might delete what is there
+        (f"--name {'n' * 201}", ["'nnn", "up to 200 bytes"]),
         ("--set output_dir=README.md", ["output_dir='README.md/", "is a file: choose another place"]),
         ("--plan --set output_dir=README.md/below", ["output_dir=", "a part of this path is a file"]),
         (f"--plan --set output_dir={'x' * 300}", ["output_dir=", "too long"]),
