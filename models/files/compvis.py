@@ -37,7 +37,13 @@ SHOWN = {
     "feed_forward": TEXT + "attn_layers.layers.1.1.net.0.0.weight",
 }  # fmt: skip
 # A key that gives another kind of model away.
-FOREIGN = {TEXT + "text_model.": "Stable Diffusion 1.x", "cond_stage_model.model.": "Stable Diffusion 2.x"}
+FOREIGN = {
+    TEXT + "text_model.": "Stable Diffusion 1.x",
+    "cond_stage_model.model.": "Stable Diffusion 2.x",
+    "conditioner.embedders.": "Stable Diffusion XL",
+    "denoise_fn.": "a diffusion model in pixels",
+    "unet.": "a model in the names of diffusers",
+}
 # CompVis' names of the text encoder's layers to those of LDMBertEncoder. Even blocks (0.) are attention, odd ones (1.)
 # feed-forward.
 TEXT_NAMES = {
