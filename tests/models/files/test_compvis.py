@@ -244,7 +244,6 @@ def test_a_weight_that_is_missing_or_has_no_place_is_named(files, weights, key, 
         ("cond_stage_model.transformer.text_model.embeddings.position_ids", r"Stable Diffusion 1\.x"),
         ("cond_stage_model.model.ln_final.weight", r"Stable Diffusion 2\.x"),
         ("conditioner.embedders.0.transformer.weight", "Stable Diffusion XL"),
-        ("conditioner.embedders.0.transformer.weight", "no latent diffusion model with a BERT text encoder"),
         ("layer1.0.conv1.weight", "no latent diffusion model with a BERT text encoder"),
     ],
 )
