@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-from learners import LEARNERS
 from learners.backbones import backbone_options
 from learners.base import Learner
-from learners.pycil import PyCILLearner
 from utils.data.manager import Task
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.files import file_hash, load_tensors, save_tensors, whole_folder
@@ -50,7 +48,7 @@ def require_initial(learner: Learner) -> Manifest:
         learner: new; its config's ``init_from`` is a folder of a run or of its seed.
 
     Raises:
-        ConfigError: if the learner cannot start from another's weights, or ``init_from`` is no other run's folder.
+        ConfigError: if ``init_from`` is no other run's folder.
         CheckpointError: if the weights are absent or damaged, or something else made them; the first difference is
             named.
     """
@@ -114,12 +112,6 @@ def _find(learner: Learner) -> Path:
     """Return the folder of the weights that `init_from` names, or where they should be."""
     init_from, own = learner.config.init_from, learner.run.folder
     given = Path(init_from)
-    if not isinstance(learner, PyCILLearner):
-        able = ", ".join(name for name in LEARNERS.names() if issubclass(LEARNERS[name], PyCILLearner))
-        raise ConfigError(
-            f"init_from={init_from!r}: the learner {learner.config.model_name!r} trains the first task in its own way "
-            f"and cannot start from another's weights; leave the key out, or choose model_name={able}"
-        )
     if not given.is_dir():
         raise ConfigError(f"init_from={init_from!r}: no such folder; name that of a run or of one of its seeds")
     seed_folder = given / own.name if any(given.glob("seed_*")) else given
