@@ -11,6 +11,7 @@ import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,13 +45,17 @@ def start(args: argparse.Namespace) -> int:
 
         print(describe_all())
         return 0
+    from utils.run.words import read_experiment
+
+    raw = read_experiment(args.config)
+    if not args.plan:
+        refuse_second(args, raw)
     from learners.run.configure import build_config
     from utils.run.errors import ConfigError
     from utils.run.folder import require_places
     from utils.run.registry import shown
-    from utils.run.words import read_experiment
 
-    config, unused = build_config(read_experiment(args.config), args.overrides)
+    config, unused = build_config(raw, args.overrides)
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # said in the file, it must reach the hub's own code as well
     name = args.name or run_name(args.config, config, args.overrides)
@@ -67,18 +72,39 @@ def start(args: argparse.Namespace) -> int:
     return run_seeds(config, name, unused, args.overwrite)
 
 
-def run_name(path: str, config, overrides: list[str]) -> str:
-    """Join prefix and file name; a short hash tells apart runs whose keys were overridden."""
+def refuse_second(args: argparse.Namespace, raw: dict[str, Any]) -> None:
+    """Say that another process is at this run before all packages are loaded, if the name can be told by then."""
+    from utils.run.config import RunConfig
+    from utils.run.lock import require_free
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main and (args.name or not changes_identity(args.overrides)):
+        said = raw | dict(override.partition("=")[::2] for override in args.overrides)
+        name = args.name or join_name(args.config, str(said.get("prefix") or ""))
+        place = said.get("output_dir") or RunConfig.model_fields["output_dir"].default
+        require_free(Path(str(place)) / name)
+
+
+def changes_identity(overrides: list[str]) -> bool:
+    """Whether a key is overridden that makes another experiment of a file."""
     from utils.run.config import NOT_IDENTITY
 
-    changed = any(override.partition("=")[0].strip() not in NOT_IDENTITY for override in overrides)
-    parts = [config.prefix, Path(path).stem, config.identity_hash() if changed else ""]
+    return any(override.partition("=")[0].strip() not in NOT_IDENTITY for override in overrides)
+
+
+def run_name(path: str, config, overrides: list[str]) -> str:
+    """Join prefix and file name; a short hash tells apart runs whose keys were overridden."""
+    return join_name(path, config.prefix, config.identity_hash() if changes_identity(overrides) else "")
+
+
+def join_name(path: str, prefix: str, changed: str = "") -> str:
+    parts = [prefix, Path(path).stem, changed]
     return "_".join(part.replace("/", "-").replace(" ", "-") for part in parts if part)
 
 
 def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     """Run every seed in full, as the only process that owns the run's folder."""
-    from utils.run.folder import locked
+    from utils.run.lock import locked
     from utils.run.log import log_to_console
 
     is_main = os.environ.get("RANK", "0") == "0"

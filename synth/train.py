@@ -41,7 +41,8 @@ from utils.data.manager import DataManager, Task
 from utils.run.command import exit_code
 from utils.run.errors import ConfigError
 from utils.run.files import atomic_write
-from utils.run.folder import claim_data, claim_folder, claim_machine, locked
+from utils.run.folder import claim_data, claim_folder, claim_machine
+from utils.run.lock import locked
 from utils.run.log import log, log_to_console, log_to_file
 from utils.training.run import Run
 from utils.training.runtime import Runtime

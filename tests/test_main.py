@@ -16,6 +16,7 @@ from learners.run.configure import build_config
 from learners.run.predict import main as predict
 from tests.support.disk import no_space
 from utils.results import compare
+from utils.run.lock import locked
 from utils.run.words import read_experiment
 
 
@@ -157,6 +158,15 @@ def test_a_finished_run_is_classified_with_and_compared(finished, tmp_path, caps
     assert len(capsys.readouterr().out.splitlines()) == 9
     assert compare.main([str(finished)]) == 0
     assert "generative_replay" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("named", [[], ["--name", "digits"], keys("seed=3", "device=cpu")])
+def test_a_second_process_is_refused_before_the_packages_are_loaded(named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("learners.run.configure.build_config", lambda *_: pytest.fail("too late"))
+    with locked(tmp_path / "digits"):
+        assert main.main([*named, *keys(f"output_dir={tmp_path}")]) == 2
+    assert "digits belongs to a process that is running now" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overrides_get_a_folder_of_their_own_and_seeds_do_not():

@@ -21,7 +21,7 @@ from tests.support.toy import TINY_SOURCES, tiny_source, toy_images
 from utils.data.images import encode_image
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
-from utils.run.folder import locked
+from utils.run.lock import locked
 
 NAMES = ["apple", "beaver", "cloud", "dolphin"]
 

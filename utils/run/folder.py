@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
@@ -91,30 +88,6 @@ def claim_folder(config: RunConfig, name: str, overwrite: bool, flag: str = "--n
             each.delete()
     manifest.claim(config=config.model_dump(mode="json"))
     return folder
-
-
-@contextmanager
-def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
-    """Own a run's folder as long as this lasts; a killed process owns it no longer.
-
-    The lock lies beside the folder, which may be deleted and made anew.
-
-    Raises:
-        ConfigError: if another process owns it.
-    """
-    if not is_main:
-        yield
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
-    try:
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)  # a kill leaves it, which does no harm
-    except Timeout as error:
-        raise ConfigError(f"{folder} belongs to a process that is running now: wait, or give another --name") from error
 
 
 def claim_machine(folder: Path, runtime: Runtime) -> None:

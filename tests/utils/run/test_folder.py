@@ -19,12 +19,12 @@ from utils.run.folder import (
     claim_folder,
     claim_machine,
     finished_results,
-    locked,
     read_data,
     read_results,
     replay_folder,
     run_manifest,
 )
+from utils.run.lock import locked, require_free
 from utils.training.runtime import Runtime
 
 
@@ -47,7 +47,7 @@ def data(dataset=None, **changes) -> DataManager:
 OWN = """
 import sys, time
 from pathlib import Path
-from utils.run.folder import locked
+from utils.run.lock import locked
 with locked(Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(600)
@@ -61,6 +61,8 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         assert first.stdout.readline() == "mine\n"
         with pytest.raises(ConfigError, match="run belongs to a process that is running now"), locked(folder):
             pass
+        with pytest.raises(ConfigError, match="run belongs to a process that is running now"):
+            require_free(folder)
         with locked(folder, is_main=False):  # a sibling of the process that owns it
             pass
     finally:
