@@ -401,6 +401,7 @@ def test_every_known_data_set_can_be_asked_for_without_reading_it(tmp_path):
     assert (pets.present, pets.num_classes) == (True, 2) and str(tmp_path / "pets") in pets.text
 
 
+@pytest.mark.slow
 def test_photographs_load_as_cifar100(photographs):
     dataset = load_dataset("cifar100", photographs, offline=True)
     assert dataset.train.counts(100).unique().tolist() == [100]
