@@ -23,7 +23,7 @@ from utils.data.manager import Task
 from utils.data.transforms import DiffusionTransform, to_uint8
 from utils.run.carried import Carried
 from utils.run.config import BatchSize, Factor, Rate
-from utils.run.errors import ConfigError, NotFittedError
+from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import Training
 
@@ -37,6 +37,7 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
     """
 
     network = SmallControlNet
+    _model: SmallControlNet | None = None
 
     class Config(OwnGenerator.Config, SmallControlNetConfig, ExemplarCompression.Config):
         places: ClassVar[set[str]] = {"weights"}
@@ -53,14 +54,9 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
-        self._model: SmallControlNet | None = None if config.weights is None else self.load_model(config.weights)
-        if self._model is None:
-            self.new_model()  # what does not fit is said now, not after a classifier has trained
-        elif config.map_size not in (None, self.model.map_size):
+        if config.weights is not None and config.map_size not in (None, self.model.map_size):
             found = f"the model in synth.weights={config.weights!r} reads maps of {self.model.map_size} pixels"
             raise ConfigError(f"synth.map_size={config.map_size}, but {found}: leave map_size out")
-        else:
-            self.require_channels(self.model.image_shape[0])
 
     def new_model(self) -> SmallControlNet:
         """Build a model with random weights."""
@@ -69,14 +65,8 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
 
     @property
     def model(self) -> SmallControlNet:
-        """The generator.
-
-        Raises:
-            NotFittedError: if it was to be learned and the first task did not pass.
-        """
-        if self._model is None:
-            remedy = "fit task 0 too, or name the folder of a trained one with synth.weights"
-            raise NotFittedError(f"small_controlnet learns its generator on task 0, which has not passed: {remedy}")
+        """The generator, read when it is first asked for if it comes from elsewhere."""
+        self._model = self._model or self.build_model()
         return self._model
 
     def published_weights(self) -> str:
@@ -134,12 +124,6 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
 
     # ------------------------------------------------------------------ keeping
 
-    def save(self, directory: Path) -> None:
-        """Write the edge maps, and the generator if it was learned here."""
-        super().save(directory)
-        if self._model is not None and self.config.weights is None:
-            self._model.save(directory)
-
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
         super().load(directory)
@@ -155,7 +139,6 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
         """Hash the generator by SHA-256; the maps name themselves in every copy."""
         return "" if self._model is None else self._model.fingerprint()
 
-    def describe(self) -> str:
-        """Say how large the generator is, and the length of its training or where it comes from."""
-        steps = f"{self.config.unet_steps} steps of UNet and {self.config.control_steps} of ControlNet"
-        return f"{self.describe_model(self._model or self.new_model(), steps)}; {super().describe()}"
+    def training_steps(self) -> str:
+        """Say how long the two parts are trained."""
+        return f"{self.config.unet_steps} steps of UNet and {self.config.control_steps} of ControlNet"

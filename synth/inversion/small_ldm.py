@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,13 +59,6 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
         super().__init__(config, run, num_classes, class_names, dataset)
         if not config.inversion:
             raise ConfigError("synth.inversion=false draws by class names, which small_ldm cannot read: leave it true")
-        if config.weights is None:
-            self.new_model(["check"])  # what does not fit is said now, not after a classifier has trained
-        elif config.need_syn_imgs:
-            self.require_channels(self.model.image_channels)
-
-    def build_model(self) -> SmallLDM:
-        return self.load_model(self.config.weights)
 
     # ------------------------------------------------------------------ learning
 
@@ -83,16 +77,17 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
             self.invert(task, new, images.select(new))
         self.fitted_classes |= set(task.classes)
 
-    def new_model(self, class_names: list[str]) -> SmallLDM:
-        """Return a model with random weights."""
-        config, size = self.config, self.config.image_size or self.dataset.image_size
-        return SmallLDM((self.dataset.channels, size, size), class_names, SmallLDMConfig.of(config))
+    def new_model(self, class_names: Sequence[str] | None = None) -> SmallLDM:
+        """Return a model with random weights and a vector for each of these classes, or of all."""
+        size = self.config.image_size or self.dataset.image_size
+        names = self.class_names if class_names is None else class_names
+        return SmallLDM((self.dataset.channels, size, size), names, SmallLDMConfig.of(self.config))
 
     def _train(self, task: Task, images: ImageSet) -> None:
         """Train the autoencoder and then, on its latents, the UNet and the vectors."""
         config, run = self.config, self.run
         seeding.seed_everything(run.seed, "small_ldm")
-        model = self._model = self.new_model(list(task.class_names)).to(run.device)
+        model = self._model = self.new_model(task.class_names).to(run.device)
         self._train_autoencoder(model, task, images)
         moments = encode(model, images, self.flip, config.sample_batch, run, f"task {task.index} encode")
         mean, std = moments.chunk(2, dim=2)
@@ -135,12 +130,6 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
 
     # ------------------------------------------------------------------ keeping
 
-    def save(self, directory: Path) -> None:
-        """Write the vectors, and the model if it was learned here."""
-        super().save(directory)
-        if self.fitted_classes and self.config.weights is None:
-            self.model.save(directory)
-
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
         super().load(directory)
@@ -151,9 +140,6 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
         """Name vectors and model, which stands apart as frozen only if it came from elsewhere."""
         return [line for line in super().carried() if self.config.weights is not None or not line.frozen]
 
-    def describe(self) -> str:
-        """Say how large the model is, and how long its training or where it comes from."""
-        config = self.config
-        model = self.new_model(list(self.class_names)) if config.weights is None else self.model
-        steps = f"{config.vae_steps} steps of autoencoder and {config.unet_steps} of UNet"
-        return f"{self.describe_model(model, steps)}; {super().describe()}"
+    def training_steps(self) -> str:
+        """Say how long the two parts are trained."""
+        return f"{self.config.vae_steps} steps of autoencoder and {self.config.unet_steps} of UNet"

@@ -14,7 +14,7 @@ from synth.requests import Requests
 from tests.support.sources import weigh
 from tests.support.tiny_inversion import make_inversion, tiny_config, toy_task
 from tests.support.toy import tiny_source
-from utils.run.errors import ConfigError, WeightsError
+from utils.run.errors import ConfigError, NotFittedError, WeightsError
 from utils.training.fit import LossLog
 
 
@@ -158,6 +158,11 @@ def test_a_watcher_sees_the_model_while_it_learns(tmp_path):
 def test_what_does_not_fit_is_said_when_the_source_is_made(keys, error, said, tmp_path):
     with pytest.raises(error, match=said):
         make(tmp_path, **keys)
+
+
+def test_a_model_that_was_not_learned_is_named(tmp_path):
+    with pytest.raises(NotFittedError, match="small_ldm learns its generator on task 0"):
+        make(tmp_path).fit_before(*toy_task(1))
 
 
 def test_a_model_of_coloured_images_is_refused_for_grey_ones(tmp_path):
