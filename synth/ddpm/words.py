@@ -15,7 +15,7 @@ import yaml
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
 from utils.run.folder import run_manifest
-from utils.run.words import ALIASES, WORDS, Words
+from utils.run.words import ALIASES, WORDS, Words, put_once
 
 
 def is_true(value: Any) -> bool:
@@ -72,7 +72,7 @@ def read_commands(raw: dict[str, Any]) -> dict[str, Any]:
         top = {**learner, "shuffle": False, **_stated(top, "classifier")}
         synth = {"name": "ddpm", "cl_method": "generative_replay", **_stated(synth, "diffusion")}
         for key in [key for key in of_the_data if key in synth]:
-            _put(top, ALIASES.get(key, key), synth[key], f"synth.{key}={synth.pop(key)!r}", key)
+            put_once(top, ALIASES.get(key, key), synth[key], f"synth.{key}={synth.pop(key)!r}", key)
         top["dataset"] = name or top.get("dataset")
         if not {"channel_mult", "block_out_channels"} & {*top, *synth}:
             synth["channel_mult"] = factors
@@ -100,7 +100,7 @@ def translate(raw: dict[str, Any]) -> dict[str, Any]:
         kept = (trained.read()["config"]["synth"] or {}) | kept
     for flag, (key, read) in RENAMED.items():
         if (value := kept.pop(flag, None)) is not None:
-            _put(kept, key, _read(flag, value, read), f"synth.{flag}={value!r}", f"synth.{key}")
+            put_once(kept, key, _read(flag, value, read), f"synth.{flag}={value!r}", f"synth.{key}")
     if command:
         width = {"num_channels": 128} if "channel_mult" in kept or "block_out_channels" not in kept else {}
         kept = complete(width | kept, "diffusion", "synth.")
@@ -111,7 +111,7 @@ def translate(raw: dict[str, Any]) -> dict[str, Any]:
     if width is not None:
         items = factors if isinstance(factors, list) else str(factors).split(",")
         widths = [_read("num_channels", width, whole) * _read("channel_mult", item, whole) for item in items]
-        _put(kept, "block_out_channels", widths, f"synth.num_channels={width!r}", "synth.block_out_channels")
+        put_once(kept, "block_out_channels", widths, f"synth.num_channels={width!r}", "synth.block_out_channels")
     # Of its four heads, each has 64 channels in this UNet; in others, 64 or another number, on every level its own.
     usual = {"block_out_channels": [128, 256, 256, 256], "attention_resolutions": "16,8"}
     if command and "attention_head_dim" not in kept and not usual.items() <= kept.items():
@@ -162,12 +162,6 @@ def _read(flag: str, value: Any, read: Callable[[Any], Any]) -> Any:
         return read(value)
     except ValueError as error:
         raise ConfigError(f"synth.{flag}={value!r}: {error}") from error
-
-
-def _put(kept: dict[str, Any], key: str, value: Any, given: str, ours: str) -> None:
-    if kept.get(key) is not None and str(kept[key]).lower() != str(value).lower():  # "true" is true
-        raise ConfigError(f"{given} and {ours}={kept[key]!r} are one key: keep one of them")
-    kept[key] = value
 
 
 ALIASES["dataroot"] = "data_dir"

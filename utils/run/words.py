@@ -198,10 +198,19 @@ def _move(raw: dict[str, Any]) -> dict[str, Any]:
         named = str(synth.get("name", words.source)).lower()
         if inner not in SourceConfig.model_fields and named not in (words.source, *words.relatives):
             raise ConfigError(f"{said} is of the source {words.source!r}, and synth.name={shown(named)}: keep one")
-        if str(synth.get(inner, value)).lower() != str(value).lower():  # "true" is true
-            raise ConfigError(f"{said} and synth.{inner}={shown(synth[inner])} are one key: keep one of them")
-        synth[inner] = value
+        put_once(synth, inner, value, said, f"synth.{inner}")
     return {**result, "synth": synth}
+
+
+def put_once(keys: dict[str, Any], key: str, value: Any, said: str, ours: str) -> None:
+    """Set a key that may be there already, under our name for it.
+
+    Raises:
+        ConfigError: if it has another value there; ``said`` is the new one with its name, ``ours`` the name there.
+    """
+    if keys.get(key) is not None and str(keys[key]).lower() != str(value).lower():  # "true" is true
+        raise ConfigError(f"{said} and {ours}={shown(keys[key])} are one key: keep one of them")
+    keys[key] = value
 
 
 def _is_on(words: Words, key: str, value: Any) -> bool:
