@@ -71,8 +71,7 @@ class Bank:
         images = ImageSet()
         for earlier in range(index):
             place = self.fill(earlier, index)
-            drawn = (self._read(place, label) for label in self.classes_of(earlier))
-            images = images + sum(drawn, ImageSet()).merged()
+            images += sum((self._read(place, label) for label in self.classes_of(earlier)), ImageSet()).merged()
         return images
 
     def stored(self, classes: Iterable[int]) -> ImageSet:

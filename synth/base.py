@@ -15,6 +15,7 @@ from utils.data.datasets import Dataset
 from utils.data.images import ImageSet, Samples
 from utils.data.manager import Task
 from utils.run.carried import Carried
+from utils.run.command import promised_offline
 from utils.run.config import SourceConfig
 from utils.run.errors import NotFittedError, WeightsError
 from utils.run.log import log
@@ -40,6 +41,8 @@ class ReplaySource(ABC):
     def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset: Dataset):
         self.config, self.run, self.num_classes = config, run, num_classes
         self.class_names, self.dataset = class_names, dataset
+        if config.need_syn_imgs:
+            self.check_weights(config, promised_offline())
         self.fitted_classes: set[int] = set()
         self.chunk_size = config.sample_batch  # halved for good where the device's memory is too small for it
         self.watcher: Callable[[int], None] | None = None  # looks on while it learns; see `show_progress`

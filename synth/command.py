@@ -26,10 +26,8 @@ from utils.training.run import Run
 
 FITTED = "fitted.json"  # manifest of a folder that synth.train has finished
 # What an experiment file says of the classifier, its memory and the run's name: nothing that a source could see.
-OF_THE_CLASSIFIER = {
-    "prefix", "model_name", "memory_size", "memory_per_class", "fixed_memory", "convnet_type", "stem", "pretrained",
-    "backbone_weights", "backbone_args", "replay_resize",
-}  # fmt: skip
+OF_THE_CLASSIFIER = {"prefix", "model_name", "memory_size", "memory_per_class", "fixed_memory", "convnet_type", "stem",
+                     "pretrained", "backbone_weights", "backbone_args", "replay_resize"}  # fmt: skip
 # The commands fit and draw whatever the experiment does with stored images and sources, in folders of their own.
 OWN_FOLDERS = {"need_syn_imgs": True, "syn_image_path": None, "adopt_syn_images": False, "source_dir": None}
 

@@ -10,16 +10,13 @@ from models.latent.contract import PLACEHOLDER
 from utils.run.errors import ConfigError
 from utils.run.files import read_json
 
+EMBEDDINGS = "class_embeddings.safetensors"  # of one float32 vector per class, where its words were searched for
 _PICTURES = ("a photo", "an illustration", "a depiction")
-_DETERMINERS = (
-    "a", "a clean", "a dirty", "my", "the cool", "the", "one", "the clean", "a nice", "the nice", "the small",
-    "the weird", "the large", "a cool", "a small",
-)  # fmt: skip
-_VIEWS = (
-    "a rendering of a", "a cropped photo of the", "the photo of a", "a dark photo of the", "a close-up photo of a",
-    "a bright photo of the", "a cropped photo of a", "a good photo of the", "a close-up photo of the",
-    "a rendition of the", "a rendition of a", "a good photo of a",
-)  # fmt: skip
+_DETERMINERS = ("a", "a clean", "a dirty", "my", "the cool", "the", "one", "the clean", "a nice", "the nice",
+                "the small", "the weird", "the large", "a cool", "a small")  # fmt: skip
+_VIEWS = ("a rendering of a", "a cropped photo of the", "the photo of a", "a dark photo of the",
+          "a close-up photo of a", "a bright photo of the", "a cropped photo of a", "a good photo of the",
+          "a close-up photo of the", "a rendition of the", "a rendition of a", "a good photo of a")  # fmt: skip
 
 # The list of Liang et al. (ECCV 2024, arXiv:2409.01128), from which a template is drawn uniformly: 45 pairs once and
 # 12 views three times each.

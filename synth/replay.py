@@ -101,9 +101,8 @@ class Replay:
 
     def batches(self, present: Samples, past: Samples, loading: Loading) -> Batches:
         """Shuffle the present and the past together."""
-        if isinstance(past, FeatureSet):
-            return MixedBatches(present, past, loading)
-        return ImageBatches(present, past, loading)
+        kind = MixedBatches if isinstance(past, FeatureSet) else ImageBatches
+        return kind(present, past, loading)
 
     # ------------------------------------------------------------------ what is said and kept of it
 

@@ -39,6 +39,7 @@ from synth.command import (
     read_file,
 )  # fmt: skip
 from synth.drawing import ImageFolder, identify, name_classes
+from synth.prompts import EMBEDDINGS
 from synth.requests import Requests
 from utils.data import subsets
 from utils.data.images import ImageSet
@@ -49,8 +50,6 @@ from utils.run.log import log, log_to_console
 from utils.run.words import apply_overrides, translate
 from utils.training.run import Run
 from utils.training.runtime import Runtime
-
-EMBEDDINGS = "class_embeddings.safetensors"  # what class inversion saves
 
 
 def find_source(args: argparse.Namespace) -> tuple[FitConfig, DataManager | FittedSource, Path | None]:

@@ -63,7 +63,7 @@ class Fitting:
 
     def __init__(self, config: FitConfig, data: DataManager, tasks: list[Task], run: Run, preview_every: int):
         self.config, self.data, self.tasks, self.run, self.preview_every = config, data, tasks, run, preview_every
-        self.source = make_source(config, run, data)
+        self.checkpoints, self.source = run.checkpoints("task"), make_source(config, run, data)
         # Only what rehearses looks at the past; of any other source nobody would see the images.
         way = replay_kind(config, type(self.source), None) if self.source.wants_past else Replay
         self.replay = way(config, self.source, data, run, run.folder / "replay")
@@ -80,7 +80,7 @@ class Fitting:
             if self.run.runtime.is_main:
                 if self.config.synth.keep_sources:
                     keep_source(self.source, self.data, task, self.run.folder)
-                self.run.checkpoints("task").save(task.index, {}, {}, partial(save_source, self.source))
+                self.checkpoints.save(task.index, {}, {}, partial(save_source, self.source))
                 self.run.forget_fits()
             self.run.runtime.accelerator.wait_for_everyone()
         if self.run.runtime.is_main:
@@ -112,22 +112,20 @@ class Fitting:
 
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; return the place of the next task."""
-        checkpoints = self.run.checkpoints("task")
-        if (found := checkpoints.load_newest(log)) is None:
+        if (found := self.checkpoints.load_newest(log)) is None:
             return 0
-        self.source.load(checkpoints.path(found[0]) / "source")
+        self.source.load(self.checkpoints.path(found[0]) / "source")
         log.info("Task %d was learned before: continuing after it", found[0])
         return 1 + [task.index for task in self.tasks].index(found[0])
 
     def _publish(self) -> None:
         """Write the source into the folder itself; the checkpoints are then no longer needed."""
         self.source.save(self.run.folder)
-        checkpoints = self.run.checkpoints("task")
-        stored = checkpoints.path(self.tasks[-1].index) / "source"
-        files = [path.relative_to(stored).as_posix() for path in stored.rglob("*") if path.is_file()]
+        stored = self.checkpoints.manifest(self.tasks[-1].index).files()
+        files = [name.removeprefix("source/") for name in stored if name.startswith("source/")]
         names = {str(label): self.data.class_names[label] for label in sorted(self.source.fitted_classes)}
         fitted_manifest(self.run.folder).seal(files, classes=names)
-        checkpoints.clear()
+        self.checkpoints.clear()
 
 
 def choose_tasks(config: FitConfig, data: DataManager) -> list[Task]:

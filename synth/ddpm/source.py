@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -38,11 +37,10 @@ from utils.data.transforms import AUGMENTATIONS, DiffusionTransform, to_uint8
 from utils.run.config import BatchSize, Decay, Factor, Place, Rate, Side, SourceConfig
 from utils.run.errors import ConfigError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
+from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Hooks, Step, Training, fit
 from utils.training.schedule import TrainConfig
-
-log = logging.getLogger("reprise")
 
 
 class Sampling(NamedTuple):
@@ -194,7 +192,6 @@ class DDPM(ReplaySource):
 
     # ------------------------------------------------------------------ generating
 
-    @torch.no_grad()
     def generate(self, requests: Requests) -> ImageSet:
         """Draw one image per request.
 

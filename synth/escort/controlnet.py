@@ -80,7 +80,6 @@ class ControlNetSource(ExemplarCompression):
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
-        self.check_weights(config, promised_offline())
         words = class_words(class_names, config.class_prompts, config.verbatim_names)
         prompt, negative, steps = SCRIPTS[config.resolution]
         self.prompts = [(config.prompt or prompt).replace(CLASS, word) for word in words]

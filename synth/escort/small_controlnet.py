@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -112,15 +113,12 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
         return (side if self.config.weights is None else self.model.map_size,) * 2
 
     def draw(self, requests: Requests, maps: list[EdgeMap], generators: list[torch.Generator]) -> list[Tensor]:
-        config, model, edges = self.config, self.model, self._hints(maps)
-
-        def predict(xt: Tensor, t: Tensor) -> Tensor:
-            with self.run.runtime.autocast():
-                return model.predict(xt, t, edges, config.control_strength)
-
+        config, model = self.config, self.model
+        predict = self.run.runtime.autocast()(model.predict)
+        along_edges = partial(predict, edges=self._hints(maps), strength=config.control_strength)
         noise = draw_noise(generators, model.image_shape).to(self.run.device)
         scheduler = sample_scheduler(config.scheduler, model.schedule, config.sample_steps)
-        return list(to_uint8(sample_scheduled(predict, noise, scheduler)).cpu())
+        return list(to_uint8(sample_scheduled(along_edges, noise, scheduler)).cpu())
 
     # ------------------------------------------------------------------ keeping
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -25,8 +24,8 @@ from utils.run.carried import Carried, Items
 from utils.run.config import PerClass, SourceConfig
 from utils.run.errors import NotFittedError
 from utils.run.files import load_tensors, save_tensors
+from utils.run.log import log
 
-log = logging.getLogger("reprise")
 EDGE_MAPS = "edge_maps.safetensors"
 
 
@@ -41,9 +40,8 @@ class ExemplarCompression(ReplaySource):
     """
 
     class Config(SourceConfig):
-        elsewhere: ClassVar[set[str]] = SourceConfig.elsewhere | {
-            "real_per_class", "augmentation_prob", "augmentations_per_image", "prepare",
-        }  # fmt: skip
+        elsewhere: ClassVar[set[str]] = SourceConfig.elsewhere | {"real_per_class", "augmentation_prob",
+                                                                  "augmentations_per_image", "prepare"}  # fmt: skip
         places: ClassVar[set[str]] = set()  # keys that say where weights lie, and not what they are
 
         replay: Literal["keep"] = Field("keep", description="copies are drawn when they are wanted, and stay on disk")

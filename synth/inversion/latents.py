@@ -49,9 +49,8 @@ def sample_scheduler(name: str, schedule: dict[str, Any], steps: int):
         scheduler = getattr(diffusers, kind).from_config(settings | schedule)
         scheduler.set_timesteps(steps)
     except (ArithmeticError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{steps} steps of scheduler={name!r} do not suit a model with {schedule}: {error}"
-        ) from error
+        wanted = f"{steps} steps of scheduler={name!r}"
+        raise ConfigError(f"{wanted} do not suit a model with {schedule}: {error}") from error
     return scheduler
 
 

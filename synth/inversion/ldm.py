@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Literal
 
@@ -16,8 +15,7 @@ from synth.base import weights_place
 from synth.inversion.source import ClassInversion
 from utils.run.command import promised_offline
 from utils.run.config import Place, Side
-
-log = logging.getLogger("reprise")
+from utils.run.log import log
 
 
 @SOURCES.register("ldm")
@@ -37,8 +35,6 @@ class LDM(ClassInversion):
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
-        if config.need_syn_imgs:
-            self.check_weights(config, promised_offline())
         for said in [] if config.yaml is None else unread(config.yaml, config):
             log.warning("%s says %s, which is not read here", config.yaml, said)
 

@@ -26,7 +26,7 @@ from synth.inversion.latents import (
     sample_scheduled,
     sample_scheduler,
 )  # fmt: skip
-from synth.prompts import TRAIN_TEMPLATES, class_words
+from synth.prompts import EMBEDDINGS, TRAIN_TEMPLATES, class_words
 from synth.requests import Requests, draw_noise
 from utils.data.batches import Batch
 from utils.data.images import ImageSet
@@ -39,8 +39,6 @@ from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.training import seeding
 from utils.training.fit import Hooks, Training, fit
 from utils.training.schedule import TrainConfig
-
-EMBEDDINGS = "class_embeddings.safetensors"  # of one float32 vector per class
 
 
 class ClassInversion(ReplaySource):
@@ -229,16 +227,13 @@ class ClassInversion(ReplaySource):
     def _draw(self, requests: Requests, contexts: dict[int, Tensor], nothing: Tensor) -> Tensor:
         """Draw one chunk, uint8 (N, C, S, S) on the CPU."""
         noise = draw_noise(requests.generators(), self.model.latent_shape).to(self.run.device)
-        conditional = partial(self._predict, context=torch.cat([contexts[label] for label in requests.labels.tolist()]))
-        unconditional = partial(self._predict, context=nothing.expand(len(requests), -1, -1))
+        predict = self.run.runtime.autocast()(self.model.predict)
+        conditional = partial(predict, context=torch.cat([contexts[label] for label in requests.labels.tolist()]))
+        unconditional = partial(predict, context=nothing.expand(len(requests), -1, -1))
         scheduler = sample_scheduler(self.config.scheduler, self.model.schedule, self.config.sample_steps)
         z0 = sample_scheduled(classifier_free(conditional, unconditional, self.config.guidance), noise, scheduler)
         with self.run.runtime.autocast():
             return to_uint8(self.model.decode(z0)).cpu()
-
-    def _predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        with self.run.runtime.autocast():
-            return self.model.predict(zt, t, context)
 
     # ------------------------------------------------------------------ keeping
 
