@@ -30,32 +30,32 @@ from utils.training.run import Run
 from utils.training.runtime import Runtime
 from utils.training.schedule import TrainConfig
 
+# GUIDE's published commands (card, section 5): data, number of tasks, what differs in the diffusion model's run A and
+# what in the classifier's run B. What a command leaves out is the parser's default: an interval of 1.
+PUBLISHED = {
+    "guide_cifar10_2": ("CIFAR10", 2, (256, 100_000, 25_000), (256, "ddim50", 0.2, 0.01, 5000, 2000, None, True)),
+    "guide_cifar10_5": ("CIFAR10", 5, (256, 50_000, 10_000), (256, "ddim50", 0.5, 0.01, 5000, 2000, 5, True)),
+    "guide_cifar100_5": ("CIFAR100", 5, (256, 50_000, 10_000), (256, "ddim100", 0.5, 0.05, 10_000, 2000, 10, True)),
+    "guide_cifar100_10": ("CIFAR100", 10, (256, 100_000, 5000), (256, "ddim100", 1.0, 0.05, 10_000, 2000, 10, True)),
+    "guide_imagenet100_5": ("ImageNet100", 5, (100, 50_000, 26_000),
+                            (100, "ddim50", 1.0, 0.001, 20_000, 20_000, 15, False)),
+}  # fmt: skip
 
-# GUIDE's published commands (card, section 5) as our files should hold them.
-def classifier(batch, respacing, scale, lr, first, later, interval, augmentation=True):
-    return {
-        "batch_size": batch, "timestep_respacing": respacing, "scale": (scale, scale), "classifier_lr": lr,
-        "disjoint_classifier_init_num_steps": first, "disjoint_classifier_num_steps": later,
-        "guid_generation_interval": interval, "classifier_augmentation": augmentation,
-    }  # fmt: skip
 
-
-def diffusion(batch, later, per_task, sampler="ddpm", respacing="1000", lr=2e-4):
-    return {
+def settings(name):
+    """What our file has to hold of the diffusion model's run and of the classifier's."""
+    data, _, (batch, later, per_task), of_run_b = PUBLISHED[name]
+    sampler, respacing, lr = ("ddim", "ddim250", 1e-4) if data == "ImageNet100" else ("ddpm", "1000", 2e-4)
+    diffusion = {
         "batch_size": batch, "first_task_num_steps": 100_000, "num_steps": later, "sampler": sampler, "lr": lr,
         "gr_n_generated_examples_per_task": per_task, "timestep_respacing": respacing, "ema_rate": 0.9999,
     }  # fmt: skip
-
-
-# The settings of the classifier's run and of the diffusion model's.
-PUBLISHED = {
-    "guide_cifar10_2": (classifier(256, "ddim50", 0.2, 0.01, 5000, 2000, 1), diffusion(256, 100_000, 25_000)),
-    "guide_cifar10_5": (classifier(256, "ddim50", 0.5, 0.01, 5000, 2000, 5), diffusion(256, 50_000, 10_000)),
-    "guide_cifar100_5": (classifier(256, "ddim100", 0.5, 0.05, 10_000, 2000, 10), diffusion(256, 50_000, 10_000)),
-    "guide_cifar100_10": (classifier(256, "ddim100", 1.0, 0.05, 10_000, 2000, 10), diffusion(256, 100_000, 5000)),
-    "guide_imagenet100_5": (classifier(100, "ddim50", 1.0, 0.001, 20_000, 20_000, 15, augmentation=False),
-                            diffusion(100, 50_000, 26_000, "ddim", "ddim250", 1e-4)),
-}  # fmt: skip
+    batch, respacing, scale, lr, first, later, interval, augmentation = of_run_b
+    return diffusion, {
+        "batch_size": batch, "timestep_respacing": respacing, "scale": (scale, scale), "classifier_lr": lr,
+        "disjoint_classifier_init_num_steps": first, "disjoint_classifier_num_steps": later,
+        "guid_generation_interval": interval or 1, "classifier_augmentation": augmentation,
+    }  # fmt: skip
 
 
 def published(name):
@@ -89,19 +89,26 @@ def test_p9_an_epoch_is_counted_in_full_batches(name, images, hold):
     assert (training.hold, training.steps, training.lr) == (hold, 2000, config.classifier_lr)
 
 
+def rehearsed(config, increment, num_tasks, folder, monkeypatch):
+    """The labels that a diffusion model asks for of itself in every task but the first."""
+    asked = []
+    monkeypatch.setattr(ImageFolder, "draw", lambda folder, source, requests: asked.append(requests[0].labels))
+    run, network = Run(folder, 0, Runtime(["cpu"])), torch.nn.Identity()
+    source = SimpleNamespace(config=config, run=run, network=network, fingerprint=lambda: "")
+    for task in range(1, num_tasks):
+        source.fitted_classes = set(range(increment * task))
+        DDPM._rehearse(source, SimpleNamespace(index=task), num_images=1)
+    return asked
+
+
 @pytest.mark.parametrize(("name", "counts"), [
     ("guide_cifar10_5", [10240, 20224, 30208, 40192]), ("guide_cifar10_2", [25088]),
     ("guide_cifar100_10", [5120, 10240, 15104, 20224, 25088, 30208, 35072, 40192, 45056]),
     ("guide_imagenet100_5", [26000, 52000, 78000, 104000]),
 ])  # fmt: skip
 def test_p8_self_rehearsal_keeps_its_surplus(name, counts, tmp_path, monkeypatch):
-    config, asked = published(name), []
-    monkeypatch.setattr(ImageFolder, "draw", lambda folder, source, requests: asked.append(requests[0].labels))
-    run = Run(tmp_path, 0, Runtime(["cpu"]))
-    source = SimpleNamespace(config=config.synth, run=run, network=torch.nn.Identity(), fingerprint=lambda: "")
-    for task in range(1, len(counts) + 1):
-        source.fitted_classes = set(range(config.increment * task))
-        DDPM._rehearse(source, SimpleNamespace(index=task), num_images=1)
+    config = published(name)
+    asked = rehearsed(config.synth, config.increment, len(counts) + 1, tmp_path, monkeypatch)
     assert list(map(len, asked)) == counts
     assert [int(labels.max()) + 1 for labels in asked] == [config.increment * task for task in range(1, len(asked) + 1)]
 
@@ -109,15 +116,9 @@ def test_p8_self_rehearsal_keeps_its_surplus(name, counts, tmp_path, monkeypatch
 @pytest.mark.parametrize(("per_task", "batch", "counts"), [(32, 64, [32, 64, 128, 128]), (64, 64, [64, 128])])
 def test_p8_self_rehearsal_draws_less_than_a_batch_as_it_is(per_task, batch, counts, tmp_path, monkeypatch):
     """GUIDE draws min(n, B) images at once until it has n = per_task * task of them."""
-    asked = []
-    monkeypatch.setattr(ImageFolder, "draw", lambda folder, source, requests: asked.append(len(requests[0])))
-    settings = {"counts": "reference", "batch_size": batch, "gr_n_generated_examples_per_task": per_task}
-    source = SimpleNamespace(config=build_source_config({"name": "ddpm", **settings}), network=torch.nn.Identity(),
-                             run=Run(tmp_path, 0, Runtime(["cpu"])), fingerprint=lambda: "")  # fmt: skip
-    for task in range(1, len(counts) + 1):
-        source.fitted_classes = set(range(2 * task))
-        DDPM._rehearse(source, SimpleNamespace(index=task), num_images=1)
-    assert asked == counts
+    own = {"counts": "reference", "batch_size": batch, "gr_n_generated_examples_per_task": per_task}
+    config = build_source_config({"name": "ddpm", **own})
+    assert list(map(len, rehearsed(config, 2, len(counts) + 1, tmp_path, monkeypatch))) == counts
 
 
 @pytest.mark.parametrize(("name", "draws"), [*zip(PUBLISHED, (2000, 400, 200, 200, 1334))])
@@ -163,7 +164,7 @@ def test_p12_a_graph_is_built_where_something_bends_alone_and_the_classifier_sta
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_are_the_readmes_settings(name):
-    config, (classifier, diffusion) = published(name), PUBLISHED[name]
+    config, (diffusion, classifier) = published(name), settings(name)
     assert {key: getattr(config, key) for key in classifier} == classifier
     assert {key: getattr(config.synth, key) for key in diffusion} == diffusion
     assert (config.classifier_init_lr, config.classifier_weight_decay, config.eval_logits) == (0.1, 5e-4, "all")
@@ -199,7 +200,6 @@ def flags(line):
     return {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
 
 
-# The published commands (card, section 5); what they leave out is the parser's default.
 RUN_A = """--cl_method generative_replay --train_with_disjoint_classifier False --embedding_kind concat_time_1hot
     --train_aug True --seed 0 --log_interval 1000 --wandb_experiment_name a"""
 RUN_B = """--cl_method generative_replay_disjoint_classifier_guidance --train_with_disjoint_classifier True
@@ -207,19 +207,10 @@ RUN_B = """--cl_method generative_replay_disjoint_classifier_guidance --train_wi
     --use_ddim True --classifier_init_lr 0.1 --seed 0 --log_interval 200 --diffusion_pretrained_dir results/a"""
 IMAGENET = """--attention_resolutions 32,16,8 --resblock_updown True --use_new_attention_order True
     --use_scale_shift_norm True --num_channels 192 --num_head_channels 64 --lr 1e-4"""
-# Data, the two of run A's flags that differ, then of run B's.
-COMMANDS = {
-    "guide_cifar10_2": ("CIFAR10", 2, (256, 100000, 25000), (256, "ddim50", 0.2, 0.01, 5000, 2000, None, True)),
-    "guide_cifar10_5": ("CIFAR10", 5, (256, 50000, 10000), (256, "ddim50", 0.5, 0.01, 5000, 2000, 5, True)),
-    "guide_cifar100_5": ("CIFAR100", 5, (256, 50000, 10000), (256, "ddim100", 0.5, 0.05, 10000, 2000, 10, True)),
-    "guide_cifar100_10": ("CIFAR100", 10, (256, 100000, 5000), (256, "ddim100", 1.0, 0.05, 10000, 2000, 10, True)),
-    "guide_imagenet100_5": ("ImageNet100", 5, (100, 50000, 26000),
-                            (100, "ddim50", 1.0, 0.001, 20000, 20000, 15, False)),
-}  # fmt: skip
 
 
 def diffusion_command(name):
-    data, num_tasks, (batch, later, per_task), _ = COMMANDS[name]
+    data, num_tasks, (batch, later, per_task), _ = PUBLISHED[name]
     respacing = "ddim250 --use_ddim True " + IMAGENET if data == "ImageNet100" else "1000 --use_ddim False"
     return flags(f"""{RUN_A} --dataset {data} --num_tasks {num_tasks} --batch_size {batch} --num_steps {later}
         --first_task_num_steps 100000 --save_interval {later} --timestep_respacing {respacing}
@@ -227,7 +218,7 @@ def diffusion_command(name):
 
 
 def classifier_command(name):
-    data, num_tasks, _, (batch, respacing, scale, lr, first, later, interval, augmentation) = COMMANDS[name]
+    data, num_tasks, _, (batch, respacing, scale, lr, first, later, interval, augmentation) = PUBLISHED[name]
     return flags(f"""{RUN_B} --dataset {data} --num_tasks {num_tasks} --batch_size {batch} --classifier_lr {lr}
         --timestep_respacing {respacing} --classifier_scale_min_new {scale} --classifier_scale_max_new {scale}
         --disjoint_classifier_init_num_steps {first} --disjoint_classifier_num_steps {later}
@@ -240,7 +231,7 @@ def fit_config(raw, *overrides):
     return build_fit_config(raw, command_parser("train", "").parse_args([*overrides]))
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_commands_are_our_files(name):
     both = {**classifier_command(name), "synth": diffusion_command(name)}
     config, unused = build_config(both)
@@ -249,7 +240,7 @@ def test_published_commands_are_our_files(name):
     said = {"flip": True, "source_dir": "results/a", "train_respacing": config.synth.train_respacing}
     expected = published(name).identity()
     assert config.identity() == {**expected, "synth": {**expected["synth"], **said}}
-    assert config.synth.train_respacing == config.synth.timestep_respacing == PUBLISHED[name][1]["timestep_respacing"]
+    assert config.synth.train_respacing == config.synth.timestep_respacing == settings(name)[0]["timestep_respacing"]
     alone = fit_config(diffusion_command(name))
     assert alone.synth.training_settings() == config.synth.training_settings()
     assert (alone.data_name, alone.init_cls, alone.increment, alone.shuffle, alone.seed) == (
@@ -285,24 +276,24 @@ def test_flags_that_a_command_leaves_out_have_the_defaults_of_guides_parser_and_
 
 @pytest.mark.parametrize("place", ["top", "synth"])
 def test_every_other_flag_of_the_parser_is_idle_or_has_its_published_value_alone(place):
-    def settings(flag, value):
+    def identity(flag, value):
         both = {**flags(SMALL_B), "synth": flags(SMALL_A)}
         (both if place == "top" else both["synth"])[flag] = value
         return build_config(both)[0].identity()
 
-    plain = settings("seed", 0)
+    plain = identity("seed", 0)
     for flag in {*FLAGS["idle"]} - {"train_with_disjoint_classifier"}:
-        assert settings(flag, "False") == plain
+        assert identity(flag, "False") == plain
     for flag, values in FLAGS["fixed"].items():
         if flag != "cl_method":
-            assert settings(flag, str(values[0])) == plain
+            assert identity(flag, str(values[0])) == plain
         with pytest.raises(ConfigError, match=f"{flag}='other': only .* is there, as published"):
-            settings(flag, "other")
+            identity(flag, "other")
     program = FLAGS["classifier" if place == "top" else "diffusion"]
     for flag in program["idle"]:
-        assert settings(flag, "False") == plain
+        assert identity(flag, "False") == plain
     with pytest.raises(ConfigError, match=f"train_with_disjoint_classifier='{place == 'synth'}': only"):
-        settings("train_with_disjoint_classifier", str(place == "synth"))
+        identity("train_with_disjoint_classifier", str(place == "synth"))
 
 
 @pytest.mark.parametrize(
