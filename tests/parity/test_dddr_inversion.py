@@ -13,7 +13,7 @@ from synth.inversion.federated import split_clients
 from synth.inversion.latents import LatentBatches, encode, noise_scheduler, sample_scheduled, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
 from synth.requests import Requests
-from tests.support.tiny_inversion import make_inversion, tiny_model, toy_task
+from tests.support.tiny_inversion import fitted, make_inversion, tiny_model, toy_task
 from utils.data.batches import Batch, Loading
 from utils.training import seeding
 
@@ -34,12 +34,6 @@ def loss_of(source, module, batch, classes=(0, 1, 2), seed=0):
     torch.manual_seed(seed)
     scheduler = noise_scheduler(source.model.schedule)
     return source.loss(batch, module=module, classes=torch.tensor(classes), scheduler=scheduler)["mse"]
-
-
-def fitted(folder, **keys):
-    source = make_inversion(folder, **keys)
-    source.fit_before(*toy_task())
-    return source
 
 
 # checks 1 to 3

@@ -14,11 +14,13 @@ from utils.training.runtime import Runtime
 
 
 def make_source(name, folder, seed=7, kind=None, dataset=None, **keys):
-    kind = kind or SOURCES[name]
-    config = kind.Config.parse({**tiny_source(name), **keys})
-    run = Run(folder, seed, Runtime(["cpu"], "fp32"), progress=False)
-    dataset = dataset or toy_dataset()
-    return kind(config, run, dataset.num_classes, dataset.class_names, dataset)
+    return build(kind or SOURCES[name], {**tiny_source(name), **keys}, folder, seed, dataset=dataset)
+
+
+def build(kind, keys, folder, seed=7, precision="fp32", dataset=None):
+    """A source of this class with these keys, on the toy data unless told otherwise."""
+    dataset, run = dataset or toy_dataset(), Run(folder, seed, Runtime(["cpu"], precision), progress=False)
+    return kind(kind.Config.parse(keys), run, dataset.num_classes, dataset.class_names, dataset)
 
 
 def fitted(name, folder, tasks=1, seed=7, **keys):

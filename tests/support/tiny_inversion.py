@@ -1,13 +1,14 @@
 """Class inversion of a small frozen model with random weights, on the toy data."""
 
+from dataclasses import replace
+
 import torch
 
 from models.latent.small import SmallLDM, SmallLDMConfig
 from synth.inversion.source import ClassInversion
+from tests.support.sources import build
 from tests.support.toy import toy_dataset
 from utils.data.manager import DataManager, Split
-from utils.training.run import Run
-from utils.training.runtime import Runtime
 
 TINY_MODEL = {
     "vae_channels": [8, 8], "block_out_channels": [8, 8], "attention_levels": [0], "num_heads": 2,
@@ -40,15 +41,21 @@ class TinyInversion(ClassInversion):
 
 
 def make_inversion(folder, kind: type = TinyInversion, precision="fp32", class_names=None, **keys) -> ClassInversion:
-    config = kind.Config.parse({"name": "tiny", **SHORT, **keys})
-    dataset = toy_dataset()
-    run = Run(folder, 7, Runtime(["cpu"], precision), progress=False)
-    return kind(config, run, dataset.num_classes, class_names or dataset.class_names, dataset)
+    dataset = toy_dataset() if class_names is None else replace(toy_dataset(), class_names=class_names)
+    return build(kind, {"name": "tiny", **SHORT, **keys}, folder, precision=precision, dataset=dataset)
 
 
-def toy_task(index: int = 0, init_cls: int = 2, increment: int = 2):
+def fitted(folder, kind: type = TinyInversion, tasks: int = 1, **keys) -> ClassInversion:
+    """The same, which has learned the first tasks of the toy data."""
+    source = make_inversion(folder, kind, **keys)
+    for index in range(tasks):
+        source.fit_before(*toy_task(index))
+    return source
+
+
+def toy_task(index: int = 0):
     """A task of the toy data and its images."""
-    data = DataManager(toy_dataset(), Split(init_cls=init_cls, increment=increment, shuffle=False))
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2, shuffle=False))
     task = data.task(index)
     data.advance(task)
     return task, data.train_images(task)

@@ -9,14 +9,12 @@ import torch
 from synth.bank import Bank
 from synth.drawing import found_images, preview
 from synth.replay import Given, Redrawn, Stored
-from tests.support.toy import toy_dataset
+from tests.support.sources import build
+from tests.support.toy import Interrupted, interrupt, toy_dataset
 from tests.support.toy_sources import Remembers
 from utils.data.images import ImageSet, decode_image, encode_image
 from utils.data.manager import DataManager, Split
-from utils.run.config import SourceConfig
 from utils.run.errors import BankError, DataError
-from utils.training.run import Run
-from utils.training.runtime import Runtime
 
 TASKS = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
 
@@ -33,10 +31,8 @@ class Painter(Remembers):
 
 
 def bank_of(root, seed=7, source=Painter, **keys):
-    config, dataset = SourceConfig.parse({"name": "painter", "syn_per_class": 3, **keys}), toy_dataset()
-    data = DataManager(dataset, Split(init_cls=2, increment=2, order_seed=seed))
-    run = Run(root / "run", seed, Runtime(["cpu"], "fp32"), progress=False)
-    return Bank(root / "bank", source(config, run, 6, dataset.class_names, dataset), data)
+    painter = build(source, {"name": "painter", "syn_per_class": 3, **keys}, root / "run", seed)
+    return Bank(root / "bank", painter, DataManager(toy_dataset(), Split(init_cls=2, increment=2, order_seed=seed)))
 
 
 def drawn(root, tasks=2, **keys):
@@ -189,20 +185,16 @@ def spoil(root, change):
     path.write_text(path.read_text()[:50] if change is None else (change(content), json.dumps(content))[1])
 
 
-class Killed(Exception):
-    """The process ends."""
-
-
 def kill_after(root, num_chunks, monkeypatch, **keys):
     """A drawing of six images in chunks of two that ends before its chunk of this number."""
     generate, calls = Painter.generate, iter(range(num_chunks))
 
     def stop(self, requests):
         if next(calls, None) is None:
-            raise Killed
+            interrupt()
         return generate(self, requests)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Painter, "generate", stop)
         drawn(root, tasks=1, sample_batch=2, **keys)
     return root / "bank" / "task_0"

@@ -15,12 +15,14 @@ from learners import LEARNERS
 from synth import sample, train
 from synth.command import FitConfig, pick_classes
 from synth.train import Fitting
+from tests.support.disk import contents
 from tests.support.sources import write_folders
 from tests.support.tiny_ldm import tiny_ldm_folder
 from tests.support.toy import TINY_SOURCES, tiny_source, toy_images
 from utils.data.images import encode_image
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
+from utils.run.files import read_json
 from utils.run.lock import locked
 
 NAMES = ["apple", "beaver", "cloud", "dolphin"]
@@ -77,13 +79,7 @@ def start_run(*overrides) -> int:
     return main.main(["--config", "exp.json", "--name", "run", "--set", "seed=3", *overrides])
 
 
-def files(folder, pattern="*/*.png") -> dict[str, bytes]:
-    found = sorted(path for path in Path(folder).glob(pattern) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
-def read(path) -> dict:
-    return json.loads(Path(path).read_text())
+files, read = partial(contents, pattern="*/*.png"), partial(read_json, remedy="")
 
 
 def message(capsys, *words: str) -> str:
@@ -107,7 +103,7 @@ def test_previews_bear_epoch_and_class(made):
     # Three steps of 8 images: three epochs of 8 real ones, then two of 8 real and 6 replayed ones.
     epochs = {0: (1, 2, 3), 1: (1, 2, 3), 2: (1, 2), 3: (1, 2)}
     names = {f"sample_epoch{epoch:02d}_class{label:02d}.png" for label, done in epochs.items() for epoch in done}
-    assert files(made / "fitted" / "previews", "*").keys() == names
+    assert files(made / "fitted" / "previews", pattern="*").keys() == names
 
 
 def test_fitted_source_is_that_of_the_run(finished):
@@ -125,18 +121,18 @@ def test_a_training_that_was_cut_off_ends_with_the_same_bits(finished, monkeypat
         patch.setattr(Fitting, "_preview", cut_off)
         assert fit(folder="cut") == 130  # as at Ctrl-C
     assert not Path("cut/fitted.json").exists() and fit(folder="cut") == 0
-    assert files("cut", "*.safetensors") == files("fitted", "*.safetensors")
+    assert files("cut", pattern="*.safetensors") == files("fitted", pattern="*.safetensors")
 
 
 def test_a_fitted_folder_is_left_alone_and_other_settings_or_another_process_are_refused(finished, capsys):
-    before = files("fitted", "*")
+    before = files("fitted", pattern="*")
     assert fit() == 0 and not Path("fitted/sources").exists()  # without keep_sources
     assert fit("--set", "synth.lr=0.5") == 2
     assert "synth.lr is 0.0002 there, 0.5 here. Give another --ckpt_save_dir" in message(capsys)
     with locked(Path("fitted")):
         assert fit() == 2 and fit("--overwrite") == 2
     assert "fitted belongs to a process that is running now" in capsys.readouterr().err
-    assert fit() == 0 and files("fitted", "*") == before
+    assert fit() == 0 and files("fitted", pattern="*") == before
 
 
 @pytest.mark.parametrize("config", ['{"_class_name": "UNet2DModel"}', '{"written_by": "reprise"}', "{", None])
@@ -145,11 +141,11 @@ def test_a_folder_that_is_no_training_of_ours_is_never_overwritten(config, finis
     Path("model/weights.safetensors").write_bytes(b"precious")
     if config is not None:
         Path("model/config.json").write_text(config)
-    before = files("model", "**/*"), files("outputs/run", "**/*")
+    before = files("model", pattern="**/*"), files("outputs/run", pattern="**/*")
     for flags in ([], ["--overwrite"]):
         assert fit(*flags, folder="model") == 2 and "model" in message(capsys)
         assert fit(*flags, folder="outputs/run") == 2 and "run of main.py" in message(capsys)
-    assert (files("model", "**/*"), files("outputs/run", "**/*")) == before
+    assert (files("model", pattern="**/*"), files("outputs/run", pattern="**/*")) == before
 
 
 def test_one_task_alone_finds_the_vectors_of_the_whole_schedule(place):
@@ -287,11 +283,11 @@ def test_a_source_without_any_class_is_named(place, capsys):
 
 def test_further_images_join_those_that_are_there_and_others_are_not_taken_for_them(finished):
     assert draw("--cond_class", "0") == 0
-    before = files("drawn", "*.*")
+    before = files("drawn", pattern="*.*")
     for name in ("0-3.png", "0-1 - Copy.png"):
         Path("drawn/0", name).write_bytes(encode_image(toy_images(1, 1, "foreign").image(0), ".png"))
     assert draw("--cond_class", "0") == 0
-    assert files("drawn", "*.*") == before and before.keys() == {"manifest.json", "preview.png"}
+    assert files("drawn", pattern="*.*") == before and before.keys() == {"manifest.json", "preview.png"}
     assert draw("--cond_class", "2", "--num_samples", "5") == 0
     assert [*read("drawn/manifest.json")["classes"]] == ["0", "2"] and len(read("drawn/manifest.json")["files"]) == 8
 

@@ -12,10 +12,11 @@ from learners.run.configure import build_config
 from synth import sample, train
 from synth.replay import Stored
 from synth.stored import keep_source
+from tests.support.disk import contents
 from tests.support.sources import write_folders
-from tests.support.toy import tiny_source, toy_experiment, toy_images, toy_raw
+from tests.support.toy import tiny_source, toy_experiment, toy_images, toy_raw, without_clock
 from utils.run.errors import CheckpointError, ConfigError
-from utils.run.files import load_tensors
+from utils.run.files import load_tensors, read_json
 from utils.training.checkpoint import Checkpoints
 
 
@@ -43,22 +44,12 @@ def taking(folder, source_dir, **keys):
     return experiment(folder / "taking", source_dir=str(source_dir), **keys)
 
 
-def outcome(run):
-    """Results without times, and the classifier's weights."""
-    results = json.loads((run.folder / "results.json").read_text())
-    network = load_tensors(run.folder / "checkpoints" / "task_2" / "network.safetensors")
-    return {key: value for key, value in results.items() if key not in ("seconds", "command")}, network
-
-
-def assert_same_outcome(one, other):
-    (results, network), (others, weights) = outcome(one), outcome(other)
-    assert results == others
-    torch.testing.assert_close(network, weights, rtol=0, atol=0)
-
-
-def files(folder) -> dict[str, bytes]:
-    found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+def assert_same_outcome(*runs):
+    """Of results without times, and the classifier's weights."""
+    first, second = (without_clock(read_json(run.folder / "results.json", "")) for run in runs)
+    ours, theirs = (load_tensors(run.folder / "checkpoints" / "task_2" / "network.safetensors") for run in runs)
+    assert first == second
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def purposes(run) -> set[str]:
@@ -130,7 +121,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_sources(owner, name, keeping,
     break_off(experiment(tmp_path, keep_sources=True), monkeypatch, owner, name, task=1)
     again = experiment(tmp_path, keep_sources=True)
     again.learn_all()
-    assert files(again.folder / "sources") == files(keeping.folder / "sources")
+    assert contents(again.folder / "sources") == contents(keeping.folder / "sources")
 
 
 def test_a_run_on_stored_sources_that_was_cut_off_ends_with_the_same_bits(keeping, tmp_path, monkeypatch):
@@ -143,12 +134,12 @@ def test_a_run_on_stored_sources_that_was_cut_off_ends_with_the_same_bits(keepin
 
 def test_a_kept_source_that_is_whole_is_left_alone_and_a_damaged_one_is_written_again(keeping, copied):
     folder, task = copied / "task_1", keeping.data.task(1)
-    before, inode = files(folder), folder.stat().st_ino
+    before, inode = contents(folder), folder.stat().st_ino
     keep_source(keeping.learner.replay.source, keeping.data, task, copied.parent)
     assert folder.stat().st_ino == inode
     (folder / "source" / "network.safetensors").write_bytes(b"")
     keep_source(keeping.learner.replay.source, keeping.data, task, copied.parent)
-    assert files(folder) == before
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -237,8 +228,8 @@ def test_a_folder_of_synth_train_serves_as_well_and_holds_the_same_sources(on_di
     planned = capsys.readouterr().out
     assert "no source is trained: each task's comes from fitted/sources" in planned and "trained 3 steps" not in planned
     assert start("second", "seed=7", "synth.source_dir=fitted") == 0
-    ours = {path: content for path, content in files("fitted/sources").items() if not path.startswith("task_2/")}
-    assert ours == files("outputs/first/seed_7/sources")
+    ours = {path: content for path, content in contents("fitted/sources").items() if not path.startswith("task_2/")}
+    assert ours == contents("outputs/first/seed_7/sources")
     matrices = [json.loads(Path(f"outputs/{name}/seed_7/results.json").read_text()) for name in ("first", "second")]
     assert matrices[0]["accuracy_matrix"] == matrices[1]["accuracy_matrix"]
 

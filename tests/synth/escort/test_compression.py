@@ -1,7 +1,6 @@
 """ESCORT's sources one by one: maps, sizes, prompts, and images as they come."""
 
 import json
-import logging
 from dataclasses import replace
 
 import pytest
@@ -111,19 +110,19 @@ def test_an_oblong_image_comes_back_oblong(small):
     assert small.generate(first_copies(small, images)).image(0).shape == (1, 8, 14)
 
 
-def test_black_copies_are_counted(small, monkeypatch, caplog):
+def test_black_copies_are_counted(small, monkeypatch, warnings):
     black = torch.zeros(1, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr(small, "draw", lambda requests, maps, generators: [black, black + 1])
-    monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
     small.generate(small.requests([0]).take(torch.tensor([0, 1])))
-    assert "1 of 2 copies are black" in caplog.text
+    assert "1 of 2 copies are black" in warnings.text
 
 
 def test_an_item_that_is_forgotten_and_a_generator_that_was_not_learned_are_named(small, tmp_path):
     with pytest.raises(NotFittedError, match="no edge map of item 123"):
         small.generate(small.ask(torch.tensor([0]), torch.tensor([123]), torch.tensor([0])))
-    with pytest.raises(NotFittedError, match="learns its generator on task 0"):
-        _ = make_source("small_controlnet", tmp_path).model
+    for name in ("small_controlnet", "small_ldm"):
+        with pytest.raises(NotFittedError, match=f"{name} learns its generator on task 0"):
+            _ = make_source(name, tmp_path).model
 
 
 def test_shared_first_tasks_depend_on_copies_only_where_some_are_shown(tmp_path):

@@ -1,7 +1,6 @@
 """Class inversion: what it asks the model, how long it searches, what it keeps, and what it refuses."""
 
 import json
-import logging
 from functools import partial
 
 import pytest
@@ -12,17 +11,11 @@ from synth.inversion.latents import SAMPLERS, LatentBatches, encode, sample_sche
 from synth.prompts import TRAIN_TEMPLATES, class_words
 from synth.requests import Requests
 from tests.support.sources import weigh
-from tests.support.tiny_inversion import TinyInversion, make_inversion, tiny_model, toy_task
+from tests.support.tiny_inversion import TinyInversion, fitted, make_inversion, tiny_model, toy_task
 from utils.data.batches import Loading
 from utils.data.manager import Task
 from utils.data.transforms import to_unit_range
 from utils.run.errors import ConfigError, WeightsError
-
-
-def fitted(folder, **keys):
-    source = make_inversion(folder, **keys)
-    source.fit_before(*toy_task())
-    return source
 
 
 def draw(source, classes=(0, 1), per_class=2):
@@ -172,8 +165,7 @@ def test_a_model_whose_noise_the_sampler_cannot_follow_is_refused_when_it_comes(
         source.use(model)
 
 
-def test_a_chunk_that_does_not_fit_in_memory_is_halved_once_and_for_all(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
+def test_a_chunk_that_does_not_fit_in_memory_is_halved_once_and_for_all(tmp_path, warnings):
     source = fitted(tmp_path, sample_batch=8)
     expected, decode, asked = draw(source, per_class=4), source.model.decode, []
 
@@ -187,7 +179,7 @@ def test_a_chunk_that_does_not_fit_in_memory_is_halved_once_and_for_all(tmp_path
     assert (draw(source, per_class=4).int() - expected.int()).abs().max() <= 1
     draw(source, per_class=4)
     assert asked == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
-    assert "8 images at once" in caplog.text and "2 at a time" in caplog.text
+    assert "8 images at once" in warnings.text and "2 at a time" in warnings.text
     source.model.decode = partial(small_device, room=0)  # not even for one image
     with pytest.raises(torch.OutOfMemoryError):
         draw(source)

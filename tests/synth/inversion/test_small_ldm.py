@@ -1,7 +1,7 @@
 """A latent diffusion model learned on the first task and inverted on later ones."""
 
 import json
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -11,22 +11,19 @@ from models.latent.small import SmallLDM
 from synth.inversion.latents import encode
 from synth.inversion.small_ldm import SmallLDMSource
 from synth.requests import Requests
+from tests.support import tiny_inversion
 from tests.support.sources import weigh
 from tests.support.tiny_inversion import make_inversion, tiny_config, toy_task
-from tests.support.toy import tiny_source
-from utils.run.errors import ConfigError, NotFittedError, WeightsError
+from tests.support.toy import Interrupted, interrupt, tiny_source
+from utils.run.errors import ConfigError, WeightsError
 from utils.training.fit import LossLog
 
 
-def make(folder, **keys) -> SmallLDMSource:
-    return make_inversion(folder, SmallLDMSource, **{**tiny_source("small_ldm"), **keys})
+def make(folder, build=make_inversion, **keys) -> SmallLDMSource:
+    return build(folder, SmallLDMSource, **{**tiny_source("small_ldm"), **keys})
 
 
-def fitted(folder, tasks=1, **keys):
-    source = make(folder, **keys)
-    for index in range(tasks):
-        source.fit_before(*toy_task(index))
-    return source
+fitted = partial(make, build=tiny_inversion.fitted)
 
 
 def trainings(source):
@@ -95,19 +92,15 @@ def test_labels_are_hidden_in_training_for_guidance(tmp_path, monkeypatch):
     assert 0.3 < sum(shown) / len(shown) < 0.7
 
 
-class Killed(Exception):
-    """The process ends."""
-
-
 @pytest.mark.parametrize("stop", ["vae", "unet", "invert_r0_c0"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(stop, precision, whole, tmp_path, monkeypatch):
     def add(self, step, rate, terms, original=LossLog.add):
         if self.training.purpose == stop and step == 2:
-            raise Killed
+            interrupt()
         original(self, step, rate, terms)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(LossLog, "add", add)
         two_tasks(tmp_path, precision)
     assert two_tasks(tmp_path, precision) == whole(precision)
@@ -158,11 +151,6 @@ def test_a_watcher_sees_the_model_while_it_learns(tmp_path):
 def test_what_does_not_fit_is_said_when_the_source_is_made(keys, error, said, tmp_path):
     with pytest.raises(error, match=said):
         make(tmp_path, **keys)
-
-
-def test_a_model_that_was_not_learned_is_named(tmp_path):
-    with pytest.raises(NotFittedError, match="small_ldm learns its generator on task 0"):
-        make(tmp_path).fit_before(*toy_task(1))
 
 
 def test_a_model_of_coloured_images_is_refused_for_grey_ones(tmp_path):
