@@ -93,7 +93,7 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
         config, model, scheduler = self.config, self.model, noise_scheduler(self.model.schedule)
         side = model.image_shape[1]
         transform = TurningTransform(side) if config.turns else DiffusionTransform(side, flip=False)
-        loading = self.run.loading(transform, config.batch_size, training.index, training.purpose)
+        loading = self.run.loading(transform, config.batch_size, training.task.index, training.purpose)
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             maps = map(self.compress, to_uint8(batch.images).cpu())

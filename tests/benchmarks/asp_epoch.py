@@ -132,7 +132,7 @@ def check_equal_losses(folder: Path) -> None:
     ours, task = original.learner, original.task
     torch.nn.init.normal_(ours.backbone.tip)  # prompts that matter, unlike the zeros that they start with
     ours.before_training(task)
-    ours.before_epoch(Step(Training(ours.run, task, "check"), epoch=0, number=0, parameters=[]))
+    ours.before_epoch(Step(ours.run, task, "check", epoch=0, number=0, parameters=[]))
     original.anchors = ours.anchor_images
     batch = next(ours.batches(task).epoch(0))
     own, of_class = (torch.randn(size, *ours.backbone.tip.flatten(1).shape) for size in (len(batch), CLASSES))

@@ -18,6 +18,7 @@ from tests.support.tiny_ldm import BERT_WORDS
 from utils.data.batches import ImageBatches
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
+from utils.data.manager import Task
 from utils.training.fit import Training, fit
 from utils.training.run import Run
 from utils.training.runtime import Runtime, fast_bf16
@@ -61,7 +62,7 @@ def training(
     """Return what trains once per call through `fit`: augmentation, optimiser, log and checkpoint included."""
     batches = ImageBatches(images, None, run.loading(transform, batch, 0, "bench"))
     tasks = count()
-    return lambda: fit(network, batches, loss, config, Training(run, next(tasks), "bench"))
+    return lambda: fit(network, batches, loss, config, Training(run, Task(next(tasks), range(0), ()), "bench"))
 
 
 def unet(widths: tuple[int, ...], context: int, side: int):

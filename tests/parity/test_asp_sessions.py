@@ -12,7 +12,7 @@ from tests.support.tiny_asp import base_loss_as_tokens, prompted_as_tokens, tiny
 from tests.support.toy import TINY_LEARNERS, toy_experiment
 from utils.data.batches import Batch, test_batches
 from utils.data.images import ImageSet
-from utils.training.fit import Step, Training
+from utils.training.fit import Step
 
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -46,7 +46,7 @@ def start_base(folder, **keys):
 
 
 def begin_epoch(learner, task):
-    learner.before_epoch(Step(Training(learner.run, task, "train"), epoch=0, number=0, parameters=[]))
+    learner.before_epoch(Step(learner.run, task, "train", epoch=0, number=0, parameters=[]))
 
 
 def views(learner, images: ImageSet) -> torch.Tensor:

@@ -31,26 +31,20 @@ class Training:
 
     Attributes:
         run: device, log, checkpoints, random keys.
-        task: that is learned, or its number.
+        task: that is learned.
         purpose: what is trained, such as "train" or "ddpm".
     """
 
     run: Run
-    task: Task | int
+    task: Task
     purpose: str
 
-    @property
-    def index(self) -> int:
-        """The number of the task."""
-        return self.task if isinstance(self.task, int) else self.task.index
 
-
-@dataclass
-class Step:
+@dataclass(frozen=True)
+class Step(Training):
     """Where a training stands, for hooks inside it.
 
     Attributes:
-        training: its run, task and purpose.
         epoch: that the step belongs to, from 0.
         number: of steps that are done.
         parameters: that are trained.
@@ -58,20 +52,11 @@ class Step:
         optimizer: whose state a hook may clear.
     """
 
-    training: Training
     epoch: int
     number: int
     parameters: list[nn.Parameter]
     batch: Batch | None = None
     optimizer: torch.optim.Optimizer | None = None
-
-    @property
-    def task(self) -> Task | int:
-        return self.training.task
-
-    @property
-    def purpose(self) -> str:
-        return self.training.purpose
 
     def gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         """Compute the gradient of another loss, one tensor per parameter, mean over processes.
@@ -79,11 +64,10 @@ class Step:
         Args:
             loss: gives a scalar; it is called under the training's autocast.
         """
-        runtime = self.training.run.runtime
-        with runtime.autocast():
+        with self.run.runtime.autocast():
             value = loss()
         # Where the loss does not reach, the gradient is 0.
-        return runtime.average(list(torch.autograd.grad(value, self.parameters, materialize_grads=True)))
+        return self.run.runtime.average(list(torch.autograd.grad(value, self.parameters, materialize_grads=True)))
 
 
 def nothing(step: Step) -> None:
@@ -118,7 +102,12 @@ class Progress:
         self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
         self.networks = {"module": module} if self.ema is None else {"module": module, "ema": self.ema}
         self.losses = LossLog(training)
-        self.checkpoints = training.run.fit_checkpoints(training.index, training.purpose)
+        self.checkpoints = training.run.fit_checkpoints(training.task.index, training.purpose)
+
+    def at(self, epoch: int, batch: Batch | None = None) -> Step:
+        """Tell a hook where the training stands."""
+        return Step(**vars(self.training), epoch=epoch, number=self.step, parameters=self.parameters, batch=batch,
+                    optimizer=self.optimizer)  # fmt: skip
 
     def take(self, step: Step, loss_fn: LossFunction, rate: float, after_backward: Callable[[Step], None]) -> None:
         """Run forward, backward, clip, step, average; keep the named terms of the loss."""
@@ -141,6 +130,7 @@ class Progress:
             for average, value in zip(self.ema.buffers(), self.module.buffers()):
                 average.copy_(value)
         self.losses.add(self.step, rate, terms)
+        self.step += 1
 
     def save(self) -> None:
         """Write a checkpoint, after a look at the losses: one that is not finite must not be kept."""
@@ -158,8 +148,7 @@ class Progress:
 
     def load(self) -> None:
         """Continue from the newest checkpoint that is whole, if there is one."""
-        found = self.checkpoints.load_newest(log)
-        if found is None:
+        if (found := self.checkpoints.load_newest(log)) is None:
             return
         self.step, tensors, state = found
         for name, network in self.networks.items():
@@ -201,7 +190,7 @@ class LossLog:
         """
         if not self.kept:
             return ""
-        run, task, purpose = self.training.run, self.training.index, self.training.purpose
+        run, task, purpose = self.training.run, self.training.task.index, self.training.purpose
         # A step may lack a term, such as distillation where a batch holds no replay: it then adds nothing.
         names = list(dict.fromkeys(name for _, _, terms in self.kept for name in terms))
         zero = torch.zeros((), device=run.device)
@@ -242,7 +231,7 @@ def fit(
     Raises:
         TrainingError: if the loss is NaN or infinite.
     """
-    run, task, purpose = training.run, training.index, training.purpose
+    run, task, purpose = training.run, training.task.index, training.purpose
     progress = Progress(module, config, training, {"batches": batches, **hooks.stateful})
     per_epoch = len(batches)
     total = config.num_steps(per_epoch)
@@ -255,16 +244,14 @@ def fit(
         while progress.step < total:
             epoch, start = divmod(progress.step, per_epoch)
             if start == 0:
-                hooks.before_epoch(Step(training, epoch, progress.step, progress.parameters, None, progress.optimizer))
+                hooks.before_epoch(progress.at(epoch))
             module.train()
             for batch in islice(batches.epoch(epoch, start), total - progress.step):
                 rate = config.learning_rate(progress.step, per_epoch)
                 seeding.seed_everything(run.seed, task, purpose, progress.step, *([rank] if rank else []))  # own noise
-                step = Step(training, epoch, progress.step, progress.parameters, batch, progress.optimizer)
-                progress.take(step, loss_fn, rate, hooks.after_backward)
-                progress.step = step.number = progress.step + 1
+                progress.take(progress.at(epoch, batch), loss_fn, rate, hooks.after_backward)
                 bar.update()
-                hooks.after_step(step)
+                hooks.after_step(progress.at(epoch, batch))
                 if progress.step % LOG_EVERY == 0:
                     bar.set_postfix_str(progress.losses.flush(), refresh=False)
                 if progress.step % run.checkpoint_every == 0:

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.testing import assert_close
 
 from utils.data.batches import Batch
+from utils.data.manager import Task
 from utils.run.errors import TrainingError
 from utils.training import seeding
 from utils.training.fit import Hooks, Progress, Training, fit, nothing
@@ -21,6 +22,7 @@ from utils.training.run import Run
 from utils.training.runtime import Runtime
 from utils.training.schedule import TrainConfig
 
+TASK = Task(2, range(4, 6), ("e", "f"))
 STEPS = 12  # three epochs of four batches
 PIXELS = (8, 3, 6, 6)
 
@@ -103,7 +105,7 @@ def watched(module, look):
 def train(module, run, config=None, batches=None, loss_fn=None, **hooks):
     config = config or TrainConfig(lr=0.1, steps=STEPS)
     loss_fn, batches = loss_fn or cross_entropy(module), batches or RandomBatches()
-    return fit(module, batches, loss_fn, config, Training(run, 2, "train"), Hooks(**hooks))
+    return fit(module, batches, loss_fn, config, Training(run, TASK, "train"), Hooks(**hooks))
 
 
 def metrics(run) -> list[dict]:
@@ -358,7 +360,7 @@ def test_a_training_killed_at_any_step_ends_with_the_same_bits_and_metrics(tmp_p
 def test_the_optimisers_state_keeps_the_memory_order_of_the_weights(run, optimizer):
     config, batches = TrainConfig(lr=0.1, steps=2, optimizer=optimizer), RandomBatches(PIXELS)
     train(conv_net(), run, config, batches)
-    progress = Progress(conv_net(), config, Training(run, 2, "train"), {"batches": batches})
+    progress = Progress(conv_net(), config, Training(run, TASK, "train"), {"batches": batches})
     progress.load()
     for parameter, state in progress.optimizer.state.items():
         tensors = [value for value in state.values() if value is not None and value.ndim]
@@ -414,7 +416,7 @@ def test_trainings_of_two_purposes_do_not_meet(run):
     module, fired = linear(), []
     for purpose in ("train", "head"):
         hooks = Hooks(after_step=lambda step, purpose=purpose: fired.append((purpose, step.purpose, step.number)))
-        config, training = TrainConfig(lr=0.1, steps=2), Training(run, 0, purpose)
+        config, training = TrainConfig(lr=0.1, steps=2), Training(run, TASK, purpose)
         fit(module, RandomBatches(), cross_entropy(module), config, training, hooks)
     assert fired == [(purpose, purpose, number) for purpose in ("train", "head") for number in (1, 2)]
 
@@ -426,8 +428,8 @@ def test_a_step_says_where_the_training_stands(run):
         seen.append((step.task, step.purpose, step.epoch, step.number, step.batch is not None))
 
     train(linear(), run, TrainConfig(lr=0.1, steps=5), before_epoch=note, after_backward=note, after_step=note)
-    inside = [(2, "train", step // 4, step + done, True) for step in range(5) for done in (0, 1)]
-    assert seen == [(2, "train", 0, 0, False), *inside[:8], (2, "train", 1, 4, False), *inside[8:]]
+    inside = [(TASK, "train", step // 4, step + done, True) for step in range(5) for done in (0, 1)]
+    assert seen == [(TASK, "train", 0, 0, False), *inside[:8], (TASK, "train", 1, 4, False), *inside[8:]]
 
 
 def test_the_gradient_of_another_loss_is_autograds_and_0_where_it_does_not_reach(run):
