@@ -19,8 +19,8 @@ from learners import LEARNERS
 from learners.asp.learner import ASP
 from learners.run.configure import build_config
 from synth.replay import Replay
-from tests.benchmarks.parts import cpu_run, fast_precision
-from tests.benchmarks.timing import alternate, peak_memory, verdict
+from tests.benchmarks.parts import cpu_run
+from tests.benchmarks.timing import alternate, fast_precision, peak_memory, segments, verdict
 from tests.support.tiny_asp import base_loss_as_tokens, encode_layers, prompted_as_tokens
 from utils.data.batches import test_batches
 from utils.data.datasets import Dataset
@@ -62,7 +62,7 @@ def begin(precision: str, folder: Path) -> tuple[ASP, Task]:
     return learner, task
 
 
-def our_epochs(precision: str, folder: Path):
+def our_epochs(folder: Path, precision: str):
     """One epoch per call through the learner's own training, its anchor search, checkpoint and log included."""
     learner, task = begin(precision, folder)
     learner.before_training(task)  # queries of the training images, once for a whole run
@@ -144,11 +144,6 @@ def check_equal_losses(folder: Path) -> None:
     torch.testing.assert_close(terms, expected, rtol=1e-4, atol=1e-6)
 
 
-def _segment(make, *args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        make(*args, Path(folder))()
-
-
 def original_epochs(folder: Path):
     return Original(folder).epoch
 
@@ -161,12 +156,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         check_equal_losses(Path(folder) / "check")
         arms = {"original, fp32": original_epochs(Path(folder) / "original")}
-        arms |= {f"ours, {name}": our_epochs(name, Path(folder) / name) for name in precisions}
+        arms |= {f"ours, {name}": our_epochs(Path(folder) / name, name) for name in precisions}
         rates = alternate(arms, SEGMENTS)
     ratios = {name: rates[f"ours, {name}"] / rates["original, fp32"] for name in precisions}
     good = [verdict(f"{name} against the original", ratio, wanted[name]) for name, ratio in ratios.items()]
-    memory = {"original": peak_memory(partial(_segment, original_epochs))}
-    memory |= {f"ours, {name}": peak_memory(partial(_segment, our_epochs, name)) for name in precisions}
+    memory = {"original": peak_memory(partial(segments, original_epochs, 1))}
+    memory |= {f"ours, {name}": peak_memory(partial(segments, our_epochs, 1, name)) for name in precisions}
     print("peak memory of the process: " + ", ".join(f"{arm} {size / 1e6:.0f} MB" for arm, size in memory.items()))
     return 0 if all(good) else 1
 

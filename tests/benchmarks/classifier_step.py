@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from models.heads import LinearHead
-from tests.benchmarks.parts import cpu_run, fast_precision, new_classifier, pictures, training
-from tests.benchmarks.timing import alternate, verdict
+from tests.benchmarks.parts import cpu_run, new_classifier, pictures, training
+from tests.benchmarks.timing import alternate, fast_precision, verdict
 from utils.data.images import ImageSet
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 from utils.training.schedule import TrainConfig
@@ -70,17 +70,11 @@ def our_arm(images: ImageSet, precision: str, folder: Path):
     """One epoch per call through `fit`, its checkpoint and log included."""
     network = new_classifier("resnet32", LinearHead).to(memory_format=torch.channels_last)
     transform = ClassifierTransform(AUGMENTATIONS["cifar"], 32, MEAN, STD, in_memory=True)
-    train = training(
+    return training(
         cpu_run(folder / precision, precision), network, images, transform, BATCH,
         lambda batch: {"ce": F.cross_entropy(network(batch.images), batch.labels)},
         TrainConfig(epochs=1, lr=0.1, weight_decay=5e-4),
     )  # fmt: skip
-
-    def epoch() -> int:
-        train()
-        return NUM_IMAGES
-
-    return epoch
 
 
 def main() -> int:

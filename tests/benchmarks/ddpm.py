@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from synth.diffusion import linear_process, respace
 from synth.requests import Requests
-from tests.benchmarks.parts import cpu_run, fast_precision, new_source, pictures, training
-from tests.benchmarks.timing import compare
+from tests.benchmarks.parts import cpu_run, new_source, pictures, training
+from tests.benchmarks.timing import compare_all
 from utils.training.schedule import TrainConfig
 
 UNET = {
@@ -41,13 +41,7 @@ def our_training(folder: Path, precision: str):
     """Some steps per call through `fit`, with moving average, checkpoint and log."""
     source = new_ddpm(precision, folder)
     config = TrainConfig(steps=STEPS, lr=2e-4, optimizer="adamw", ema_decay=0.9999)
-    train = training(source.run, source.network, pictures(512, 32, 10), source.transform, BATCH, source.loss, config)
-
-    def steps() -> int:
-        train()
-        return STEPS
-
-    return steps
+    return training(source.run, source.network, pictures(512, 32, 10), source.transform, BATCH, source.loss, config)
 
 
 def plain_training(folder: Path):
@@ -103,14 +97,12 @@ def plain_sampling(folder: Path):
 
 
 def main() -> int:
-    good = True
     print(describe())
-    for title, plain, ours in (
+    return compare_all(
         (f"training steps/s, batch {BATCH}", plain_training, our_training),
         (f"DDIM images/s, {SAMPLE_STEPS} steps, {IMAGES} at once", plain_sampling, our_sampling),
-    ):
-        good &= compare(title, plain, ours, fast_precision(), 1.4)
-    return 0 if good else 1
+        wanted=1.4,
+    )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from synth.ddpm.source import Sampling
 from synth.diffusion import linear_process, respace
 from synth.requests import Requests
 from tests.benchmarks.ddpm import describe, new_ddpm
-from tests.benchmarks.parts import fast_precision, new_classifier
-from tests.benchmarks.timing import compare
+from tests.benchmarks.parts import new_classifier
+from tests.benchmarks.timing import compare_all
 
 IMAGES, STEPS, OLD, SEEN, SCALE = 32, 5, 5, 10, 0.5
 LABELS = torch.arange(IMAGES) % OLD
@@ -70,7 +70,7 @@ def plain_sampling(folder: Path):
 def main() -> int:
     print(describe())
     title = f"guided DDIM images/s, {STEPS} steps, {IMAGES} at once, pre-activation ResNet-18"
-    return 0 if compare(title, plain_sampling, our_sampling, fast_precision(), 1.5, rounds=1, less_memory=2) else 1
+    return compare_all((title, plain_sampling, our_sampling), wanted=1.5, rounds=1, less_memory=2)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from models.latent.text_to_image import load_text_to_image
 from synth.inversion.latents import noise_scheduler, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
 from synth.requests import Requests
-from tests.benchmarks.parts import autoencoder, cpu_run, fast_precision, new_source, pictures, text_encoder, unet
-from tests.benchmarks.timing import compare
+from tests.benchmarks.parts import autoencoder, cpu_run, new_source, pictures, text_encoder, unet
+from tests.benchmarks.timing import compare_all
 from tests.support.tiny_ldm import bert_tokenizer, folder
 from utils.data.manager import Task
 
@@ -113,15 +113,13 @@ def plain_drawing(run_folder: Path):
 
 
 def main() -> int:
-    good = True
     model = load_text_to_image(model_folder())
     print(f"Model of {model.frozen_bytes() / 4e6:.0f} M parameters, {torch.get_num_threads()} threads")
-    for title, plain, ours in (
+    return compare_all(
         (f"inversion steps/s, batch {BATCH}, {CLASSES * SHOTS} images", plain_search, our_search),
         (f"images/s, DDIM with {SAMPLE_STEPS} guided steps, {DRAWN} at once", plain_drawing, our_drawing),
-    ):
-        good &= compare(title, plain, ours, fast_precision(), 1.0)
-    return 0 if good else 1
+        wanted=1.0,
+    )
 
 
 if __name__ == "__main__":

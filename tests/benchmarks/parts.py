@@ -14,6 +14,7 @@ from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
 from synth import SOURCES
 from synth.base import ReplaySource
+from tests.benchmarks.timing import Arm
 from tests.support.tiny_ldm import BERT_WORDS
 from utils.data.batches import ImageBatches
 from utils.data.datasets import Dataset
@@ -21,12 +22,8 @@ from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.training.fit import Training, fit
 from utils.training.run import Run
-from utils.training.runtime import Runtime, fast_bf16
+from utils.training.runtime import Runtime
 from utils.training.schedule import TrainConfig
-
-
-def fast_precision() -> str:
-    return "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
 
 
 def cpu_run(folder: Path, precision: str, **options) -> Run:
@@ -58,11 +55,16 @@ def new_source(run: Run, side: int, classes: int, **keys) -> ReplaySource:
 
 def training(
     run: Run, network: nn.Module, images: ImageSet, transform, batch: int, loss: Callable, config: TrainConfig
-) -> Callable[[], None]:
+) -> Arm:
     """Return what trains once per call through `fit`: augmentation, optimiser, log and checkpoint included."""
     batches = ImageBatches(images, None, run.loading(transform, batch, 0, "bench"))
-    tasks = count()
-    return lambda: fit(network, batches, loss, config, Training(run, Task(next(tasks), range(0), ()), "bench"))
+    tasks, amount = count(), config.steps or config.epochs * len(images)
+
+    def train() -> int:
+        fit(network, batches, loss, config, Training(run, Task(next(tasks), range(0), ()), "bench"))
+        return amount
+
+    return train
 
 
 def unet(widths: tuple[int, ...], context: int, side: int):

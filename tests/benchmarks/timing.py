@@ -11,6 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from utils.training.runtime import fast_bf16
+
 Arm = Callable[[], int]  # does one segment's work and returns how many images or steps that was
 MakeArm = Callable[..., Arm]
 
@@ -52,32 +56,40 @@ def verdict(name: str, ratio: float, wanted: float) -> bool:
     return ratio >= wanted
 
 
-def compare(
-    title: str, plain: MakeArm, ours: MakeArm, precision: str, wanted: float, rounds: int = 2, less_memory: float = 0
-) -> bool:
+def fast_precision() -> str:
+    return "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+
+
+def compare_all(*comparisons: tuple[str, MakeArm, MakeArm], wanted: float, **options: float) -> int:
+    """Make each of these comparisons, of which all want the same ratio; return the exit code."""
+    return 0 if all([compare(*each, wanted, **options) for each in comparisons]) else 1
+
+
+def compare(title: str, plain: MakeArm, ours: MakeArm, wanted: float, rounds: int = 2, less_memory: float = 0) -> bool:
     """Time a plain arm in fp32 against ours and measure the peak memory of each; whether the ratios are as wanted.
 
     Args:
         title: with the unit that the arms count in.
         plain: a module's function, folder -> arm.
         ours: a module's function, folder and precision -> arm.
-        precision: of ours.
         wanted: the least ratio of the rates.
         rounds: segments while memory is watched.
         less_memory: the least ratio of plain memory to ours; 0: any.
     """
     print(title)
+    precision = fast_precision()
     with tempfile.TemporaryDirectory() as name:
         arms = {"plain, fp32": plain(Path(name) / "p"), f"ours, {precision}": ours(Path(name) / "o", precision)}
         slow, fast = alternate(arms).values()
     print(f"plain, fp32: {slow:.2f}, ours, {precision}: {fast:.2f}")
     good = verdict(title, fast / slow, wanted)
-    memory = [peak_memory(partial(_run, plain, rounds)), peak_memory(partial(_run, ours, rounds, precision))]
+    memory = [peak_memory(partial(segments, plain, rounds)), peak_memory(partial(segments, ours, rounds, precision))]
     print(f"peak memory of the process: plain {memory[0] / 1e6:.0f} MB, ours {memory[1] / 1e6:.0f} MB")
     return good and (not less_memory or verdict("peak memory", memory[0] / memory[1], less_memory))
 
 
-def _run(make: MakeArm, rounds: int, *args: str) -> None:
+def segments(make: MakeArm, rounds: int, *args: str) -> None:
+    """Work through a new arm so many times, for whoever watches the process."""
     with tempfile.TemporaryDirectory() as name:
         arm = make(Path(name), *args)
         for _ in range(rounds):
