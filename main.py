@@ -30,10 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
-    args = parse_args(argv)
     from utils.run.command import exit_code
 
-    return exit_code(start, args)
+    return exit_code(start, parse_args(argv))
 
 
 def start(args: argparse.Namespace) -> int:
@@ -77,8 +76,7 @@ def refuse_second(args: argparse.Namespace, raw: dict[str, Any]) -> None:
     from utils.run.config import RunConfig
     from utils.run.lock import require_free
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main and (args.name or not changes_identity(args.overrides)):
+    if os.environ.get("RANK", "0") == "0" and (args.name or not changes_identity(args.overrides)):
         said = raw | dict(override.partition("=")[::2] for override in args.overrides)
         name = args.name or join_name(args.config, str(said.get("prefix") or ""))
         place = said.get("output_dir") or RunConfig.model_fields["output_dir"].default
@@ -98,8 +96,7 @@ def run_name(path: str, config, overrides: list[str]) -> str:
 
 
 def join_name(path: str, prefix: str, changed: str = "") -> str:
-    parts = [prefix, Path(path).stem, changed]
-    return "_".join(part.replace("/", "-").replace(" ", "-") for part in parts if part)
+    return "_".join(part.replace("/", "-").replace(" ", "-") for part in (prefix, Path(path).stem, changed) if part)
 
 
 def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
@@ -120,6 +117,7 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
 def check_seeds(config, name: str, unused: list[str], overwrite: bool) -> list:
     """Make an experiment of every seed, of which what does not fit is said before anything is written."""
     from learners.run.experiment import Experiment, find_needs
+    from utils.run.folder import read_results
     from utils.training.runtime import Runtime
 
     runtime = Runtime(config.device, config.precision)
@@ -127,7 +125,7 @@ def check_seeds(config, name: str, unused: list[str], overwrite: bool) -> list:
         dataset = find_needs(config)
     experiments = [Experiment(config, name, seed, dataset, runtime, unused) for seed in config.seed]
     for experiment in experiments:
-        if overwrite or experiment.finished() is None:
+        if overwrite or read_results(experiment.folder) is None:
             experiment.check(anew=overwrite)
             if config.init_from is None and (config.synth is None or config.synth.source_dir is None):
                 break  # the others differ in their seed alone, and what another run kept is looked up by seed
@@ -138,7 +136,7 @@ def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> int:
     """Learn the seeds that are not finished, then write mean and spread."""
     from utils.results.results import summarise
     from utils.run.files import write_json
-    from utils.run.folder import claim_folder, claim_machine, finished_results
+    from utils.run.folder import claim_folder, claim_machine, finished_results, read_results
     from utils.run.log import log
 
     config, runtime = experiments[0].config, experiments[0].runtime
@@ -147,8 +145,7 @@ def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> int:
         claim_machine(folder, runtime)
     results = []
     for experiment in experiments:
-        done = experiment.finished()
-        if done is not None:
+        if (done := read_results(experiment.folder)) is not None:
             log.info("Seed %d is finished: %s (--overwrite repeats it)", experiment.seed, experiment.folder)
         results.append(done or experiment.learn_all())
     if runtime.is_main:

@@ -9,7 +9,7 @@ from learners.base import Learner
 from learners.pycil import PyCILLearner
 from synth import SOURCES, build_source_config
 from synth.replay import replay_kind
-from utils.run.config import RunConfig
+from utils.run.config import RunConfig, SourceConfig
 from utils.run.errors import ConfigError
 from utils.run.words import apply_overrides, translate, unread_keys
 
@@ -44,37 +44,28 @@ def build_config(raw: dict[str, Any], overrides: list[str] = ()) -> tuple[RunCon
     config = learner.Config.build(used)
     if config.init_from is not None and not issubclass(learner, PyCILLearner):
         able = ", ".join(name for name in names if issubclass(LEARNERS[name], PyCILLearner))
-        raise ConfigError(
-            f"init_from={config.init_from!r}: the learner {config.model_name!r} trains the first task in its own way "
-            f"and cannot start from another's weights; leave the key out, or choose model_name={able}"
-        )
-    _check_pair(learner, config)
+        why = f"the learner {config.model_name!r} trains the first task in its own way"
+        remedy = f"leave the key out, or choose model_name={able}"
+        raise ConfigError(f"init_from={config.init_from!r}: {why} and cannot start from another's weights; {remedy}")
+    if config.synth is not None:
+        _check_source(learner, config, config.synth)
+    elif learner.needs_source:
+        remedy = f'add "synth": {{"name": one of {", ".join(SOURCES.names())}}}'
+        raise ConfigError(f"model_name={config.model_name!r} needs a source: {remedy}")
     return config, unused
 
 
-def _check_pair(learner: type[Learner], config: RunConfig) -> None:
-    synth = config.synth
-    if synth is None:
-        if learner.needs_source:
-            raise ConfigError(
-                f"model_name={config.model_name!r} needs a source: "
-                f'add "synth": {{"name": one of {", ".join(SOURCES.names())}}}'
-            )
-        return
+def _check_source(learner: type[Learner], config: RunConfig, synth: SourceConfig) -> None:
     if synth.syn_image_path is not None and len(config.seed) > 1:
-        raise ConfigError(
-            f"synth.syn_image_path={synth.syn_image_path!r} is one folder, but {len(config.seed)} seeds draw different "
-            "images: run one seed at a time, each with its own folder, or leave the key out"
-        )
+        said = f"synth.syn_image_path={synth.syn_image_path!r} is one folder"
+        remedy = "run one seed at a time, each with its own folder, or leave the key out"
+        raise ConfigError(f"{said}, but {len(config.seed)} seeds draw different images: {remedy}")
     if synth.source_dir is not None and not synth.need_syn_imgs:
-        raise ConfigError(
-            f"synth.source_dir={synth.source_dir!r}: no source is used where need_syn_imgs=false: keep one of the two"
-        )
+        why = "no source is used where need_syn_imgs=false"
+        raise ConfigError(f"synth.source_dir={synth.source_dir!r}: {why}: keep one of the two")
     source = SOURCES[synth.name]
     if source.samples not in learner.accepts:
         can_use = f"it can use {' or '.join(sorted(learner.accepts))}" if learner.accepts else "it uses no source"
-        raise ConfigError(
-            f"synth.name and model_name: {synth.name!r} makes {source.samples}, which the learner "
-            f"{config.model_name!r} cannot replay ({can_use}): choose another source or another learner"
-        )
+        pair = f"{synth.name!r} makes {source.samples}, which the learner {config.model_name!r} cannot replay"
+        raise ConfigError(f"synth.name and model_name: {pair} ({can_use}): choose another source or another learner")
     replay_kind(config, source, learner.replay_kind).check(config, source)

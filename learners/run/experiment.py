@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,12 +30,11 @@ from utils.results.results import Results
 from utils.run.config import RunConfig
 from utils.run.errors import DataError, WeightsError
 from utils.run.files import write_json
-from utils.run.folder import RESULTS, claim_data, read_environment, read_results, replay_folder
-from utils.run.log import log_to_file
+from utils.run.folder import RESULTS, claim_data, read_environment, replay_folder
+from utils.run.log import log, log_to_file
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
-log = logging.getLogger("reprise")
 GALLERY_IMAGES = 8
 
 
@@ -114,10 +112,6 @@ class Experiment:
             learner.first_training = partial(train_or_take, learner)
         return learner
 
-    def finished(self) -> dict[str, Any] | None:
-        """Return the results of a run that has ended before, or None."""
-        return read_results(self.folder)
-
     def learn_all(self) -> dict[str, Any]:
         """Learn all tasks that are not learned yet and return the content of `results.json`."""
         with log_to_file(self.folder / "log.txt") if self.runtime.is_main else nullcontext():
@@ -166,8 +160,7 @@ class Experiment:
 
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; return the number of the next task."""
-        found = self.checkpoints.load_newest(log)
-        if found is None:
+        if (found := self.checkpoints.load_newest(log)) is None:
             return 0
         index, tensors, state = found
         restore_learner(self.learner, tensors, state)

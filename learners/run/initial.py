@@ -7,7 +7,6 @@ itself.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +19,8 @@ from learners.base import Learner
 from utils.data.manager import Task
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.files import file_hash, load_tensors, save_tensors, whole_folder
+from utils.run.log import log
 from utils.run.manifest import Manifest
-
-log = logging.getLogger("reprise")
 
 INITIAL, NETWORK = "initial", "network.safetensors"
 REMEDY = "Set the key as it was there, name another init_from, or leave it out to train"
@@ -30,11 +28,16 @@ REMEDY = "Set the key as it was there, name another init_from, or leave it out t
 
 def train_or_take(learner: Learner, task: Task, train: Callable[[Task], None]) -> None:
     """Train the first task, or take the weights that `init_from` names; keep them for others."""
+    made_on = here = _machine(learner)
     if learner.config.init_from is None:
         train(task)
-        made_on = _machine(learner)
     else:
-        made_on = _take(learner)
+        manifest = require_initial(learner)
+        learner.network.load_numbered_state(load_tensors(manifest.folder / NETWORK))
+        made_on = manifest.read()["made_on"]
+        log.info("Task 0: the weights are those of %s", manifest.folder)
+    if made_on != here:
+        log.warning("They were made on %s, this run is on %s: training here may move their last bits", made_on, here)
     if learner.run.runtime.is_main:
         with whole_folder(learner.run.folder / INITIAL) as temporary:
             save_tensors(temporary / NETWORK, learner.network.numbered_state())
@@ -52,7 +55,14 @@ def require_initial(learner: Learner) -> Manifest:
         CheckpointError: if the weights are absent or damaged, or something else made them; the first difference is
             named.
     """
-    manifest = _manifest(_find(learner), learner)
+    init_from, own = learner.config.init_from, learner.run.folder
+    given = Path(init_from)
+    if not given.is_dir():
+        raise ConfigError(f"init_from={init_from!r}: no such folder; name that of a run or of one of its seeds")
+    seed_folder = given / own.name if any(given.glob("seed_*")) else given
+    if seed_folder.resolve() == own.resolve():
+        raise ConfigError(f"init_from={init_from!r} is this very run: name another, or leave the key out to train")
+    manifest = _manifest(seed_folder / INITIAL, learner)
     if not manifest.folder.exists():
         raise CheckpointError(
             f"no weights of a first task to start from: {manifest.folder} is not there. A run whose learner can share "
@@ -95,26 +105,3 @@ def _machine(learner: Learner) -> dict[str, Any]:
         "device": runtime.device.type, "precision": "bf16" if runtime.bf16 else "fp32",
         "threads": torch.get_num_threads(), "processes": runtime.shard[1],
     }  # fmt: skip
-
-
-def _take(learner: Learner) -> dict[str, Any]:
-    """Load the weights into the learner's network; return what they were made on."""
-    manifest = require_initial(learner)
-    learner.network.load_numbered_state(load_tensors(manifest.folder / NETWORK))
-    made_on, here = manifest.read()["made_on"], _machine(learner)
-    log.info("Task 0: the weights are those of %s", manifest.folder)
-    if made_on != here:
-        log.warning("They were made on %s, this run is on %s: training here may move their last bits", made_on, here)
-    return made_on
-
-
-def _find(learner: Learner) -> Path:
-    """Return the folder of the weights that `init_from` names, or where they should be."""
-    init_from, own = learner.config.init_from, learner.run.folder
-    given = Path(init_from)
-    if not given.is_dir():
-        raise ConfigError(f"init_from={init_from!r}: no such folder; name that of a run or of one of its seeds")
-    seed_folder = given / own.name if any(given.glob("seed_*")) else given
-    if seed_folder.resolve() == own.resolve():
-        raise ConfigError(f"init_from={init_from!r} is this very run: name another, or leave the key out to train")
-    return seed_folder / INITIAL

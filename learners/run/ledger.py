@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +13,9 @@ from synth.stored import save_source
 from utils.data.manager import DataManager
 from utils.run.carried import Carried, Items
 from utils.run.errors import ConfigError
+from utils.run.log import log
 from utils.training.checkpoint import Checkpoints
 
-log = logging.getLogger("reprise")
 # Lines of every results.json, whether there is something of them or not.
 LINES = ("exemplars", "bank", "edge_maps", "class_embeddings", "generator", "network", "old_branches", "prototypes")
 

@@ -42,8 +42,7 @@ def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner
     stored = run_manifest(folder.parent, None).read()
     config, _ = build_config({**stored["config"], "device": device or stored["config"]["device"]})
     dataset, class_names, _ = read_data(folder)
-    found = Checkpoints(folder / "checkpoints", "task").load_newest(log, discard=False)
-    if found is None:
+    if (found := Checkpoints(folder / "checkpoints", "task").load_newest(log, discard=False)) is None:
         raise CheckpointError(f"{folder / 'checkpoints'} holds no checkpoint: let the run finish its first task")
     _, tensors, state = found
     if state["holds_backbone"]:  # so its weights need not be where the run had them

@@ -13,6 +13,7 @@ from tests.support.toy import TINY_SOURCES, Interrupted, goes_with, interrupt, t
 from tests.support.toy_agem import AGEM
 from tests.support.toy_sources import Gaussians, MeanImages
 from utils.data.images import FeatureSet
+from utils.run.folder import read_results
 from utils.training.fit import Step
 
 ALL = LEARNERS.names()
@@ -68,13 +69,13 @@ def ended(request, tmp_path_factory):
     experiment = toy_experiment(request.param, tmp_path_factory.mktemp(request.param), epochs=1)
     asked, original = [], experiment.data.train_images
     experiment.data.train_images = lambda task: asked.append(task.index) or original(task)
-    assert experiment.finished() is None
+    assert read_results(experiment.folder) is None
     return experiment, experiment.learn_all(), asked
 
 
 def test_finished_run_is_known_as_finished(ended):
     experiment, results, _ = ended
-    assert experiment.finished()["final_accuracy"] == results["final_accuracy"]
+    assert read_results(experiment.folder)["final_accuracy"] == results["final_accuracy"]
 
 
 def test_another_seed_gives_other_bits(ended, tmp_path):

@@ -35,9 +35,8 @@ class Checkpoints:
 
     def numbers(self) -> list[int]:
         """List the numbers that are there, newest first."""
-        pattern = re.compile(re.escape(self.name) + r"_(0|[1-9]\d*)")
-        found = [pattern.fullmatch(path.name) for path in self.folder.glob(f"{self.name}_*") if path.is_dir()]
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        ends = (path.name.removeprefix(f"{self.name}_") for path in self.folder.glob(f"{self.name}_*") if path.is_dir())
+        return sorted((int(end) for end in ends if re.fullmatch(r"0|[1-9]\d*", end)), reverse=True)
 
     def path(self, number: int) -> Path:
         return self.folder / f"{self.name}_{number}"
