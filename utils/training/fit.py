@@ -102,7 +102,7 @@ class Progress:
         self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
         self.networks = {"module": module} if self.ema is None else {"module": module, "ema": self.ema}
         self.losses = LossLog(training)
-        self.checkpoints = training.run.fit_checkpoints(training.task.index, training.purpose)
+        self.checkpoints = training.run.checkpoints(f"fit_{training.task.index}_{training.purpose}")
 
     def at(self, epoch: int, batch: Batch | None = None) -> Step:
         """Tell a hook where the training stands."""

@@ -51,17 +51,17 @@ class Metrics:
         if not self.enabled or not self.path.exists():
             return
         text = self.path.read_bytes().decode(errors="replace")
-        kept = "".join(f"{line}\n" for line in text.splitlines() if self._stays(line, task, purpose, step))
+        kept = "".join(f"{line}\n" for line in text.splitlines() if _stays(line, task, purpose, step))
         if text != kept:
             atomic_write(self.path, kept)
 
-    @staticmethod
-    def _stays(line: str, task: int, purpose: str, step: int) -> bool:
-        try:
-            values = json.loads(line)
-            return (values["task"], values["purpose"]) != (task, purpose) or values["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            return False
+
+def _stays(line: str, task: int, purpose: str, step: int) -> bool:
+    try:
+        values = json.loads(line)
+        return (values["task"], values["purpose"]) != (task, purpose) or values["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class Run:
@@ -94,16 +94,12 @@ class Run:
 
     def loading(self, transform: Any, batch_size: int, task: int, purpose: str, **options: Any) -> Loading:
         """Say how this run makes batches of a training, named by task and purpose; options are `Loading`'s."""
-        key = (self.seed, task, purpose)
         options = {"num_workers": self.num_workers, "shard": self.runtime.shard, **options}
-        return Loading(transform, batch_size, key, self.device, **options)
+        return Loading(transform, batch_size, (self.seed, task, purpose), self.device, **options)
 
     def checkpoints(self, name: str) -> Checkpoints:
+        """Return those of finished tasks, `task`, or those inside one training, `fit_<t>_<purpose>`."""
         return Checkpoints(self.folder / "checkpoints", name)
-
-    def fit_checkpoints(self, task: int, purpose: str) -> Checkpoints:
-        """Return the checkpoints inside one training."""
-        return self.checkpoints(f"fit_{task}_{purpose}")
 
     def forget_fits(self) -> None:
         """Drop the checkpoints inside trainings: a task's own checkpoint has replaced them."""

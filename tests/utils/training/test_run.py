@@ -80,8 +80,8 @@ def test_rewinding_nothing_leaves_the_file_alone_and_needs_none_and_only_one_pro
 
 
 def test_a_task_forgets_the_checkpoints_inside_its_trainings(run):
-    run.fit_checkpoints(0, "train").save(5, {}, {})
-    run.fit_checkpoints(0, "ddpm").save(7, {}, {})
+    run.checkpoints("fit_0_train").save(5, {}, {})
+    run.checkpoints("fit_0_ddpm").save(7, {}, {})
     run.checkpoints("task").save(0, {}, {})
     run.forget_fits()
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["task_0"]
