@@ -46,7 +46,21 @@ def _require_place(value: str) -> str:
     return value
 
 
+def _require_name(value: str) -> str:
+    if not value.strip() or "/" in value or value.startswith(".") or len(value.encode()) > 255:
+        raise ValueError("give a name, not a path, of up to 255 bytes; data_dir says where the folder lies")
+    return value
+
+
+def _require_once(value: list[int]) -> list[int]:
+    if len(set(value)) < len(value):
+        raise ValueError("a seed stands there twice; each gets one run")
+    return value
+
+
 Place = Annotated[str, AfterValidator(_require_place)]  # a file, a folder or an id on a hub
+Name = Annotated[str, AfterValidator(_require_name)]  # of a data set
+Seeds = Annotated[list[Seed], AfterValidator(_require_once)]
 
 
 def _kinds(annotation: Any) -> set[type]:
@@ -176,7 +190,7 @@ class RunConfig(BaseConfig):
 
     prefix: str = Field("", max_length=100, description="free tag, first part of the run's name")
     model_name: str = Field(description="which learner: see `python main.py --list`")
-    seed: list[Seed] = Field([1993], min_length=1, description="one full run per entry; also the class order's seed")
+    seed: Seeds = Field([1993], min_length=1, description="one full run per entry; also the class order's seed")
     class_order_seed: Seed | None = Field(None, description="seed of the class order alone; null: the seed")
     model_seed: Seed | None = Field(None, description="if given, `seed` is the class order's and this the training's")
     device: list[int | str] = Field(["auto"], min_length=1, description='GPU ids, "cpu", -1 (the CPU) or "auto"')
@@ -188,7 +202,7 @@ class RunConfig(BaseConfig):
     offline: bool = Field(False, description="fetch nothing from a network")
     log_with: Literal["tensorboard", "wandb"] | None = Field(None, description="also send metrics to this tracker")
 
-    dataset: str = Field(description="a known data set or the name of a folder in data_dir")
+    dataset: Name = Field(description="a known data set or the name of a folder in data_dir")
     cub_split: Literal["asp80", "official"] = Field("asp80", description="of cub: class folders, or its own split")
     shuffle: bool = Field(True, description="permute the class order with the seed")
     init_cls: int = Field(ge=1, description="classes in the first task")
@@ -216,20 +230,6 @@ class RunConfig(BaseConfig):
     replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field("bicubic", description="of images in memory")
 
     synth: SerializeAsAny[SourceConfig] | None = Field(None, description="the replay source and its keys")
-
-    @field_validator("seed")
-    @classmethod
-    def _each_seed_once(cls, value: list[int]) -> list[int]:
-        if len(set(value)) < len(value):
-            raise ValueError("a seed stands there twice; each gets one run")
-        return value
-
-    @field_validator("dataset")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not value.strip() or "/" in value or value.startswith(".") or len(value.encode()) > 255:
-            raise ValueError("give a name, not a path, of up to 255 bytes; data_dir says where the folder lies")
-        return value
 
     @property
     def data_name(self) -> str:

@@ -36,13 +36,12 @@ class Registry(Generic[T]):
         self.kind, self.key, self.package, self._is_loaded = kind, key, package, False
         self._entries: dict[str, T] = {}
 
-    def register(self, *names: str) -> Callable[[T], T]:
-        """Make the decorated class or function known under these names. A name taken twice is our own mistake."""
+    def register(self, name: str) -> Callable[[T], T]:
+        """Make the decorated class or function known under this name. A name taken twice is our own mistake."""
 
         def add(entry: T) -> T:
-            for name in names:
-                assert name not in self._entries, f"{self.kind} {name!r} is registered twice"
-                self._entries[name] = entry
+            assert name not in self._entries, f"{self.kind} {name!r} is registered twice"
+            self._entries[name] = entry
             return entry
 
         return add
