@@ -43,8 +43,7 @@ class Checkpoints:
 
     def manifest(self, number: int, folder: Path | None = None) -> Manifest:
         """Return the manifest of one checkpoint, in ``folder`` while it is written."""
-        identity = {"name": self.name, "number": number}
-        return Manifest(folder or self.path(number), "checkpoint", identity, remedy=REMEDY)
+        return Manifest(folder or self.path(number), "checkpoint", {"name": self.name, "number": number}, remedy=REMEDY)
 
     def save(self, number: int, tensors: Tensors, state: dict, fill: Callable[[Path], None] | None = None) -> None:
         """Write one checkpoint and forget all but the two newest.

@@ -203,8 +203,7 @@ class LossLog:
                 raise TrainingError(f"the loss is not finite {place}. Try a smaller rate, clip_norm, or precision=fp32")
         step, rate, _ = self.kept[-1]
         means = dict(zip(names, values.mean(0).tolist()))
-        place = {"task": task, "purpose": purpose, "step": step + 1, "lr": rate}
-        run.metrics.write(**place, **{"loss": sum(means.values()), **means})
+        run.metrics.write(task=task, purpose=purpose, step=step + 1, lr=rate, **{"loss": sum(means.values()), **means})
         self.kept = []
         return ", ".join(f"{name} {value:.3f}" for name, value in means.items())
 
