@@ -83,25 +83,9 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key, hint):
     assert str(caught.value) == f"unknown key {key!r}{hint}"
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"dataset": None}, "the key 'dataset' is missing"),
-        *(({"dataset": name}, "give a name, not a path") for name in ("/data/cifar", "../cifar", "", ".hidden")),
-        *(({"seed": seed}, r"seed\.\d=") for seed in (-1, 2**32, [1993, -5])),  # NumPy cannot take them
-    ],
-)
-def test_a_missing_key_a_path_and_a_seed_out_of_range_are_config_errors(keys, said):
-    with pytest.raises(ConfigError, match=said):
-        run_config(**keys)
-
-
-def test_a_config_cannot_be_changed():
+def test_a_config_cannot_be_changed_and_every_key_has_a_one_line_description():
     with pytest.raises(Exception, match="frozen"):
         Example().rate = 1.0
-
-
-def test_every_key_has_a_one_line_description():
     texts = [field.description or "" for field in RunConfig.model_fields.values()]
     assert all(text and "\n" not in text for text in texts)
 
@@ -232,21 +216,17 @@ def test_an_override_of_a_flat_key_wins_over_the_file_in_either_spelling(raw, ov
     assert translate(apply_overrides(raw, overrides)).get("synth") == synth
 
 
-ESCORT_OFF = {"memory_per_class": 20, "real_per_class": 18, "syn_per_class": 0, "augmentation_prob": 0,
-              "augmentations_per_image": 1}  # fmt: skip
+ESCORT_OFF = {"augmentation_prob": 0.0, "augmentations_per_image": 1, "memory_per_class": 20, "real_per_class": 18,
+              "syn_per_class": 0}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ([], {"memory_per_class": 18}),
-        (["seed=[1]"], {"memory_per_class": 18, "seed": [1]}),
-        (["syn_per_class=48"], {"memory_per_class": 20, "synth": {"name": "controlnet", **{
-            key: value for key, value in ESCORT_OFF.items() if key != "memory_per_class"}, "syn_per_class": 48}}),
-    ],
-)  # fmt: skip
-def test_escorts_method_can_be_switched_on_over_its_own_file(overrides, expected):
-    assert translate(apply_overrides(ESCORT_OFF, overrides)) == expected
+def test_escorts_method_can_be_switched_on_over_its_own_file():
+    def read(*overrides):
+        return translate(apply_overrides(ESCORT_OFF, overrides))
+
+    assert read() == {"memory_per_class": 18} and read("seed=[1]") == {"memory_per_class": 18, "seed": [1]}
+    on = {**ESCORT_OFF, "name": "controlnet", "syn_per_class": 48}
+    assert read("syn_per_class=48") == {"memory_per_class": on.pop("memory_per_class"), "synth": on}
 
 
 def test_need_syn_imgs_written_as_text_is_a_boolean_of_the_source_and_unused_without_one():
@@ -256,15 +236,10 @@ def test_need_syn_imgs_written_as_text_is_a_boolean_of_the_source_and_unused_wit
     assert (without.synth, unused) == (None, ["need_syn_imgs"])
 
 
-@pytest.mark.parametrize(
-    ("keys", "name"),
-    [
-        ({"dataset": "cub"}, "cub"), ({"dataset": "CUB", "cub_split": "official"}, "cub_official"),
-        ({"dataset": "cifar224", "cub_split": "official"}, "cifar224"),
-    ],
-)  # fmt: skip
-def test_the_split_of_cub_picks_the_data_set(keys, name):
-    assert run_config(**keys).data_name == name
+@pytest.mark.parametrize(("dataset", "official"), [("cub", "cub_official"), ("CUB", "cub_official"), ("cars", "cars")])
+def test_the_split_of_cub_picks_the_data_set(dataset, official):
+    assert run_config(dataset=dataset).data_name == dataset
+    assert run_config(dataset=dataset, cub_split="official").data_name == official
 
 
 @pytest.mark.parametrize(
@@ -283,16 +258,12 @@ def test_every_key_but_place_machine_and_seed_is_part_of_the_identity(change, sa
 
 
 @pytest.mark.parametrize(
-    ("keys", "order_seed", "train_seed", "tag"),
-    [
-        ({}, 7, 7, "seed_7"),
-        ({"class_order_seed": 1993}, 1993, 7, "seed_7"),
-        ({"model_seed": 4}, 7, 4, "seed_7_4"),  # ESCORT: seed is the class order's
-    ],
+    ("keys", "seeds"),  # of the class order (ESCORT's seed is that one) and of the training, and the folder's name
+    [({}, (7, 7, "seed_7")), ({"class_order_seed": 3}, (3, 7, "seed_7")), ({"model_seed": 4}, (7, 4, "seed_7_4"))],
 )
-def test_seeds_of_class_order_and_training(keys, order_seed, train_seed, tag):
+def test_seeds_of_class_order_and_training(keys, seeds):
     config = run_config(**keys)
-    assert (config.order_seed(7), config.train_seed(7), config.seed_tag(7)) == (order_seed, train_seed, tag)
+    assert (config.order_seed(7), config.train_seed(7), config.seed_tag(7)) == seeds
 
 
 def test_keys_that_only_another_learner_knows_may_hold_anything_and_are_listed_as_unused():
@@ -303,6 +274,9 @@ def test_keys_that_only_another_learner_knows_may_hold_anything_and_are_listed_a
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"dataset": None}, "the key 'dataset' is missing"),
+        *(({"dataset": name}, "give a name, not a path") for name in ("/data/cifar", "../cifar", "", ".hidden")),
+        *(({"seed": seed}, r"seed\.\d=") for seed in (-1, 2**32, [1993, -5])),  # NumPy cannot take them
         ({"model_name": "zzzz"}, r"unknown learner 'zzzz'\. Known: .*finetune"),
         ({"model_name": None}, "'model_name' is missing: choose one of .*finetune"),
         ({"model_name": "generative_replay"}, 'needs a source: add "synth": .*one of .*ddpm'),  # nothing to replay
@@ -338,10 +312,9 @@ def test_learner_and_source_names_may_be_written_in_capitals():
 
 
 ESCORT = {
-    "dataset": "Food101", "augmentation_prob": 0.0, "augmentations_per_image": 1, "memory_per_class": 20,
-    "real_per_class": 18, "syn_per_class": 0, "init_cls": 51, "increment": 5, "memory_size": None,
-    "fixed_memory": True, "shuffle": True, "model_name": "der", "convnet_type": "resnet18", "device": ["0", "1"],
-    "seed": [1993], "model_seed": 1, "batch_size": 128, "num_workers": 8,
+    **ESCORT_OFF, "dataset": "Food101", "init_cls": 51, "increment": 5, "memory_size": None, "fixed_memory": True,
+    "shuffle": True, "model_name": "der", "convnet_type": "resnet18", "device": ["0", "1"], "seed": [1993],
+    "model_seed": 1, "batch_size": 128, "num_workers": 8,
 }  # fmt: skip
 
 
@@ -371,17 +344,9 @@ def test_escorts_file_with_its_method_off_takes_any_other_source_and_with_it_on_
 
 
 def test_an_asp_file_with_the_flat_keys_of_generated_replay_runs_unchanged():
-    asp = {
-        "prefix": "asp", "model_prefix": "asp", "dataset": "cifar224", "memory_size": 0, "shuffle": False,
-        "init_cls": 60, "increment": 5, "kshot": 5, "model_name": "asp", "backbone_type": "pretrained_vit_b16_224_vpt",
-        "device": ["0"], "seed": [2024], "vpt_type": "Deep", "prompt_token_num": 6, "TIP_init": "zero",
-        "avg_alpha": 0.8, "EMA_beta": 0.99, "perturb_var": 1, "anchor_lambda": 0.1, "kl_weight": 0.001,
-        "optimizer": "sgd", "init_lr": 0.01, "min_lr": 0, "weight_decay": 0.0005, "tuned_epoch": 20, "fs_epoch": 0,
-        "batch_size": 48, "fs_batch_size": 16, "fs_lr": 0.001, "top_k": 5, "base_model_path": "none",
-    }  # fmt: skip
+    asp = {"model_name": "asp", "backbone_type": "pretrained_vit_b16_224_vpt", "vpt_type": "Deep", "top_k": 5}
     flat = {"need_syn_imgs": "true", "syn_image_path": None, "ldm_ckpt": "model.ckpt", "config": "ldm.yaml"}
-    config, unused = build_config({**asp, **flat})
-    assert unused == ["base_model_path", "model_prefix", "top_k"]
+    config, unused = build_config({**BASE, **asp, **flat})  # whole files of ASP: tests/parity/test_original_files.py
     source = config.synth
-    assert config.convnet_type == "pretrained_vit_b16_224_vpt"
+    assert unused == ["top_k"] and config.convnet_type == "pretrained_vit_b16_224_vpt"
     assert (source.name, source.need_syn_imgs, source.ldm_ckpt, source.yaml) == ("ldm", True, "model.ckpt", "ldm.yaml")

@@ -9,6 +9,8 @@ import pytest
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.manifest import Manifest
 
+OURS = b'{"written_by": "reprise", "kind": "run"'
+
 
 def manifest(folder, identity=None, **options) -> Manifest:
     return Manifest(folder, "run", {"seed": 1} if identity is None else identity, remedy="mend it", **options)
@@ -66,18 +68,13 @@ def test_a_folder_is_ours_where_the_fields_that_are_asked_for_are_equal(tmp_path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is damaged"),
-        (b'{"written_by": "reprise", "ki', "is damaged"),
-        (b"[]", "is damaged"),
-        (b'{"written_by": "\xff"}', "is damaged"),
+        *((cut, "is damaged") for cut in (b"", OURS[:-5], b"[]", b'{"written_by": "\xff"}')),
         (b"{}", "is no run manifest of this project"),
-        (b'{"written_by": "reprise", "kind": "bank", "files": {}}', "is no run manifest of this project"),
-        (b'{"written_by": "someone", "kind": "run", "files": {}}', "is no run manifest of this project"),
+        (OURS.replace(b"run", b"bank") + b', "files": {}}', "is no run manifest of this project"),
+        (OURS.replace(b"reprise", b"someone") + b', "files": {}}', "is no run manifest of this project"),
         (b'{"kind": "run", "files": {}}', "is no run manifest of this project"),
-        (b'{"written_by": "reprise", "kind": "run"}', "no list of files"),
-        (b'{"written_by": "reprise", "kind": "run", "files": ["a"]}', "no list of files"),
-        (b'{"written_by": "reprise", "kind": "run", "files": {"a": 1}}', "no list of files"),
-        (b'{"written_by": "reprise", "kind": "run", "files": {"../a": "0"}}', "lists '../a'"),
+        *((OURS + files + b"}", "no list of files") for files in (b"", b', "files": ["a"]', b', "files": {"a": 1}')),
+        (OURS + b', "files": {"../a": "0"}}', "lists '../a'"),
     ],
 )
 @pytest.mark.parametrize("action", ["read", "claim", "files", "verify", "damaged", "seal", "delete"])
@@ -118,8 +115,7 @@ def test_known_hashes_are_stored_and_notes_kept(tmp_path):
     made = manifest(tmp_path)
     made.claim(note="n")
     made.store({"x": "0"}, more=1)
-    assert made.files() == {"x": "0"} and (made.read()["note"], made.read()["more"]) == ("n", 1)
-    assert made.damaged() == ["x"]
+    assert made.read().items() >= {"files": {"x": "0"}, "note": "n", "more": 1}.items() and made.damaged() == ["x"]
 
 
 @pytest.mark.parametrize(
