@@ -101,7 +101,7 @@ class Progress:
         self.optimizer = config.make_optimizer(self.parameters)
         self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
         self.networks = {"module": module} if self.ema is None else {"module": module, "ema": self.ema}
-        self.losses = LossLog(training)
+        self.unseen: list[tuple[int, float, dict[str, Tensor]]] = []  # steps, rates and losses, kept on the device
         self.checkpoints = training.run.checkpoints(f"fit_{training.task.index}_{training.purpose}")
 
     def at(self, epoch: int, batch: Batch | None = None) -> Step:
@@ -129,12 +129,37 @@ class Progress:
             move(list(self.ema.parameters()), list(self.module.parameters()), None)
             for average, value in zip(self.ema.buffers(), self.module.buffers()):
                 average.copy_(value)
-        self.losses.add(self.step, rate, terms)
+        self.unseen.append((self.step, rate, {name: term.detach() for name, term in terms.items()}))
         self.step += 1
+
+    def look(self) -> str:
+        """Write the means of the unseen losses to metrics.jsonl; return them in words, "" where there are none.
+
+        Raises:
+            TrainingError: if a term is not finite; names step, terms and learning rate.
+        """
+        if not self.unseen:
+            return ""
+        run, task, purpose = self.training.run, self.training.task.index, self.training.purpose
+        # A step may lack a term, such as distillation where a batch holds no replay: it then adds nothing.
+        names = list(dict.fromkeys(name for _, _, terms in self.unseen for name in terms))
+        zero = torch.zeros((), device=run.device)
+        rows = [torch.stack([terms.get(name, zero).float() for name in names]) for _, _, terms in self.unseen]
+        values = torch.stack(rows).cpu()
+        for (step, rate, _), row in zip(self.unseen, values):
+            if not row.isfinite().all():
+                terms = ", ".join(f"{name}={value:g}" for name, value in zip(names, row.tolist()))
+                place = f"in {purpose} of task {task}, step {step}: {terms}, learning rate {rate:g}"
+                raise TrainingError(f"the loss is not finite {place}. Try a smaller rate, clip_norm, or precision=fp32")
+        step, rate, _ = self.unseen[-1]
+        means = dict(zip(names, values.mean(0).tolist()))
+        run.metrics.write(task=task, purpose=purpose, step=step + 1, lr=rate, **{"loss": sum(means.values()), **means})
+        self.unseen = []
+        return ", ".join(f"{name} {value:.3f}" for name, value in means.items())
 
     def save(self) -> None:
         """Write a checkpoint, after a look at the losses: one that is not finite must not be kept."""
-        self.losses.flush()
+        self.look()
         if not self.training.run.runtime.is_main:
             return
         tensors = {name: network.state_dict() for name, network in self.networks.items()}
@@ -170,42 +195,6 @@ def _split(values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Part tensors from what JSON holds."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in values.items() if name not in tensors}
-
-
-class LossLog:
-    """Keeps the last loss terms on the device and looks at them now and then."""
-
-    def __init__(self, training: Training):
-        self.training = training
-        self.kept: list[tuple[int, float, dict[str, Tensor]]] = []
-
-    def add(self, step: int, rate: float, terms: dict[str, Tensor]) -> None:
-        self.kept.append((step, rate, {name: term.detach() for name, term in terms.items()}))
-
-    def flush(self) -> str:
-        """Write the means of the kept terms to metrics.jsonl; return them in words, "" where none are kept.
-
-        Raises:
-            TrainingError: if a term is not finite; names step, terms and learning rate.
-        """
-        if not self.kept:
-            return ""
-        run, task, purpose = self.training.run, self.training.task.index, self.training.purpose
-        # A step may lack a term, such as distillation where a batch holds no replay: it then adds nothing.
-        names = list(dict.fromkeys(name for _, _, terms in self.kept for name in terms))
-        zero = torch.zeros((), device=run.device)
-        rows = [torch.stack([terms.get(name, zero).float() for name in names]) for _, _, terms in self.kept]
-        values = torch.stack(rows).cpu()
-        for (step, rate, _), row in zip(self.kept, values):
-            if not row.isfinite().all():
-                terms = ", ".join(f"{name}={value:g}" for name, value in zip(names, row.tolist()))
-                place = f"in {purpose} of task {task}, step {step}: {terms}, learning rate {rate:g}"
-                raise TrainingError(f"the loss is not finite {place}. Try a smaller rate, clip_norm, or precision=fp32")
-        step, rate, _ = self.kept[-1]
-        means = dict(zip(names, values.mean(0).tolist()))
-        run.metrics.write(task=task, purpose=purpose, step=step + 1, lr=rate, **{"loss": sum(means.values()), **means})
-        self.kept = []
-        return ", ".join(f"{name} {value:.3f}" for name, value in means.items())
 
 
 def fit(
@@ -252,7 +241,7 @@ def fit(
                 bar.update()
                 hooks.after_step(progress.at(epoch, batch))
                 if progress.step % LOG_EVERY == 0:
-                    bar.set_postfix_str(progress.losses.flush(), refresh=False)
+                    bar.set_postfix_str(progress.look(), refresh=False)
                 if progress.step % run.checkpoint_every == 0:
                     progress.save()
     run.runtime.share_buffers(module)

@@ -16,7 +16,7 @@ from tests.support.sources import weigh
 from tests.support.tiny_inversion import make_inversion, tiny_config, toy_task
 from tests.support.toy import Interrupted, interrupt, tiny_source
 from utils.run.errors import ConfigError, WeightsError
-from utils.training.fit import LossLog
+from utils.training.fit import Progress
 
 
 def make(folder, build=make_inversion, **keys) -> SmallLDMSource:
@@ -95,13 +95,13 @@ def test_labels_are_hidden_in_training_for_guidance(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop", ["vae", "unet", "invert_r0_c0"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(stop, precision, whole, tmp_path, monkeypatch):
-    def add(self, step, rate, terms, original=LossLog.add):
-        if self.training.purpose == stop and step == 2:
+    def take(self, step, *rest, original=Progress.take):
+        if step.purpose == stop and step.number == 2:
             interrupt()
-        original(self, step, rate, terms)
+        original(self, step, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(LossLog, "add", add)
+        patch.setattr(Progress, "take", take)
         two_tasks(tmp_path, precision)
     assert two_tasks(tmp_path, precision) == whole(precision)
 
