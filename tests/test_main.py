@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 import main
 from learners.run.configure import build_config
 from learners.run.predict import main as predict
 from tests.support.disk import no_space
+from tests.support.sources import write_folders
+from tests.support.toy import toy_images
 from utils.results import compare
 from utils.run.lock import locked
 from utils.run.words import read_experiment
@@ -41,13 +42,6 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     assert run(folder, *TINY, "--name", "one") == 0
     return folder / "outputs" / "one"
-
-
-def make_folders(root: Path):
-    for folder in (root / split / name for split in ("train", "test") for name in ("cat", "dog")):
-        folder.mkdir(parents=True)
-        for index in (0, 1):
-            Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(folder / f"{index}.png")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +93,7 @@ def test_bad_input_gets_one_message_and_writes_nothing(arguments, words, tmp_pat
     ],
 )
 def test_broken_folder_data_is_named(spoil, words, tmp_path, capsys):
-    make_folders(tmp_path / "data" / "pets")
+    write_folders(tmp_path / "data" / "pets", toy_images(2, 2, "pets"), ["cat", "dog"])
     spoil(tmp_path / "data" / "pets")
     assert run(tmp_path, *keys("dataset=pets", f"data_dir={tmp_path / 'data'}", "init_cls=1", "increment=1")) == 2
     error = capsys.readouterr().err
@@ -151,7 +145,7 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
 
 
 def test_a_finished_run_is_classified_with_and_compared(finished, tmp_path, capsys):
-    make_folders(tmp_path / "mine")
+    write_folders(tmp_path / "mine", toy_images(2, 2, "pets"), ["cat", "dog"])
     (tmp_path / "mine" / "train" / ".ipynb_checkpoints").mkdir()
     (tmp_path / "mine" / "train" / ".ipynb_checkpoints" / "0.png").write_bytes(b"hidden")
     assert predict(["--run", str(finished / "seed_1"), "--images", str(tmp_path / "mine"), "--device", "cpu"]) == 0

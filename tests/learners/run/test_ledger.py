@@ -83,14 +83,10 @@ def free(tmp_path_factory):
 @pytest.mark.parametrize(
     ("learner", "source"),
     [
-        ("finetune", None),
-        ("icarl", None),
-        ("der", None),
-        ("generative_replay", "ddpm"),
-        ("dddr", "small_ldm"),
+        *((name, None) for name in ("finetune", "icarl", "der")), ("generative_replay", "ddpm"), ("dddr", "small_ldm"),
         ("finetune", "small_controlnet"),
     ],
-)
+)  # fmt: skip
 def test_the_total_is_what_lies_on_disk_after_every_task(learner, source, tmp_path):
     found = ledgers(toy_experiment(learner, tmp_path, source))
     assert len(found) == 3

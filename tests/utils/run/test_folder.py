@@ -40,10 +40,13 @@ def config(folder, **changes) -> RunConfig:
     return RunConfig.parse({**keys, "synth": {"name": "any"}, **changes})
 
 
-def data(dataset=None, **changes) -> DataManager:
-    return DataManager(dataset or toy_dataset(), Split(**{"init_cls": 2, "increment": 2, "shuffle": False, **changes}))
+def data(per_class=10, shuffle=False, **changes) -> DataManager:
+    dataset = dataclasses.replace(toy_dataset(per_class=per_class), **changes)
+    return DataManager(dataset, Split(init_cls=2, increment=2, shuffle=shuffle))
 
 
+MANIFEST = b'{"written_by": "reprise", "kind": "%s", "files": {}%s}'
+BANK = MANIFEST % (b"bank", b"")
 OWN = """
 import sys, time
 from pathlib import Path
@@ -86,7 +89,7 @@ def test_the_same_settings_own_their_folder_again_and_others_are_told_the_first_
     assert run_manifest(folder, None).read()["identity"]["increment"] == 3
 
 
-@pytest.mark.parametrize("content", [None, b"{}", b"", b'{"written_by": "reprise", "kind": "bank", "files": {}}'])
+@pytest.mark.parametrize("content", [None, b"{}", b"", BANK])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_folder_without_our_manifest_is_never_deleted(tmp_path, overwrite, content):
     (tmp_path / "run").mkdir()
@@ -114,10 +117,10 @@ def test_a_file_or_a_dead_link_in_the_place_of_the_folder_is_a_config_error(tmp_
 @pytest.mark.parametrize(
     ("synth", "manifest", "stays"),
     [
-        ({}, b'{"written_by": "reprise", "kind": "bank", "files": {}}', False),
+        ({}, BANK, False),
         ({}, None, True),  # images that somebody else put there
         ({}, b'{"name": "an application of somebody else"}', True),
-        ({"syn_image_path": "mine"}, b'{"written_by": "reprise", "kind": "bank", "files": {}}', True),  # the user's
+        ({"syn_image_path": "mine"}, BANK, True),  # the user's
     ],
 )
 def test_overwriting_takes_the_images_that_the_run_drew_alone(tmp_path, monkeypatch, synth, manifest, stays):
@@ -155,10 +158,6 @@ def test_data_are_described_for_whoever_reads_the_folder(tmp_path):
     assert (names, order) == ([f"row {label}" for label in range(6)], list(range(6)))
 
 
-def toy(**changes) -> DataManager:
-    return data(dataclasses.replace(toy_dataset(), **changes))
-
-
 def brighter() -> ImageSet:
     """The toy's images, one bit of one pixel apart."""
     pixels = toy_dataset().train.parts[0].images.clone()
@@ -167,20 +166,17 @@ def brighter() -> ImageSet:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changes", "said"),
     [
-        (lambda: data(shuffle=True), "class_order is"),
-        (lambda: toy(name="other"), "dataset is"),
-        (lambda: toy(class_names=list("abcdef")), "class_names is"),
-        (lambda: data(toy_dataset(per_class=9)), "counts is"),
-        (lambda: toy(train=brighter()), "images is"),
+        ({"shuffle": True}, "class_order is"), ({"name": "other"}, "dataset is"), ({"per_class": 9}, "counts is"),
+        ({"class_names": list("abcdef")}, "class_names is"), ({"train": brighter()}, "images is"),
     ],
-)
-def test_a_seed_begun_with_other_data_is_refused(tmp_path, changed, said):
+)  # fmt: skip
+def test_a_seed_begun_with_other_data_is_refused(tmp_path, changes, said):
     for _ in range(2):
         claim_data(tmp_path, data())
     with pytest.raises(CheckpointError, match=f"{said}.*there.*Put the data back as it was"):
-        claim_data(tmp_path, changed())
+        claim_data(tmp_path, data(**changes))
 
 
 def test_results_count_once_the_seed_is_finished(tmp_path):
@@ -193,12 +189,9 @@ def test_results_count_once_the_seed_is_finished(tmp_path):
 
 
 READERS = {
-    "environment.json": lambda folder: claim_machine(folder, Runtime(["cpu"])),
-    "config.json": lambda folder: run_manifest(folder, None).read(),
-    "data.json": read_data,
-    "results.json": read_results,
-}
-MANIFEST = b'{"written_by": "reprise", "kind": "%s", "files": {}%s}'
+    "environment.json": lambda folder: claim_machine(folder, Runtime(["cpu"])), "data.json": read_data,
+    "config.json": lambda folder: run_manifest(folder, None).read(), "results.json": read_results,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
