@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -186,17 +186,15 @@ class Experiment:
             write_json(self.folder / RESULTS, results)
             config = self.config.model_dump(mode="json", exclude_none=True)
             environment, panels = read_environment(self.folder.parent), self.run.panels.read()
-            write_report(self.folder / "report.html", results, config, self._gallery(), environment, panels)
+            write_report(self.folder / "report.html", results, config, list(self._gallery()), environment, panels)
         return results
 
-    def _gallery(self) -> list[GalleryRow]:
-        rows = []
+    def _gallery(self) -> Iterator[GalleryRow]:
         for task in map(self.data.task, range(len(self.results.accuracy_matrix))):
             for label, name in zip(task.classes, task.class_names):
                 images, synthetic = self.data.test_images([label]), self.learner.replay.newest(label)[:GALLERY_IMAGES]
                 real = [images.image(position) for position in range(min(GALLERY_IMAGES, len(images)))]
-                rows.append(GalleryRow(label, name, task.index, real, synthetic))
-        return rows
+                yield GalleryRow(label, name, task.index, real, synthetic)
 
     def _header(self) -> dict[str, Any]:
         config = self.config
