@@ -1,18 +1,13 @@
 """Messages on the console and in a file of each seed."""
 
-import logging
-
 import pytest
 
 from utils.run.log import log, log_to_console, log_to_file
 
 
 @pytest.fixture(autouse=True)
-def talkative():
-    level = log.level
-    log.setLevel(logging.INFO)
-    yield
-    log.setLevel(level)
+def talkative(caplog):
+    caplog.set_level("INFO", "reprise")
 
 
 def test_each_seed_has_its_own_log_file_in_pycils_format(tmp_path):

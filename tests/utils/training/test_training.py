@@ -91,17 +91,6 @@ def cross_entropy(module):
     return lambda batch: {"cross_entropy": F.cross_entropy(module(batch.images), batch.labels)}
 
 
-def watched(module, look):
-    """Cross-entropy, and a list of what ``look`` sees at every step of it."""
-    seen = []
-
-    def loss_fn(batch):
-        seen.append(look())
-        return cross_entropy(module)(batch)
-
-    return loss_fn, seen
-
-
 def train(module, run, config=None, batches=None, loss_fn=None, **hooks):
     config = config or TrainConfig(lr=0.1, steps=STEPS)
     loss_fn, batches = loss_fn or cross_entropy(module), batches or RandomBatches()
@@ -244,21 +233,24 @@ def test_hooks_may_change_the_gradient_and_frozen_parameters_stay(run, tmp_path)
 
 
 def test_the_module_trains_in_train_mode_and_is_left_in_eval_mode(run):
-    module = linear()
-    loss_fn, modes = watched(module, lambda: module.training)
-    # Between two epochs, as an evaluation would leave it.
-    train(module, run, TrainConfig(lr=0.1, steps=5), loss_fn=loss_fn, before_epoch=lambda step: module.eval())
+    module, modes, config = linear(), [], TrainConfig(lr=0.1, steps=5)
+    train(
+        module, run, config, loss_fn=lambda batch: modes.append(module.training) or cross_entropy(module)(batch),
+        before_epoch=lambda step: module.eval(),  # between two epochs, as an evaluation would leave it
+    )  # fmt: skip
     assert modes == [True] * 5 and not module.training
 
 
 def test_random_draws_in_a_loss_depend_on_the_step_alone(tmp_path):
-    draws = []
-    for disturb in (1, 6):
-        module = linear()
-        loss_fn, drawn = watched(module, lambda disturb=disturb: torch.rand(disturb)[0].item())
+    module, draws = linear(), {1: [], 6: []}
+    for disturb, drawn in draws.items():
+
+        def loss_fn(batch, disturb=disturb, drawn=drawn):
+            drawn.append(torch.rand(disturb)[0].item())
+            return cross_entropy(module)(batch)
+
         train(module, make_run(tmp_path / str(disturb)), loss_fn=loss_fn)
-        draws.append(drawn)
-    assert draws[0] == draws[1] and len(set(draws[0])) == STEPS
+    assert draws[1] == draws[6] and len(set(draws[1])) == STEPS
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
