@@ -21,6 +21,7 @@ from tests.benchmarks.parts import cpu_run, new_classifier, pictures, training
 from tests.benchmarks.timing import alternate, fast_precision, verdict
 from utils.data.images import ImageSet
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
+from utils.training.run import Run
 from utils.training.schedule import TrainConfig
 
 NUM_IMAGES, BATCH, WORKERS = 2560, 128, 8  # twenty steps a segment
@@ -66,12 +67,12 @@ def plain_arm(images: ImageSet):
     return epoch
 
 
-def our_arm(images: ImageSet, precision: str, folder: Path):
+def our_arm(images: ImageSet, run: Run):
     """One epoch per call through `fit`, its checkpoint and log included."""
-    network = new_classifier("resnet32", LinearHead).to(memory_format=torch.channels_last)
+    network = new_classifier("resnet32", LinearHead).to(run.device, memory_format=torch.channels_last)
     transform = ClassifierTransform(AUGMENTATIONS["cifar"], 32, MEAN, STD, in_memory=True)
     return training(
-        cpu_run(folder / precision, precision), network, images, transform, BATCH,
+        run, network, images, transform, BATCH,
         lambda batch: {"ce": F.cross_entropy(network(batch.images), batch.labels)},
         TrainConfig(epochs=1, lr=0.1, weight_decay=5e-4),
     )  # fmt: skip
@@ -82,7 +83,8 @@ def main() -> int:
     print(f"ResNet-32, batch {BATCH}, {NUM_IMAGES} images of 32x32, {torch.get_num_threads()} threads; images/s:")
     with tempfile.TemporaryDirectory() as folder:
         arms = {"plain (PyCIL's way), fp32": plain_arm(images)}
-        arms |= {f"ours, {name}": our_arm(images, name, Path(folder)) for name in sorted({"fp32", fast_precision()})}
+        runs = {name: cpu_run(Path(folder) / name, name) for name in sorted({"fp32", fast_precision()})}
+        arms |= {f"ours, {name}": our_arm(images, run) for name, run in runs.items()}
         rates = alternate(arms)
     for name, rate in rates.items():
         print(f"{name}: {rate:.0f} images/s")

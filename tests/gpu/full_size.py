@@ -16,26 +16,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from learners.guide.guidance import toward_best_new
 from models.files.diffusers_folder import LDM_SCHEDULE
 from models.files.diffusers_parts import TextToImageParts
 from models.frozen import fixed
-from models.heads import Head, LinearHead
+from models.heads import Head
 from models.latent.control import ControlNetPipeline
 from models.latent.text_to_image import Placement, TextToImage
 from synth.ddpm.source import Sampling
 from synth.requests import Requests
+from tests.benchmarks.classifier_step import BATCH, our_arm
 from tests.benchmarks.parts import autoencoder, new_classifier, new_source, pictures, text_encoder, training, unet
 from tests.support.tiny_ldm import bert_tokenizer, clip_tokenizer, folder, tiny_ldm_folder
 from utils.data.manager import Task
-from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 from utils.training.schedule import TrainConfig
 
-MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 CLIP = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "max_position_embeddings": 77, "projection_dim": 768,
@@ -77,16 +75,8 @@ def classifier(bench: Bench) -> None:
     """ResNet-32 on 32x32 images, batch 128, through `fit`: augmentation, optimiser, log and checkpoint included."""
     images = pictures(128 if bench.narrow else 51200, 32, 10)
     for precision in ("fp32",) if bench.narrow else ("fp32", "bf16"):
-        run, network = bench.run(precision), new_classifier("resnet32", LinearHead)
-        network.to(run.device, memory_format=torch.channels_last)
-        transform = ClassifierTransform(AUGMENTATIONS["cifar"], 32, MEAN, STD, in_memory=True)
-        config = TrainConfig(epochs=1, lr=0.1, weight_decay=5e-4)
-
-        def loss(batch, network=network) -> dict[str, torch.Tensor]:
-            return {"ce": F.cross_entropy(network(batch.images), batch.labels)}
-
-        train = training(run, network, images, transform, 128, loss, config)
-        bench.measure(f"ResNet-32 training, batch 128, {precision}", "images/s", len(images), train)
+        train = our_arm(images, bench.run(precision))
+        bench.measure(f"ResNet-32 training, batch {BATCH}, {precision}", "images/s", len(images), train)
 
 
 def ddpm(bench: Bench) -> None:
