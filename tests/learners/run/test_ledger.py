@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from learners.run.configure import build_config
 from learners.run.experiment import Experiment
 from learners.run.ledger import LINES, count_units
 from learners.run.plan import describe_run
 from synth import SOURCES
 from synth.bank import Bank
 from synth.escort.copies import Copied
-from tests.support.toy import Interrupted, interrupt, toy_experiment
+from tests.support.toy import Interrupted, interrupt, toy_experiment, toy_raw
 from utils.data.images import ImageSet
 from utils.run.carried import Carried, Items
 from utils.run.errors import ConfigError
@@ -197,10 +198,6 @@ def test_a_budget_that_a_source_bursts_is_refused_with_the_sum_at_the_first_task
     assert not (experiment.folder / "checkpoints" / "task_0").exists()
 
 
-def test_the_plan_shows_the_budget(tmp_path, monkeypatch):
-    experiment = toy_experiment("finetune", tmp_path, memory_budget_mb=2.5)
-    found = type("Found", (), {"text": "toy", "present": True})
-    monkeypatch.setattr("learners.run.plan.find_dataset", lambda *call: found)
-    monkeypatch.setattr("learners.run.plan.load_dataset", lambda *call, **keys: experiment.data.dataset)
-    monkeypatch.setattr("learners.run.plan.Experiment", lambda *call: experiment)
-    assert "Memory budget: 2.5 MB at the end of every task" in "\n".join(describe_run(experiment.config, "toy"))
+def test_the_plan_shows_the_budget(tmp_path):
+    config, _ = build_config({**toy_raw("finetune", tmp_path, memory_budget_mb=2.5), "dataset": "digits"})
+    assert "Memory budget: 2.5 MB at the end of every task" in "\n".join(describe_run(config, "toy"))

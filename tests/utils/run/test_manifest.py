@@ -132,13 +132,8 @@ def test_a_name_that_is_none_of_the_folders_files_is_refused(tmp_path, name):
         made.files()
 
 
-def test_a_folder_of_ours_is_deleted_with_all_that_is_in_it(tmp_path):
-    sealed(tmp_path / "run").delete()
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("moment", [0, 1])
-def test_what_a_kill_leaves_of_a_folder_is_still_known_as_ours(tmp_path, monkeypatch, moment):
+def test_a_folder_of_ours_is_deleted_whole_and_known_as_ours_after_a_kill(tmp_path, monkeypatch, moment):
     folder, unlink, left = sealed(tmp_path / "run"), os.unlink, iter(range(moment))
 
     def unlink_or_die(*place, **options):
