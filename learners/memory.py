@@ -133,14 +133,12 @@ def make_memory(config: RunConfig, data: DataManager, replay: Replay, uses_exemp
     real, handed = replay.divide(config.memory_per_class if uses_exemplars else None)
     shared = handed or (uses_exemplars and real != config.memory_per_class)
     if shared and uses_exemplars and not config.fixed_memory:
-        raise ConfigError(
-            f"the source {config.synth.name!r} takes its share of memory_per_class: set it, and fixed_memory=true"
-        )
+        remedy = "set it, and fixed_memory=true"
+        raise ConfigError(f"the source {config.synth.name!r} takes its share of memory_per_class: {remedy}")
     if shared and real + handed > min(data.class_counts):
         count, name = min(zip(data.class_counts, data.class_names))
-        raise ConfigError(
-            f"class {name!r} has only {count} training images: lower real_per_class={real} or syn_per_class={handed}"
-        )
+        remedy = f"lower real_per_class={real} or syn_per_class={handed}"
+        raise ConfigError(f"class {name!r} has only {count} training images: {remedy}")
     return ExemplarMemory(config.memory_size, real, config.fixed_memory, handed)
 
 

@@ -29,10 +29,8 @@ class NetworkConfig(BaseConfig):
         halvings = sum(len(getattr(self, key)) - 1 for key in keys)
         if side % 2**halvings:
             levels = " and ".join(f"{len(getattr(self, key))} {key}" for key in keys)
-            raise ConfigError(
-                f"{levels} halve an image {halvings} times, so its side must be a multiple of {2**halvings}, not {side}"
-                ": give fewer of them"
-            )
+            wanted = f"its side must be a multiple of {2**halvings}, not {side}: give fewer of them"
+            raise ConfigError(f"{levels} halve an image {halvings} times, so {wanted}")
 
     def require_levels(self, key: str, num_levels: int) -> None:
         """Raise ConfigError if a key names levels of a UNet that it does not have."""

@@ -90,10 +90,9 @@ def _full_name(name: str, options: BackboneOptions) -> str:
     if options.args and name.lower() in BACKBONES:
         raise ConfigError(f"backbone_args={options.args!r} is for timm's models: {name} takes no arguments")
     if options.args and options.wants_published:
-        raise ConfigError(
-            f"backbone_args={options.args!r} builds another network than the published weights of {name} are for: "
-            "pretrained=false trains it from scratch, backbone_weights names a file that fits"
-        )
+        remedy = "pretrained=false trains it from scratch, backbone_weights names a file that fits"
+        another = f"another network than the published weights of {name} are for"
+        raise ConfigError(f"backbone_args={options.args!r} builds {another}: {remedy}")
     if taken := sorted(set(options.args) & set(OURS_TO_SAY)):
         raise ConfigError(f"backbone_args.{taken[0]} follows from the data and other keys: leave it out")
     return name.lower() if name.lower() in BACKBONES else _timm_name(name.lower(), options)
@@ -105,11 +104,10 @@ def _timm_name(name: str, options: BackboneOptions) -> str:
     name = PILOT_ALIASES.get(name, name)
     base, _, tag = name.partition(".")
     if base not in timm.list_models():
-        known = [*BACKBONES.names(), *PILOT_ALIASES, *timm.list_models(), *timm.list_pretrained()]
-        raise ConfigError(
-            f"convnet_type: unknown backbone {shown(name)}{nearest(name, known) or '.'} Ours: "
-            f"{', '.join(BACKBONES.names())}; any timm model works too, by its full name with weight tag"
-        )
+        ours = BACKBONES.names()
+        hint = nearest(name, [*ours, *PILOT_ALIASES, *timm.list_models(), *timm.list_pretrained()]) or "."
+        choice = f"Ours: {', '.join(ours)}; any timm model works too, by its full name with weight tag"
+        raise ConfigError(f"convnet_type: unknown backbone {shown(name)}{hint} {choice}")
     tagged = timm.list_pretrained(f"{base}.*")
     if tag and name not in tagged:
         known = ", ".join(tagged) or "none"
@@ -144,12 +142,11 @@ def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
 
 
 def _load_local(network: nn.Module, path: str) -> None:
-    weights = read_weights(path)
     classifiers = getattr(network, "pretrained_cfg", {}).get("classifier") or "fc"
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    weights = {key: value for key, value in weights.items() if key.rpartition(".")[0] not in classifiers}
+    weights = {key: value for key, value in read_weights(path).items() if key.rpartition(".")[0] not in classifiers}
     # timm's own translation of foreign key names and of positions for other image sizes, where a model has one.
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", lambda weights, _: weights)
     with suppress(AssertionError, *UNREADABLE):  # of another width: what does not fit is said below
         weights = translate(weights, network)
-    load_exactly(network, weights, path)
+    load_exactly(network, weights, path, "this backbone", "Check convnet_type, stem and image size")

@@ -131,10 +131,8 @@ def _check_is_vit(network: nn.Module) -> None:
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
     if not isinstance(network, VisionTransformer):
-        raise ConfigError(
-            f"prompts need a vision transformer of timm, not a {type(network).__name__}: choose a convnet_type such as "
-            "vit_base_patch16_224.augreg_in21k_ft_in1k"
-        )
+        remedy = "choose a convnet_type such as vit_base_patch16_224.augreg_in21k_ft_in1k"
+        raise ConfigError(f"prompts need a vision transformer of timm, not a {type(network).__name__}: {remedy}")
     for block in network.blocks:
         if type(block) is not Block or type(block.attn) is not Attention or getattr(block.attn, "gate", None):
             raise ConfigError("prompts need plain pre-norm blocks, timm's Block with Attention: choose another ViT")

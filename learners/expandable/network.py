@@ -140,8 +140,7 @@ def split_last_stage(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
     elif isinstance(backbone, ResNet):
         layers = list(backbone.children())[:-2]  # without pool and classifier
     else:
-        raise ConfigError(
-            f"a {type(vit or backbone).__name__} cannot be cut in front of its last stage: choose convnet_type="
-            "resnet20, resnet32, resnet18, resnet34, resnet50 or a vision transformer of timm with a class token"
-        )
+        able = "resnet20, resnet32, resnet18, resnet34, resnet50 or a vision transformer of timm with a class token"
+        refused = f"a {type(vit or backbone).__name__} cannot be cut in front of its last stage"
+        raise ConfigError(f"{refused}: choose convnet_type={able}")
     return nn.Sequential(*layers[:-1]), nn.Sequential(layers[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -77,9 +77,8 @@ class Checkpoint:
             WeightsError: if it lacks one, and so is of another kind.
         """
         if absent := [key for key in shown.values() if key not in self.weights]:
-            raise WeightsError(
-                f"{self.path} is {kind}: it has {len(self.weights)} weights, but lacks {absent[0]}. {advice}"
-            )
+            found = f"it has {len(self.weights)} weights, but lacks {absent[0]}"
+            raise WeightsError(f"{self.path} is {kind}: {found}. {advice}")
         return {name: self.weights[key].shape for name, key in shown.items()}
 
     def section(self, prefix: Prefix, unused: Prefix = ()) -> dict[str, Tensor]:
@@ -168,10 +167,8 @@ def _check_numbers(params: dict[str, Any], weights: dict[str, Tensor], path: str
     for key, there in found.items():
         # In half precision the checkpoint's numbers are rounded; those that count are the YAML's.
         if abs(params[key] - there) > max(1e-4, torch.finfo(weights[KEPT[key][0]].dtype).eps) * abs(there):
-            raise ConfigError(
-                f"yaml={path!r} does not belong to this checkpoint: it says model.params.{key}: {params[key]}, the "
-                f"checkpoint {there:.6g} (in {KEPT[key][0]})"
-            )
+            numbers = f"it says model.params.{key}: {params[key]}, the checkpoint {there:.6g} (in {KEPT[key][0]})"
+            raise ConfigError(f"yaml={path!r} does not belong to this checkpoint: {numbers}")
 
 
 # ---------------------------------------------------------------------- the text encoder

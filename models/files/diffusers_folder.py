@@ -104,10 +104,8 @@ def check_folder(source: str, offline: bool, model: PublishedModel) -> Path | No
         return _require_whole(Path(source), model)
     if "/" not in source or not HUB_ID.fullmatch(source):
         another = f"another {model.file}, a folder" if model.file else "another folder"
-        raise WeightsError(
-            f"{model.key}={source!r}: there is no such file or folder. Put the weights there, or name {another} "
-            f"with {model.index}, or a hub id such as {model.example}"
-        )
+        remedy = f"Put the weights there, or name {another} with {model.index}, or a hub id such as {model.example}"
+        raise WeightsError(f"{model.key}={source!r}: there is no such file or folder. {remedy}")
     index = _cached_file(source, model.index)
     if index is not None and not model.missing(index.parent):
         return index.parent
@@ -130,11 +128,9 @@ def check_tokenizer(source: str, file: str, model: str, offline: bool) -> None:
     """
     may_be_fetched = HUB_ID.fullmatch(source) and not Path(source).exists() and not offline
     if not may_be_fetched and not has_vocabulary(source):
-        raise WeightsError(
-            f"tokenizer={source!r} is no folder with a {file}"
-            + ", nor is it in the hub's cache, and nothing is fetched offline" * offline
-            + f": put the {file} of {model} into a folder and name that"
-        )
+        nor_cached = ", nor is it in the hub's cache, and nothing is fetched offline" if offline else ""
+        remedy = f"put the {file} of {model} into a folder and name that"
+        raise WeightsError(f"tokenizer={source!r} is no folder with a {file}{nor_cached}: {remedy}")
 
 
 def layout_of(folder: Path) -> PipelineLayout:
@@ -164,10 +160,8 @@ def _require_whole(folder: Path, model: PublishedModel) -> Path:
     if absent := model.missing(folder):
         checkpoints = list(folder.glob(f"*{Path(model.file).suffix}")) if model.file else []
         hint = f"; or name the file itself, {model.key}={checkpoints[0]}" if checkpoints else ""
-        raise WeightsError(
-            f"{folder} is not a whole {model.kind} of diffusers, it lacks {first_names(absent)}: "
-            f"copy the files from the published model{hint}"
-        )
+        lacking = f"is not a whole {model.kind} of diffusers, it lacks {first_names(absent)}"
+        raise WeightsError(f"{folder} {lacking}: copy the files from the published model{hint}")
     return folder
 
 
@@ -183,11 +177,10 @@ def _absent(hub_id: str, why: str, model: PublishedModel) -> WeightsError:
 
     index = _cached_file(hub_id, model.index)
     absent = model.missing(index.parent) if index else [model.index]
-    return WeightsError(
-        f"{model.key}={hub_id!r}: the cache {constants.HF_HUB_CACHE} lacks {first_names(absent)} of this model, and "
-        f"{why}. Run once with a network, or copy the folder models--{hub_id.replace('/', '--')} into the cache from a "
-        "machine that has it, or put the model's files into a folder of yours and name that folder"
-    )
+    lacking = f"the cache {constants.HF_HUB_CACHE} lacks {first_names(absent)} of this model, and {why}"
+    copied = f"copy the folder models--{hub_id.replace('/', '--')} into the cache from a machine that has it"
+    placed = "put the model's files into a folder of yours and name that folder"
+    return WeightsError(f"{model.key}={hub_id!r}: {lacking}. Run once with a network, or {copied}, or {placed}")
 
 
 def fetch_folder(hub_id: str, model: PublishedModel) -> Path:

@@ -93,10 +93,8 @@ def read_tokenizer(source: str, kind: str, offline: bool) -> Any:
     try:
         return getattr(transformers, kind).from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, TypeError) as error:
-        raise WeightsError(
-            f"no tokenizer could be read from {source!r} ({first_line(error)}). Name a folder that holds vocab.txt, "
-            "or run once with a network"
-        ) from error
+        remedy = "Name a folder that holds vocab.txt, or run once with a network"
+        raise WeightsError(f"no tokenizer could be read from {source!r} ({first_line(error)}). {remedy}") from error
 
 
 def read_network(source: str, kind: str, offline: bool, model: PublishedModel) -> nn.Module:
@@ -131,10 +129,8 @@ def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
     if missing or mismatched:
         misshapen = [f"{key} {tuple(there)} instead of {tuple(wanted)}" for key, there, wanted in mismatched]
         text = count_keys(missing=missing, misshapen=misshapen, unexpected=sorted(report["unexpected_keys"]))
-        raise WeightsError(
-            f"the weights in {source} are not those that its config.json asks for. {text}. Copy both from one "
-            "and the same model"
-        )
+        wrong = f"the weights in {source} are not those that its config.json asks for"
+        raise WeightsError(f"{wrong}. {text}. Copy both from one and the same model")
     return network
 
 

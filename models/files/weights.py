@@ -124,18 +124,16 @@ def _read_file(path: str | Path) -> Any:
         with torch.serialization.safe_globals([(PickledObject, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} is damaged, or reading it could run foreign code: fetch it again, or, if you trust it, convert it "
-            "where it was made: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
-        ) from error
+        convert = "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
+        remedy = f"fetch it again, or, if you trust it, convert it where it was made: {convert}"
+        raise WeightsError(f"{path} is damaged, or reading it could run foreign code: {remedy}") from error
     except (SafetensorError, *UNREADABLE) as error:
         raise WeightsError(f"{path} is no whole file of weights ({first_line(error)}); fetch it again") from error
 
 
 def load_exactly(
-    network: nn.Module, weights: dict[str, Tensor], path: str | Path, what: str = "this backbone",
-    hint: str = "Check convnet_type, stem and image size", assign: bool = False,
-) -> None:  # fmt: skip
+    network: nn.Module, weights: dict[str, Tensor], path: str | Path, what: str, hint: str, assign: bool = False
+) -> None:
     """Load weights of which every key is wanted, present and of the right shape.
 
     Args:
@@ -156,9 +154,7 @@ def load_exactly(
         missing=[key for key in wanted if key not in given and not key.endswith("num_batches_tracked")],
         unexpected=[key for key in given if key not in wanted],
         misshapen=[
-            f"{key} {given[key]} instead of {wanted[key]}"
-            for key in wanted
-            if given.get(key, wanted[key]) != wanted[key]
+            f"{key} {given[key]} instead of {shape}" for key, shape in wanted.items() if given.get(key, shape) != shape
         ],
     ):
         fitting = len(wanted.items() & given.items())
@@ -238,7 +234,6 @@ def _from_url(url: str, offline: bool) -> Path:
 def _absent(weights: str, cache: str | Path, offline: bool, reason: Exception | None) -> WeightsError:
     what = "no answer from the hub" if reason is None else type(reason).__name__
     why = "nothing is fetched offline" if offline else f"they could not be fetched ({what})"
-    return WeightsError(
-        f"the weights {weights} are not in the cache {cache}, and {why}. Run once with a network, or copy the cache "
-        "from a machine that has them, or name a local file with backbone_weights"
-    )
+    remedy = "copy the cache from a machine that has them, or name a local file with backbone_weights"
+    absent = f"the weights {weights} are not in the cache {cache}, and {why}"
+    return WeightsError(f"{absent}. Run once with a network, or {remedy}")

@@ -111,14 +111,12 @@ def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer
     if is_weights_file(base):
         words = partial(check_tokenizer, tokenizer, "tokenizer.json", CLIP_TOKENIZER, offline)
         wrong = what_is_missing([partial(check_weights_file, base, "base"), words])
+        if controlnet is not None:
+            remedy = f"leave controlnet out, or name as base a folder or a hub id such as {BASE.example}"
+            wrong += [f"controlnet={controlnet!r}, but the file base={base!r} holds a ControlNet of its own: {remedy}"]
     else:
         control = partial(check_folder, controlnet or CONTROLNET.example, offline, CONTROLNET)
         wrong = what_is_missing([partial(check_folder, base, offline, BASE), control])
-    if is_weights_file(base) and controlnet is not None:
-        wrong.append(
-            f"controlnet={controlnet!r}, but the file base={base!r} holds a ControlNet of its own: leave controlnet "
-            f"out, or name as base a folder or a hub id such as {BASE.example}"
-        )
     if wrong:
         raise WeightsError("\nerror: ".join(wrong))
 
@@ -156,7 +154,6 @@ def _require_kin(parts: TextToImageParts, controlnet: nn.Module) -> None:
     pairs["pixels per latent"] = (2 ** (len(control["conditioning_embedding_out_channels"]) - 1), parts.vae_factor)
     for what, (value, wanted) in pairs.items():
         if value != wanted:
-            raise WeightsError(
-                f"this ControlNet is not made for this base: its {what} is {value}, the base's {wanted}. Name a "
-                "ControlNet that was trained on this version of Stable Diffusion"
-            )
+            remedy = "Name a ControlNet that was trained on this version of Stable Diffusion"
+            found = f"its {what} is {value}, the base's {wanted}"
+            raise WeightsError(f"this ControlNet is not made for this base: {found}. {remedy}")

@@ -115,11 +115,9 @@ class SmallLDM(OwnModel, LatentDiffusion):
 
     def context(self, prompts: list[str], vectors: Tensor | None = None) -> Tensor:
         """Cut the vectors into tokens, (B, tokens, D / tokens); zeros where the prompt is empty."""
-        if vectors is None and any(prompts):
-            raise ConfigError(
-                f"this model reads no text, so {next(filter(None, prompts))!r} means nothing to it: give it vectors, "
-                "or choose a text-to-image model"
-            )
+        if vectors is None and (text := next(filter(None, prompts), None)):
+            remedy = "give it vectors, or choose a text-to-image model"
+            raise ConfigError(f"this model reads no text, so {text!r} means nothing to it: {remedy}")
         told = torch.tensor([[bool(prompt)] for prompt in prompts], device=self.scale.device)
         vectors = torch.zeros(1, self.vector_size) if vectors is None else vectors
         return (vectors.to(self.scale.device) * told).unflatten(1, (self.config.num_tokens, -1))

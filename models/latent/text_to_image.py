@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from models.files.weights import is_weights_file
 from models.latent.contract import PLACEHOLDER, LatentDiffusion
 from utils.run.errors import ConfigError, WeightsError
 from utils.training.runtime import Runtime
+
+LDM = PublishedModel("source", "text-to-image model", "CompVis/ldm-text2im-large-256", file="model.ckpt")
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,14 @@ class TextToImage(LatentDiffusion):
         self.vector_size: int = self.text_encoder.get_input_embeddings().embedding_dim
         tokens, self.placeholder = self._read_word(PLACEHOLDER)
         if self.placeholder is None:
-            raise WeightsError(
-                f"this model's tokenizer reads {PLACEHOLDER!r} as {tokens}, but it must be one word of the vocabulary: "
-                "use the tokenizer that the text encoder was trained with"
-            )
+            remedy = "it must be one word of the vocabulary: use the tokenizer that the text encoder was trained with"
+            raise WeightsError(f"this model's tokenizer reads {PLACEHOLDER!r} as {tokens}, but {remedy}")
 
     def initial_vector(self, word: str) -> Tensor:
         tokens, number = self._read_word(word)
         if number is None:
-            raise ConfigError(
-                f"the model reads the word {word!r} as {', '.join(tokens)}, but a class starts from one token of the "
-                "vocabulary: choose a plain, common word such as 'sculpture'"
-            )
+            remedy = "a class starts from one token of the vocabulary: choose a plain, common word such as 'sculpture'"
+            raise ConfigError(f"the model reads the word {word!r} as {', '.join(tokens)}, but {remedy}")
         return self.text_encoder.get_input_embeddings().weight[number].float().clone()
 
     @torch.no_grad()
@@ -94,24 +92,21 @@ class TextToImage(LatentDiffusion):
 
     def context(self, prompts: list[str], vectors: Tensor | None = None) -> Tensor:
         # No attention mask: these models were trained with an encoder that sees the padding.
-        ids = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).input_ids.to(self.device)  # (B, max_tokens)
+        length = {"padding": "max_length", "truncation": True, "max_length": self.max_tokens}
+        ids = self.tokenizer(prompts, **length, return_tensors="pt").input_ids.to(self.device)  # (B, max_tokens)
         if vectors is None:
             return self._encode(ids)
         here = ids == self.placeholder
         for prompt, count in zip(prompts, here.sum(1).tolist()):
             if prompt and count != 1:
-                raise ConfigError(
-                    f"the prompt {prompt!r} has {count} placeholders: it needs {PLACEHOLDER!r} exactly once, as a word "
-                    f"of its own among the first {self.max_tokens - 2}"
-                )
+                wanted = f"exactly once, as a word of its own among the first {self.max_tokens - 2}"
+                raise ConfigError(f"the prompt {prompt!r} has {count} placeholders: it needs {PLACEHOLDER!r} {wanted}")
 
-        def replace(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        def put_in(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             """Give row b of the vectors in the place of the placeholder's embedding."""
             return torch.where(here[:, :, None], vectors[:, None].to(output), output)
 
-        with self.text_encoder.get_input_embeddings().register_forward_hook(replace):
+        with self.text_encoder.get_input_embeddings().register_forward_hook(put_in):
             return self._encode(ids)
 
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -146,7 +141,7 @@ def check_text_to_image(source: str, yaml: str | None, tokenizer: str, offline: 
     if is_weights_file(source):
         check_checkpoint(source, yaml, tokenizer, offline, key)
     else:
-        check_folder(source, offline, _named(key))
+        check_folder(source, offline, replace(LDM, key=key))
 
 
 def load_text_to_image(
@@ -170,8 +165,4 @@ def load_text_to_image(
     check_text_to_image(source, yaml, tokenizer, offline, key)
     if is_weights_file(source):
         return TextToImage(read_checkpoint(source, yaml, tokenizer, offline), image_size, placement)
-    return TextToImage(read_folder(source, offline, _named(key)), image_size, placement)
-
-
-def _named(key: str) -> PublishedModel:
-    return PublishedModel(key, "text-to-image model", "CompVis/ldm-text2im-large-256", file="model.ckpt")
+    return TextToImage(read_folder(source, offline, replace(LDM, key=key)), image_size, placement)

@@ -33,15 +33,12 @@ def test_every_kind_of_file_gives_the_same_tensors(tmp_path, suffix):
     torch.testing.assert_close(read_weights(path), WEIGHTS)
 
 
-@pytest.mark.parametrize(
-    ("outer", "prefix"),
-    [
-        (["state_dict"], "module."),
-        (["model"], "_orig_mod."),
-        (["model_state_dict"], "module._orig_mod."),  # as PyCIL writes it; a compiled network in DataParallel
-        (["model", "state_dict"], ""),  # one in another
-    ],
-)
+@pytest.mark.parametrize(("outer", "prefix"), [
+    (["state_dict"], "module."),
+    (["model"], "_orig_mod."),
+    (["model_state_dict"], "module._orig_mod."),  # as PyCIL writes it; a compiled network in DataParallel
+    (["model", "state_dict"], ""),  # one in another
+])  # fmt: skip
 def test_weights_are_found_inside_a_training_checkpoint(tmp_path, outer, prefix):
     content = {f"{prefix}{key}": value for key, value in WEIGHTS.items()}
     for wrapper in outer:
@@ -74,17 +71,14 @@ class Shell:
         return os.system, ("exit 1",)
 
 
-@pytest.mark.parametrize(
-    ("thing", "message"),
-    [
-        (torch.zeros(3), "holds a Tensor, not named tensors"),
-        ([WEIGHTS], "holds a list, not named tensors"),
-        ({0: torch.zeros(1), 1: torch.zeros(1)}, "holds a dict 0, 1, not named tensors"),
-        ({"epoch": 3}, "holds a dict epoch, not"),
-        (Foreign(1, 1), r"holds a PickledObject, not .* save a state_dict\(\) alone"),
-        ({"state_dict": WEIGHTS, "code": Shell()}, r"could run foreign code.*torch.save\(torch.load.*'state_dict'"),
-    ],
-)
+@pytest.mark.parametrize(("thing", "message"), [
+    (torch.zeros(3), "holds a Tensor, not named tensors"),
+    ([WEIGHTS], "holds a list, not named tensors"),
+    ({0: torch.zeros(1), 1: torch.zeros(1)}, "holds a dict 0, 1, not named tensors"),
+    ({"epoch": 3}, "holds a dict epoch, not"),
+    (Foreign(1, 1), r"holds a PickledObject, not .* save a state_dict\(\) alone"),
+    ({"state_dict": WEIGHTS, "code": Shell()}, r"could run foreign code.*torch.save\(torch.load.*'state_dict'"),
+])  # fmt: skip
 def test_a_file_of_something_else_is_refused_with_what_it_holds(tmp_path, thing, message):
     torch.save(thing, tmp_path / "old.pth")
     with pytest.raises(WeightsError, match=f"old.pth .*{message}"):
@@ -113,31 +107,24 @@ def archive(name, buffer):
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 12345\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("cut.safetensors", b"\x08", "no whole file of weights"),
-        ("cut.pth", b"PK\x03\x04", "no whole file of weights"),
-        ("cut.pth", bytes_of(torch.save, WEIGHTS)[:-200], "no whole file of weights"),
-        ("cut.safetensors", save(WEIGHTS)[:-4], "no whole file of weights"),
-        ("noise.pth", b"\x01\xff\x00\x07" * 99, "is damaged, or reading it could run foreign code"),
-        ("none.pth", b"", "none.pth is empty: fetch it again"),
-        ("clone.pth", LFS, "is a pointer of git-lfs: run `git lfs pull` in its folder"),
-        ("clone.safetensors", LFS, "is a pointer of git-lfs: run `git lfs pull` in its folder"),
-        ("page.pth", b"\n<!DOCTYPE html>\n<html>", "is a text, '<!DOCTYPE html> <html>': fetch the file itself"),
-        ("page.safetensors", b'{"error": "not found"}', "is a text, .*not found.*: fetch the file itself"),
-        ("tensors.pth", save(WEIGHTS), "is a safetensors file: let its name end in .safetensors"),
-        ("zip.safetensors", bytes_of(torch.save, WEIGHTS), "is a PyTorch file: let its name end in .pth"),
-        ("zip.ckpt", bytes_of(archive, "model.ckpt"), "is a zip archive of model.ckpt: unpack it"),
-        (
-            "script.pt",
-            bytes_of(archive, "net/constants.pkl"),
-            "is a TorchScript archive: save the state_dict",
-        ),
-        ("weights.ckpt2", b"", "use a file that ends in .safetensors, .pth"),
-        ("absent.pth", None, "there is no such file"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("cut.safetensors", b"\x08", "no whole file of weights"),
+    ("cut.pth", b"PK\x03\x04", "no whole file of weights"),
+    ("cut.pth", bytes_of(torch.save, WEIGHTS)[:-200], "no whole file of weights"),
+    ("cut.safetensors", save(WEIGHTS)[:-4], "no whole file of weights"),
+    ("noise.pth", b"\x01\xff\x00\x07" * 99, "is damaged, or reading it could run foreign code"),
+    ("none.pth", b"", "none.pth is empty: fetch it again"),
+    ("clone.pth", LFS, "is a pointer of git-lfs: run `git lfs pull` in its folder"),
+    ("clone.safetensors", LFS, "is a pointer of git-lfs: run `git lfs pull` in its folder"),
+    ("page.pth", b"\n<!DOCTYPE html>\n<html>", "is a text, '<!DOCTYPE html> <html>': fetch the file itself"),
+    ("page.safetensors", b'{"error": "not found"}', "is a text, .*not found.*: fetch the file itself"),
+    ("tensors.pth", save(WEIGHTS), "is a safetensors file: let its name end in .safetensors"),
+    ("zip.safetensors", bytes_of(torch.save, WEIGHTS), "is a PyTorch file: let its name end in .pth"),
+    ("zip.ckpt", bytes_of(archive, "model.ckpt"), "is a zip archive of model.ckpt: unpack it"),
+    ("script.pt", bytes_of(archive, "net/constants.pkl"), "is a TorchScript archive: save the state_dict"),
+    ("weights.ckpt2", b"", "use a file that ends in .safetensors, .pth"),
+    ("absent.pth", None, "there is no such file"),
+])  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named_with_what_it_is(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -149,18 +136,18 @@ def test_keys_that_do_not_fit_are_counted_and_named():
     network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     weights = {"0.weight": torch.zeros(2, 4), "0.bias": torch.zeros(2), "other": torch.zeros(1)}
     with pytest.raises(WeightsError) as caught:
-        load_exactly(network, weights, "file.pth")
+        load_exactly(network, weights, "file.pth", "this backbone", "Check it")
     assert "file.pth does not fit this backbone (1 of 4 keys do)" in str(caught.value)
     assert "2 missing: 1.weight, 1.bias; 1 unexpected: other" in str(caught.value)
     assert "1 misshapen: 0.weight (2, 4) instead of (2, 3)" in str(caught.value)
     with pytest.raises(WeightsError, match=r"8 unexpected: k0, k1, k2, k3, k4, \.\.\."):
-        load_exactly(nn.Identity(), {f"k{i}": torch.zeros(1) for i in range(8)}, "file.pth")
+        load_exactly(nn.Identity(), {f"k{i}": torch.zeros(1) for i in range(8)}, "file.pth", "this", "Check it")
 
 
 def test_a_file_older_than_the_batch_counter_still_fits():
     network = nn.BatchNorm2d(3)
     weights = {key: value + 1 for key, value in network.state_dict().items() if key != "num_batches_tracked"}
-    load_exactly(network, weights, "old.pth")
+    load_exactly(network, weights, "old.pth", "this backbone", "Check it")
     torch.testing.assert_close(network.running_mean, torch.ones(3))
 
 
@@ -196,14 +183,11 @@ def test_absent_weights_offline_name_the_cache_and_the_remedy(caches, tmp_path, 
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("names", "answers", "message"),
-    [
-        ({"hub": "timm/none"}, True, r"timm/none .* could not be fetched \(LocalEntryNotFoundError\)"),
-        ({"hub": "timm/none"}, False, r"timm/none .*{cache}.*no answer from the hub.*backbone_weights"),
-        ({"url": "https://localhost/net.pth"}, False, "could not be fetched"),
-    ],
-)
+@pytest.mark.parametrize(("names", "answers", "message"), [
+    ({"hub": "timm/none"}, True, r"timm/none .* could not be fetched \(LocalEntryNotFoundError\)"),
+    ({"hub": "timm/none"}, False, r"timm/none .*{cache}.*no answer from the hub.*backbone_weights"),
+    ({"url": "https://localhost/net.pth"}, False, "could not be fetched"),
+])  # fmt: skip
 def test_a_download_that_fails_is_told_from_offline(caches, monkeypatch, tmp_path, names, answers, message):
     if answers:
         monkeypatch.setattr("models.files.weights.hub_answers", lambda: True)
