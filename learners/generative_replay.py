@@ -35,6 +35,5 @@ class GenerativeReplay(PyCILLearner):
         terms = {"cross_entropy": F.cross_entropy(logits, batch.labels)}
         if self.config.w_kd and self.old_network is not None and batch.is_replay.any():
             old_logits = self.old_network(batch.images[batch.is_replay])  # (R, num_old)
-            distill = distillation_loss(logits[batch.is_replay, : task.num_old], old_logits, self.config.T)
-            terms["distill"] = self.config.w_kd * distill
+            terms["distill"] = self.config.w_kd * distillation_loss(logits[batch.is_replay], old_logits, self.config.T)
         return terms

@@ -32,8 +32,7 @@ class ICaRL(PyCILLearner):
         logits = self.network(batch.images)  # (B, num_seen)
         terms = {"cross_entropy": F.cross_entropy(logits, batch.labels)}
         if self.old_network is not None:
-            old_logits = self.old_network(batch.images)  # (B, num_old)
-            terms["distill"] = distillation_loss(logits[:, : task.num_old], old_logits, self.config.T)
+            terms["distill"] = distillation_loss(logits, self.old_network(batch.images), self.config.T)
         return terms
 
     def after_training(self, task: Task) -> None:

@@ -13,12 +13,13 @@ def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) ->
     Mean over the batch of -sum_k softmax(old / T)_k log softmax(new / T)_k, without the factor T^2.
 
     Args:
-        logits: (B, K), of the trained network, cut to the old network's classes.
+        logits: (B, K or more), of the trained network; its first K classes are those of the old one.
         old_logits: (B, K), of the frozen one.
         temperature: T > 0.
     """
     targets = torch.softmax(old_logits / temperature, dim=1)
-    return -(targets * F.log_softmax(logits / temperature, dim=1)).sum(1).mean()
+    kept = logits[:, : old_logits.shape[1]]
+    return -(targets * F.log_softmax(kept / temperature, dim=1)).sum(1).mean()
 
 
 def cross_entropy_from(first: int, logits: Tensor, labels: Tensor) -> Tensor:

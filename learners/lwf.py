@@ -32,7 +32,6 @@ class LearningWithoutForgetting(PyCILLearner):
         first = 0 if len(self.past) else task.num_old
         terms = {"cross_entropy": cross_entropy_from(first, logits, batch.labels)}
         if self.old_network is not None:
-            old_logits = self.old_network(batch.images)  # (B, num_old)
-            distill = distillation_loss(logits[:, : task.num_old], old_logits, self.config.T)
+            distill = distillation_loss(logits, self.old_network(batch.images), self.config.T)
             terms["distill"] = self.config.lamda * distill
         return terms

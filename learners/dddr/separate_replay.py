@@ -67,11 +67,11 @@ class SeparateReplay(Learner):
         terms = {"cross_entropy": cross_entropy_from(0 if joint else task.num_old, logits, batch.labels)}
         if batch.replay is not None:
             replayed = self.training_logits(self.training_features(batch.replay.images))  # (R, num_seen)
-            old = replayed[:, : task.num_old]
-            terms["replay"] = config.w_ce_pre * F.cross_entropy(replayed if joint else old, batch.replay.labels)
+            competing = replayed if joint else replayed[:, : task.num_old]
+            terms["replay"] = config.w_ce_pre * F.cross_entropy(competing, batch.replay.labels)
             if config.w_kd:
                 old_logits = self.old_network(batch.replay.images)  # (R, num_old), without gradients
-                terms["distill"] = config.w_kd * distillation_loss(old, old_logits, config.T)
+                terms["distill"] = config.w_kd * distillation_loss(replayed, old_logits, config.T)
         if config.w_scl:
             z = F.normalize(self.contrasted(features).float())
             terms["contrastive"] = config.w_scl * supervised_contrastive(z, batch.labels, config.scl_temperature)
