@@ -13,7 +13,7 @@ from torch import Tensor
 
 from learners.backbones import backbone_options
 from learners.base import Learner
-from models.frozen import Frozen
+from models.frozen import Frozen, weight_bytes
 from models.heads import CosineHead, Head, LinearHead
 from models.incremental import IncrementalNet
 from models.timm_backbone import build_backbone, has_weights
@@ -92,8 +92,8 @@ class FrozenBackboneLearner(Learner):
 
     def carried(self) -> list[Carried]:
         """Name the backbone apart unless it was learned here."""
-        frozen = Carried("frozen", nbytes=0 if self.frozen.learned else self.frozen.nbytes(), frozen=True)
-        return [*super().carried(), frozen]
+        nbytes = 0 if self.frozen.learned else weight_bytes(self.frozen.network)
+        return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
 
     @torch.no_grad()
     def set_prototypes(self, images: ImageSet) -> None:

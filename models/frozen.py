@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from utils.training import seeding
 
 
+def weight_bytes(network: nn.Module) -> int:
+    """Count the bytes of all weights as they lie in memory."""
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
 class FrozenModel(nn.Module):
     """A network that is used as it is, and told from others by its weights."""
 
@@ -25,7 +30,7 @@ class FrozenModel(nn.Module):
 
     def frozen_bytes(self) -> int:
         """Count the bytes of all weights as they lie in memory."""
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
+        return weight_bytes(self)
 
 
 class Frozen(nn.Module):
@@ -54,10 +59,6 @@ class Frozen(nn.Module):
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(torch.bfloat16)
 
-    def nbytes(self) -> int:
-        """Count the bytes of its weights in memory."""
-        return sum(value.nbytes for value in self.network.state_dict().values())
-
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Return what the network says, without gradients."""
@@ -72,9 +73,8 @@ class Frozen(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
         if self.learned:
-            own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
             for name, value in self.network.state_dict(keep_vars=True).items():
-                value.data = own[name].to(value.device)  # also in the number format it was saved in
+                value.data = state_dict[prefix + name].to(value.device)  # also in the number format it was saved in
 
 
 @contextmanager

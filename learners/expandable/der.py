@@ -11,6 +11,7 @@ from learners.expandable.network import ExpandableNet
 from learners.losses import old_as_one_class
 from learners.memory import keep_exemplars
 from learners.pycil import PyCILLearner
+from models.frozen import weight_bytes
 from utils.data.batches import Batch
 from utils.data.manager import Task
 from utils.run.carried import Carried
@@ -40,11 +41,8 @@ class DynamicallyExpandableRepresentation(PyCILLearner):
         if task.num_old == 0:
             return {"cross_entropy": F.cross_entropy(self.network(batch.images), batch.labels)}
         logits, auxiliary = self.network.both_logits(batch.images)  # (B, num_seen), (B, 1 + num_new)
-        auxiliary_loss = F.cross_entropy(auxiliary, old_as_one_class(batch.labels, task.num_old))
-        return {
-            "cross_entropy": F.cross_entropy(logits, batch.labels),
-            "auxiliary": self.config.alpha_aux * auxiliary_loss,
-        }
+        newest = F.cross_entropy(auxiliary, old_as_one_class(batch.labels, task.num_old))
+        return {"cross_entropy": F.cross_entropy(logits, batch.labels), "auxiliary": self.config.alpha_aux * newest}
 
     def after_training(self, task: Task) -> None:
         if task.num_old > 0:
@@ -54,6 +52,5 @@ class DynamicallyExpandableRepresentation(PyCILLearner):
 
     def carried(self) -> list[Carried]:
         """Name the old branches apart from the rest of the network's file."""
-        branches = self.network.backbone.branches[:-1]
-        old = sum(value.nbytes for branch in branches for value in branch.state_dict().values())
+        old = sum(map(weight_bytes, self.network.backbone.branches[:-1]))
         return [*super().carried(), Carried("old_branches", nbytes=old), Carried("network", nbytes=-old)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from models.frozen import Frozen, fixed
+from models.frozen import Frozen, fixed, weight_bytes
 
 
 class Body(nn.Sequential):
@@ -76,7 +76,7 @@ def test_bf16_keeps_matrices_and_kernels_as_autocast_rounds_them():
 
 def test_its_size_is_that_of_its_weights_and_statistics():
     numbers = 4 * 27 + 4 + 4 * 4 + 6 * 16 + 6
-    assert Frozen(Body()).nbytes() == 4 * numbers + 8  # and an int64 counter of batches
+    assert weight_bytes(Body()) == 4 * numbers + 8  # and an int64 counter of batches
 
 
 @pytest.mark.parametrize("training", [True, False])
