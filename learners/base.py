@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,8 +29,6 @@ from utils.training.fit import Hooks, Step, Training, fit
 from utils.training.run import Run
 from utils.training.schedule import TrainConfig
 
-EVAL_BATCH = 256
-
 
 class Learner(ABC):
     """A class-incremental classifier and what it carries from task to task.
@@ -53,6 +52,7 @@ class Learner(ABC):
     uses_exemplars = False
     replay_kind: type[Replay] | None = None  # its own way of replay; None: the source's
     head = "linear"
+    eval_batch = 256  # images that are looked at together
 
     def __init__(self, config, data: DataManager, run: Run, replay: Replay):
         self.config, self.data, self.run, self.replay = config, data, run, replay
@@ -184,11 +184,7 @@ class Learner(ABC):
     def extract_features(self, images: ImageSet) -> Tensor:
         """Compute features of un-augmented images, float32 (N, D) on the CPU, in stored order."""
         self.network.eval()
-        pieces = []
-        for batch in test_batches(images, self.transform, EVAL_BATCH, self.run.device, self.run.num_workers):
-            with self.run.runtime.autocast():
-                pieces.append(self.network.features(batch).float().cpu())
-        return torch.cat(pieces)
+        return map_images(self, images, lambda x, _: self.network.features(x))
 
     def carried(self) -> list[Carried]:
         """Name what it carries to the next task; see `learners.run.state` for the files."""
@@ -201,3 +197,19 @@ class Learner(ABC):
             exemplars = Carried("exemplars", ("exemplars.safetensors",), files, items)
         prototypes = Carried("prototypes", ("class_means.safetensors", "extra.safetensors"))
         return [exemplars, Carried("network", ("network.safetensors",)), prototypes]
+
+
+def map_images(learner: Learner, images: ImageSet, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Return what a function says of un-augmented images, float32 on the CPU, a row for each in stored order.
+
+    Args:
+        learner: prepares the images, ``eval_batch`` at a time.
+        images: at least one.
+        function: a batch, float (B, 3, H, W), and which of the images it holds, to (B, ...).
+    """
+    pieces, start = [], 0
+    for x in test_batches(images, learner.transform, learner.eval_batch, learner.run.device, learner.run.num_workers):
+        with learner.run.runtime.autocast():
+            pieces.append(function(x, slice(start, start + len(x))).float().cpu())
+        start += len(x)
+    return torch.cat(pieces)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from learners import LEARNERS
 from learners.asp.network import PromptViT
 from learners.asp.queries import remembered
+from learners.base import map_images
 from learners.dddr.separate_replay import SeparateReplay
 from learners.frozen_backbone import FrozenBackboneLearner
 from learners.losses import anchor_loss, standard_normal_kl
@@ -24,8 +25,6 @@ from utils.run.config import BatchSize, Decay, Factor, Rate
 from utils.run.log import log
 from utils.training.fit import Step
 from utils.training.schedule import TrainConfig
-
-FEATURE_BATCH = 128
 
 
 @LEARNERS.register("asp")
@@ -68,6 +67,7 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
                 raise ValueError("it needs generated images of the old classes: add a synth")
             return value
 
+    eval_batch = 128
     anchors: Tensor | None = None  # of the running epoch of the base session; see `use_anchors`
 
     def build_backbone(self, frozen: Frozen) -> PromptViT:
@@ -77,12 +77,10 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
 
     def train_config(self, task: Task) -> TrainConfig:
         """Return a cosine that moves once per epoch."""
-        config, base = self.config, task.index == 0
-        return TrainConfig(
-            epochs=config.tuned_epoch if base else config.fs_epoch, lr=config.init_lr if base else config.fs_lr,
-            min_lr=config.min_lr, schedule="cosine", momentum=config.momentum, weight_decay=config.weight_decay,
-            optimizer="adamw" if config.optimizer == "adam" else "sgd",
-        )  # fmt: skip
+        config, optimizer = self.config, "adamw" if self.config.optimizer == "adam" else "sgd"
+        lr, epochs = (config.fs_lr, config.fs_epoch) if task.index else (config.init_lr, config.tuned_epoch)
+        return TrainConfig(lr, epochs, optimizer=optimizer, momentum=config.momentum, weight_decay=config.weight_decay,
+                           schedule="cosine", min_lr=config.min_lr)  # fmt: skip
 
     def current_batch(self, task: Task) -> int:
         return self.config.fs_batch_size if task.index else self.config.batch_size
@@ -172,21 +170,13 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
 
     def image_queries(self, images: ImageSet) -> Tensor:
         """Return the bare ViT's features of un-augmented images, float32 (N, D) on the CPU; computed once per image."""
-        return remembered(self.queries, images, lambda new: self._features(new, lambda x, _: self.backbone.query(x)))
+        return remembered(self.queries, images, lambda new: map_images(self, new, lambda x, _: self.backbone.query(x)))
 
     @torch.no_grad()
     def extract_features(self, images: ImageSet) -> Tensor:
         self.network.eval()
         queries = self.image_queries(images)
-        return self._features(images, lambda x, rows: self.backbone.prompted(x, queries[rows].to(x.device))[0])
-
-    def _features(self, images: ImageSet, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        pieces, start = [], 0
-        for x in test_batches(images, self.transform, FEATURE_BATCH, self.run.device, self.run.num_workers):
-            with self.run.runtime.autocast():
-                pieces.append(function(x, slice(start, start + len(x))).cpu())
-            start += len(x)
-        return torch.cat(pieces)
+        return map_images(self, images, lambda x, rows: self.backbone.prompted(x, queries[rows].to(x.device))[0])
 
     # ------------------------------------------------------------------ what a checkpoint holds
 
