@@ -11,16 +11,14 @@ from utils.run.config import RunConfig
 
 def weight_options(config: RunConfig) -> BackboneOptions:
     """Return where the backbone's weights come from, as far as the config alone can say."""
-    return BackboneOptions(
-        pretrained=config.pretrained, weights=config.backbone_weights, offline=config.offline, args=config.backbone_args
-    )
+    return BackboneOptions(pretrained=config.pretrained, weights=config.backbone_weights, offline=config.offline,
+                           args=config.backbone_args)  # fmt: skip
 
 
 def backbone_options(config: RunConfig, dataset: Dataset) -> BackboneOptions:
     """Return how the backbone of a run is built; the stem follows PyCIL where the config leaves it open."""
     stem = config.stem
-    if stem == "auto" and dataset.in_memory:
-        stem = "cifar"
-    elif stem == "auto":
-        stem = "imagenet" if config.init_cls == config.increment else "imagenet_small"
+    if stem == "auto":
+        of_photographs = "imagenet" if config.init_cls == config.increment else "imagenet_small"
+        stem = "cifar" if dataset.in_memory else of_photographs
     return replace(weight_options(config), stem=stem, image_size=dataset.image_size)

@@ -29,11 +29,10 @@ class FirstTaskConfig(RunConfig):
 
     def first_schedule(self) -> TrainConfig:
         """Return length, rate and optimiser of the first task's training."""
-        return TrainConfig(
-            epochs=self.init_epoch, lr=self.init_lr, weight_decay=self.init_weight_decay, momentum=self.momentum,
-            schedule="step" if self.scheduler == "steplr" else self.scheduler, clip_norm=self.clip_norm,
-            milestones=tuple(self.init_milestones), lr_decay=self.init_lr_decay,
-        )  # fmt: skip
+        schedule = "step" if self.scheduler == "steplr" else self.scheduler
+        return TrainConfig(self.init_lr, self.init_epoch, schedule=schedule, milestones=tuple(self.init_milestones),
+                           lr_decay=self.init_lr_decay, weight_decay=self.init_weight_decay, momentum=self.momentum,
+                           clip_norm=self.clip_norm)  # fmt: skip
 
 
 class PyCILLearner(Learner):
@@ -63,6 +62,5 @@ class PyCILLearner(Learner):
         config, first = self.config, self.config.first_schedule()
         if task.num_old == 0:
             return first
-        milestones, decay = tuple(config.milestones), config.weight_decay
-        return replace(first, epochs=config.epochs, lr=config.lrate, lr_decay=config.lrate_decay,
-                       milestones=milestones, weight_decay=decay)  # fmt: skip
+        return replace(first, epochs=config.epochs, lr=config.lrate, weight_decay=config.weight_decay,
+                       milestones=tuple(config.milestones), lr_decay=config.lrate_decay)  # fmt: skip

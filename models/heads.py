@@ -21,6 +21,7 @@ class Head(nn.Module):
     def __init__(self, num_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(0, num_features))
+        self.register_parameter("bias", None)
 
     @property
     def num_features(self) -> int:
@@ -59,7 +60,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, D) to logits (B, num_classes)."""
-        return F.linear(features, self.weight)
+        return F.linear(features, self.weight, self.bias)
 
     def _draw(self, count: int, num_features: int, generator: torch.Generator | None) -> Tensor:
         bound = math.sqrt(self.spread / num_features)
@@ -80,10 +81,6 @@ class LinearHead(Head):
         """Add rows and zero biases up to a total of ``num_classes``; see `Head.grow`."""
         super().grow(num_classes, generator)
         self.bias = nn.Parameter(F.pad(self.bias.data, (0, num_classes - len(self.bias))))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features (B, D) to logits (B, num_classes)."""
-        return F.linear(features, self.weight, self.bias)
 
 
 class CosineHead(Head):

@@ -45,7 +45,7 @@ class PreactResNet(nn.Module):
         super().__init__()
         # The stem is a unit as well: it starts blind to what is darker than the average pixel.
         self.stem = _unit(3, 64, 3, 1)
-        self.groups = build_stages(_Block, 64, (64, 128, 256, 512), blocks)
+        self.groups = build_stages(_Block, 64, [64, 128, 256, 512], blocks)
         self.norm = nn.BatchNorm1d(self.num_features, eps=EPS)
         self.apply(init_conv)
 

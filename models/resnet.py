@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(16)
-        self.stages = build_stages(partial(_Block, project=cosine), 16, (16, 32, 64), blocks)
+        self.stages = build_stages(partial(_Block, project=cosine), 16, [16, 32, 64], blocks)
         self.stages[-1][-1].rectify = not cosine
         self.apply(init_conv)
 
@@ -61,9 +61,7 @@ class CifarResNet(nn.Module):
         return self.stages(F.relu(self.bn(self.conv(x)))).mean(dim=(2, 3))
 
 
-def build_stages(
-    block: Callable[..., nn.Module], in_channels: int, widths: Sequence[int], blocks: int
-) -> nn.Sequential:
+def build_stages(block: Callable[..., nn.Module], in_channels: int, widths: list[int], blocks: int) -> nn.Sequential:
     """Build stages of residual blocks, of which all but the first halve the side.
 
     Args:

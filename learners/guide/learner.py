@@ -98,9 +98,8 @@ class GUIDE(Learner):
         @property
         def scale(self) -> tuple[float, float] | None:
             """The smallest and largest factor of the gradient; None where none is given."""
-            ends = [self.classifier_scale_min_old, self.classifier_scale_max_old]
-            if self.use_new_grad:
-                ends = [self.classifier_scale_min_new, self.classifier_scale_max_new]
+            which = "new" if self.use_new_grad else "old"
+            ends = [getattr(self, f"classifier_scale_{end}_{which}") for end in ("min", "max")]
             given = [end for end in ends if end is not None]
             return (given[0], given[-1]) if given else None
 
@@ -138,8 +137,7 @@ class GUIDE(Learner):
             steps, lr = config.disjoint_classifier_init_num_steps, config.classifier_init_lr
         num_real = sum(self.data.class_counts[0 if self.upper_bound else task.num_old : task.num_seen])
         hold = max(1, num_real // config.batch_size)  # steps of its epochs, in which the rate stays
-        decay = config.classifier_weight_decay
-        return TrainConfig(steps=steps, lr=lr, weight_decay=decay, schedule="linear", hold=hold)
+        return TrainConfig(lr, steps=steps, weight_decay=config.classifier_weight_decay, schedule="linear", hold=hold)
 
     def batches(self, task: Task) -> RenewedBatches:
         """Take a share 1 / (task + 1) of real images, and replay of the others."""

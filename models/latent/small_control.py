@@ -90,6 +90,5 @@ class SmallControlNet(OwnModel):
         down = middle = None
         if edges is not None:
             down, middle = self.control(xt, t, None, edges, strength, return_dict=False)
-        return self.unet(
-            xt, t, None, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
-        )[0].float()
+        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return self.unet(xt, t, None, **added, return_dict=False)[0].float()
