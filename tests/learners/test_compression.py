@@ -58,17 +58,14 @@ def test_the_budget_is_images_and_what_maps_cost_of_them(tmp_path, real, compres
     assert (learner.memory.per_class, learner.memory.handed) == (kept, compressed)
 
 
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"real_per_class": 5, "syn_per_class": 0}, "real_per_class=5 is more than all"),
-        ({"real_per_class": 5, "syn_per_class": 8}, "real_per_class=5 is more than all"),
-        ({"real_per_class": 3, "syn_per_class": 3}, r"3 \+ 3 / 2 = 4\.500 .*memory_per_class=4: .*=2 fit"),
-        ({"memory_per_class": 10, "real_per_class": 6, "syn_per_class": 5}, "has only 10 training images"),
-        ({"fixed_memory": False}, "fixed_memory=true"),  # a total that classes share
-        ({"learner": "finetune", "real_per_class": 2, "syn_per_class": 3}, "real_per_class=2"),  # it keeps none
-    ],
-)
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"real_per_class": 5, "syn_per_class": 0}, "real_per_class=5 is more than all"),
+    ({"real_per_class": 5, "syn_per_class": 8}, "real_per_class=5 is more than all"),
+    ({"real_per_class": 3, "syn_per_class": 3}, r"3 \+ 3 / 2 = 4\.500 .*memory_per_class=4: .*=2 fit"),
+    ({"memory_per_class": 10, "real_per_class": 6, "syn_per_class": 5}, "has only 10 training images"),
+    ({"fixed_memory": False}, "fixed_memory=true"),  # a total that classes share
+    ({"learner": "finetune", "real_per_class": 2, "syn_per_class": 3}, "real_per_class=2"),  # it keeps none
+])  # fmt: skip
 def test_what_does_not_fit_the_memory_is_refused_before_training(tmp_path, keys, words):
     with pytest.raises(ConfigError, match=words):
         escort(tmp_path, **keys).check()

@@ -41,14 +41,11 @@ def weights(experiment):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(
-    ("init_cls", "increment", "tasks"),
-    [
-        (1, 1, 6),  # one class at a time
-        (3, 2, 3),  # large first task, short last one
-        (6, 2, 1),  # everything at once
-    ],
-)
+@pytest.mark.parametrize(("init_cls", "increment", "tasks"), [
+    (1, 1, 6),  # one class at a time
+    (3, 2, 3),  # large first task, short last one
+    (6, 2, 1),  # everything at once
+])  # fmt: skip
 def test_learner_grows_by_any_increment(name, init_cls, increment, tasks, tmp_path):
     experiment = toy_experiment(name, tmp_path, init_cls=init_cls, increment=increment, init_epoch=1, epochs=1)
     results = experiment.learn_all()

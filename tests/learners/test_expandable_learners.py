@@ -79,14 +79,11 @@ def test_a_finished_run_can_be_asked_about_other_images(learned):
     assert expected["nme"].shape == (24, 6) and len(names) == 6
 
 
-@pytest.mark.parametrize(
-    ("keys", "learns"),
-    [
-        ({}, [True, False, True]),  # trunk, old and new last stage
-        ({"train_base": False}, [False, False, True]),
-        ({"train_adaptive": True}, [True, True, True]),
-    ],
-)
+@pytest.mark.parametrize(("keys", "learns"), [
+    ({}, [True, False, True]),  # trunk, old and new last stage
+    ({"train_base": False}, [False, False, True]),
+    ({"train_adaptive": True}, [True, True, True]),
+])  # fmt: skip
 def test_memo_trains_what_its_keys_say(keys, learns, tmp_path):
     experiment = toy_experiment("memo", tmp_path, **keys)
     learner = experiment.check()
@@ -96,14 +93,11 @@ def test_memo_trains_what_its_keys_say(keys, learns, tmp_path):
     assert [all(p.requires_grad for p in part.parameters()) for part in parts] == learns
 
 
-@pytest.mark.parametrize(
-    ("written", "name", "stem"),
-    [
-        *((written, "resnet32", "auto") for written in ("memo_resnet32", "MEMO_ResNet32", "resnet32", None)),
-        *((written, "resnet18", "imagenet") for written in ("memo_resnet18", "resnet18")),  # ESCORT writes no prefix
-        ("vit_base_patch16_224_memo", "vit_base_patch16_224", "auto"),  # PILOT
-    ],
-)
+@pytest.mark.parametrize(("written", "name", "stem"), [
+    *((written, "resnet32", "auto") for written in ("memo_resnet32", "MEMO_ResNet32", "resnet32", None)),
+    *((written, "resnet18", "imagenet") for written in ("memo_resnet18", "resnet18")),  # ESCORT writes no prefix
+    ("vit_base_patch16_224_memo", "vit_base_patch16_224", "auto"),  # PILOT
+])  # fmt: skip
 def test_the_word_memo_is_dropped_from_a_backbone_and_a_resnet18_has_the_stem_for_photographs(
     written, name, stem, tmp_path
 ):

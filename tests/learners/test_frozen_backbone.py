@@ -44,14 +44,11 @@ def test_pretraining_changes_the_backbone_in_the_first_task_alone(pretrain_epoch
     assert not any(parameter.requires_grad for parameter in learner.frozen.network.parameters())
 
 
-@pytest.mark.parametrize(
-    ("pretrain_epochs", "from_file", "saved"),
-    [
-        (0, True, False),  # the file has it
-        (1, True, True),  # trained here
-        (0, False, True),  # drawn at random: it is nowhere else
-    ],
-)
+@pytest.mark.parametrize(("pretrain_epochs", "from_file", "saved"), [
+    (0, True, False),  # the file has it
+    (1, True, True),  # trained here
+    (0, False, True),  # drawn at random: it is nowhere else
+])  # fmt: skip
 def test_a_backbone_is_saved_as_memory_or_counted_as_frozen(pretrain_epochs, from_file, saved, tmp_path):
     keys = TINY_LEARNERS["asp"]
     file = tiny_vit_file(tmp_path, keys["convnet_type"], **keys["backbone_args"]) if from_file else None
@@ -94,15 +91,12 @@ def test_simplecil_ends_the_same_however_classes_are_cut_into_tasks(tmp_path):
     assert_close(weights[1], weights[2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("place", "steps"),
-    [
-        ("learners.frozen_backbone._classify", 3),  # pretraining
-        ("learners.asp.learner.ASP.base_loss", 3),  # first epoch
-        ("learners.asp.learner.ASP.base_loss", 9),  # second epoch, whose anchors were chosen by features that are gone
-        ("learners.dddr.separate_replay.SeparateReplay.compute_loss", 3),
-    ],
-)
+@pytest.mark.parametrize(("place", "steps"), [
+    ("learners.frozen_backbone._classify", 3),  # pretraining
+    ("learners.asp.learner.ASP.base_loss", 3),  # first epoch
+    ("learners.asp.learner.ASP.base_loss", 9),  # second epoch, whose anchors were chosen by features that are gone
+    ("learners.dddr.separate_replay.SeparateReplay.compute_loss", 3),
+])  # fmt: skip
 def test_asp_goes_on_in_the_middle_of_an_epoch_with_the_same_bits(place, steps, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "reprise")
     keys = {"pretrain_epochs": 2, "batch_size": 4, "increment": 4, "checkpoint_every": 2}

@@ -33,14 +33,11 @@ def terms_of(name, folder, labels, task, **keys):
     return learner.compute_loss(Batch(torch.zeros(2, 3, 8, 8), labels, torch.zeros(2, dtype=torch.bool)), task)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_seen", "terms"),
-    [
-        ("lwf", 4, {"cross_entropy": OF_NEW, "distill": 3 * DISTILL}),  # new outputs alone, lambda 3
-        ("icarl", 4, {"cross_entropy": CROSS_ENTROPY, "distill": DISTILL}),  # all outputs
-        ("wa", 8, {"cross_entropy": 0.75 * CROSS_ENTROPY, "distill": 0.25 * DISTILL}),  # two old classes of eight
-    ],
-)
+@pytest.mark.parametrize(("name", "num_seen", "terms"), [
+    ("lwf", 4, {"cross_entropy": OF_NEW, "distill": 3 * DISTILL}),  # new outputs alone, lambda 3
+    ("icarl", 4, {"cross_entropy": CROSS_ENTROPY, "distill": DISTILL}),  # all outputs
+    ("wa", 8, {"cross_entropy": 0.75 * CROSS_ENTROPY, "distill": 0.25 * DISTILL}),  # two old classes of eight
+])  # fmt: skip
 def test_distilling_learners_weigh_their_terms_as_pycil_does(name, num_seen, terms, tmp_path):
     task = Task(1, range(2, num_seen), tuple("cdefgh"[: num_seen - 2]))
     torch.testing.assert_close(terms_of(name, tmp_path, LABELS, task), terms)
@@ -59,17 +56,14 @@ def test_new_classes_end_with_weights_as_long_as_old_ones(name, tmp_path):
     assert experiment.learner.network.align_new_weights(4) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "per_class"),
-    [
-        ("icarl", {"memory_size": 12}, [2] * 6),  # a fixed total, shared
-        ("icarl", {"fixed_memory": True, "memory_per_class": 3}, [3] * 6),  # a fixed number per class
-        ("icarl", {"memory_size": 999}, [10] * 6),  # more than there are: all are kept
-        ("icarl", {"memory_size": 5}, [0] * 6),  # fewer than classes
-        ("replay", {"selection": "reservoir", "fixed_memory": True, "memory_per_class": 2}, [2] * 6),
-        ("replay", {"selection": "reservoir", "memory_size": 12}, None),  # by chance, of whichever classes
-    ],
-)
+@pytest.mark.parametrize(("name", "keys", "per_class"), [
+    ("icarl", {"memory_size": 12}, [2] * 6),  # a fixed total, shared
+    ("icarl", {"fixed_memory": True, "memory_per_class": 3}, [3] * 6),  # a fixed number per class
+    ("icarl", {"memory_size": 999}, [10] * 6),  # more than there are: all are kept
+    ("icarl", {"memory_size": 5}, [0] * 6),  # fewer than classes
+    ("replay", {"selection": "reservoir", "fixed_memory": True, "memory_per_class": 2}, [2] * 6),
+    ("replay", {"selection": "reservoir", "memory_size": 12}, None),  # by chance, of whichever classes
+])  # fmt: skip
 def test_memory_keys_mean_what_they_mean_in_pycil(name, keys, per_class, tmp_path):
     experiment = toy_experiment(name, tmp_path, init_epoch=1, epochs=1, **keys)
     experiment.learn_all()

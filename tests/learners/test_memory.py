@@ -25,13 +25,10 @@ def ranks(images: ImageSet, label: int) -> list[int]:
     return [int(own.image(position)) for position in range(len(own))]
 
 
-@pytest.mark.parametrize(
-    ("features", "picks"),
-    [
-        (np.random.RandomState(0).randn(30, 4), [2, 15, 3, 12, 7, 18, 22, 4, 10, 24]),  # PyCIL's card, 11.3
-        (np.random.RandomState(1).rand(12, 3), [3, 11, 2, 5, 4, 6]),  # ESCORT's card, check 5
-    ],
-)
+@pytest.mark.parametrize(("features", "picks"), [
+    (np.random.RandomState(0).randn(30, 4), [2, 15, 3, 12, 7, 18, 22, 4, 10, 24]),  # PyCIL's card, 11.3
+    (np.random.RandomState(1).rand(12, 3), [3, 11, 2, 5, 4, 6]),  # ESCORT's card, check 5
+])  # fmt: skip
 def test_herding_picks_the_images_of_the_cards(features, picks):
     assert herding(torch.from_numpy(features), len(picks)) == picks
     assert herding(torch.from_numpy(features).float(), len(picks)) == picks
@@ -53,15 +50,12 @@ def test_fewer_picks_are_a_prefix_of_more():
     assert sorted(herding(features, 20)) == list(range(20))
 
 
-@pytest.mark.parametrize(
-    ("features", "wanted", "picks"),
-    [
-        (torch.ones(3, 4), 5, [0, 1, 2]),  # PyCIL crashes where a class has too few
-        (torch.ones(3, 4), 0, []),
-        (torch.ones(0, 4), 2, []),
-        (torch.zeros(3, 4), 2, [0, 1]),
-    ],
-)
+@pytest.mark.parametrize(("features", "wanted", "picks"), [
+    (torch.ones(3, 4), 5, [0, 1, 2]),  # PyCIL crashes where a class has too few
+    (torch.ones(3, 4), 0, []),
+    (torch.ones(0, 4), 2, []),
+    (torch.zeros(3, 4), 2, [0, 1]),
+])  # fmt: skip
 def test_herding_takes_no_more_than_there_are_and_the_first_wins_a_tie(features, wanted, picks):
     assert herding(features, wanted) == picks
     assert len(features) == 0 or class_mean(features).isfinite().all()
@@ -75,28 +69,22 @@ def test_only_the_direction_of_a_feature_counts(scale):
     assert_close(class_mean(features * stretch), class_mean(features), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fixed", "budgets"),
-    [
-        (False, [200, 100, 66, 50, 40, 33, 28, 25, 22, 20]),  # PyCIL shares a total of 2000 over the seen classes
-        (True, [20] * 10),  # a fixed number per class lets the total grow
-    ],
-)
+@pytest.mark.parametrize(("fixed", "budgets"), [
+    (False, [200, 100, 66, 50, 40, 33, 28, 25, 22, 20]),  # PyCIL shares a total of 2000 over the seen classes
+    (True, [20] * 10),  # a fixed number per class lets the total grow
+])  # fmt: skip
 def test_budgets_are_those_of_pycil(fixed, budgets):
     memory = ExemplarMemory(2000, 20, fixed)
     assert [memory.budget(num_seen) for num_seen in range(10, 101, 10)] == budgets
 
 
-@pytest.mark.parametrize(
-    ("size", "tasks", "kept"),
-    [
-        (2000, [[200] * 10] * 3, [66] * 30),  # 1980 in all
-        (2000, [[200] * 10] * 7, [28] * 70),  # 1960
-        (9, [[6, 2], [5]], [3, 2, 3]),  # a class that has fewer keeps all
-        (5, [[3], [3] * 9], [0] * 10),  # a budget of nothing forgets everything
-        (0, [[3]], [0]),
-    ],
-)
+@pytest.mark.parametrize(("size", "tasks", "kept"), [
+    (2000, [[200] * 10] * 3, [66] * 30),  # 1980 in all
+    (2000, [[200] * 10] * 7, [28] * 70),  # 1960
+    (9, [[6, 2], [5]], [3, 2, 3]),  # a class that has fewer keeps all
+    (5, [[3], [3] * 9], [0] * 10),  # a budget of nothing forgets everything
+    (0, [[3]], [0]),
+])  # fmt: skip
 def test_the_best_of_every_class_are_kept_within_its_share(size, tasks, kept):
     memory, seen = ExemplarMemory(size, 20, fixed=False), 0
     for index, counts in enumerate(tasks):

@@ -150,16 +150,13 @@ def test_wide_groups_work_in_channels_last_with_the_same_result(groups, expected
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"block_out_channels": [32, 32, 32, 32, 32]}, "5 block_out_channels .* multiple of 16, not 8: give fewer"),
-        ({"block_out_channels": [1, 64]}, r"5 classes need block_out_channels\[0\] > 1, not 1"),
-        ({"attention_levels": [1, 2]}, r"attention_levels=\[2\] do not exist: levels are 0 to 1"),
-        ({"norm_num_groups": 12}, r"block_out_channels=\[32, 64\]: 32 is not a multiple of norm_num_groups=12"),
-        ({"attention_head_dim": 48}, r"block_out_channels\[1\]=64 has attention, .* attention_head_dim=48"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"block_out_channels": [32, 32, 32, 32, 32]}, "5 block_out_channels .* multiple of 16, not 8: give fewer"),
+    ({"block_out_channels": [1, 64]}, r"5 classes need block_out_channels\[0\] > 1, not 1"),
+    ({"attention_levels": [1, 2]}, r"attention_levels=\[2\] do not exist: levels are 0 to 1"),
+    ({"norm_num_groups": 12}, r"block_out_channels=\[32, 64\]: 32 is not a multiple of norm_num_groups=12"),
+    ({"attention_head_dim": 48}, r"block_out_channels\[1\]=64 has attention, .* attention_head_dim=48"),
+])  # fmt: skip
 def test_shapes_that_do_not_fit_are_refused_with_a_remedy(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(**changes)

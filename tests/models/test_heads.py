@@ -77,13 +77,10 @@ def kaiming(*shape):
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), nonlinearity="linear")
 
 
-@pytest.mark.parametrize(
-    ("kind", "reference", "names"),
-    [
-        (LinearHead, lambda: kaiming(6, 16), ["weight", "bias"]),
-        (Head, lambda: torch.nn.Linear(16, 6, bias=False).weight.data, ["weight"]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "reference", "names"), [
+    (LinearHead, lambda: kaiming(6, 16), ["weight", "bias"]),
+    (Head, lambda: torch.nn.Linear(16, 6, bias=False).weight.data, ["weight"]),
+])  # fmt: skip
 def test_rows_are_those_of_torchs_own_initialisation_and_a_bias_starts_at_zero(kind, reference, names):
     torch.manual_seed(1)
     expected = reference()

@@ -14,21 +14,18 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "stem", "parameters"),
-    [
-        # PyCIL counts an unused 10-way layer and the head: 469,354 for 80 classes.
-        ("resnet32", "cifar", 469_354 - (64 + 1) * 80 - (64 + 1) * 10),
-        # Two shortcuts, 16 -> 32 and 32 -> 64 channels, become a 1x1 convolution with BatchNorm.
-        ("cosine_resnet32", "cifar", 463_504 + 32 * (16 + 2) + 64 * (32 + 2)),
-        ("resnet20", "cifar", 269_072),  # 269,722 of the paper, less the 650 of the classifier
-        ("resnet18", "imagenet", 11_176_512),
-        ("resnet18", "cifar", 11_168_832),
-        ("resnet18", "imagenet_small", 11_168_832),
-        ("resnet34", "imagenet", 21_284_672),
-        ("resnet50", "imagenet", 23_508_032),
-    ],
-)
+@pytest.mark.parametrize(("name", "stem", "parameters"), [
+    # PyCIL counts an unused 10-way layer and the head: 469,354 for 80 classes.
+    ("resnet32", "cifar", 469_354 - (64 + 1) * 80 - (64 + 1) * 10),
+    # Two shortcuts, 16 -> 32 and 32 -> 64 channels, become a 1x1 convolution with BatchNorm.
+    ("cosine_resnet32", "cifar", 463_504 + 32 * (16 + 2) + 64 * (32 + 2)),
+    ("resnet20", "cifar", 269_072),  # 269,722 of the paper, less the 650 of the classifier
+    ("resnet18", "imagenet", 11_176_512),
+    ("resnet18", "cifar", 11_168_832),
+    ("resnet18", "imagenet_small", 11_168_832),
+    ("resnet34", "imagenet", 21_284_672),
+    ("resnet50", "imagenet", 23_508_032),
+])  # fmt: skip
 def test_backbones_have_the_published_number_of_parameters(name, stem, parameters):
     with torch.device("meta"):
         assert count(build_backbone(name, BackboneOptions(stem=stem))) == parameters
@@ -43,14 +40,11 @@ def test_every_backbone_maps_images_to_its_number_of_features(name, side):
     assert features.shape == (2, backbone.num_features)
 
 
-@pytest.mark.parametrize(
-    ("stem", "side"),
-    [
-        ("cifar", 64),  # no reduction before the first stage
-        ("imagenet_small", 32),  # max-pool only
-        ("imagenet", 16),  # strided convolution and max-pool
-    ],
-)
+@pytest.mark.parametrize(("stem", "side"), [
+    ("cifar", 64),  # no reduction before the first stage
+    ("imagenet_small", 32),  # max-pool only
+    ("imagenet", 16),  # strided convolution and max-pool
+])  # fmt: skip
 def test_the_stem_decides_how_large_the_first_stage_is(stem, side):
     network = build_backbone("resnet18", BackboneOptions(stem=stem)).eval()
     seen = []

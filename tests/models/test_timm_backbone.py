@@ -23,17 +23,14 @@ def published(tmp_path_factory):
     return network, path
 
 
-@pytest.mark.parametrize(
-    ("name", "side", "num_features", "args"),
-    [
-        ("test_vit", 32, 64, {}),  # positions for 32 px instead of 160
-        ("vit_tiny_patch16_224", 8, 48, {"patch_size": 2, "embed_dim": 48, "depth": 4, "num_heads": 4}),
-        ("test_resnet.r160_in1k", 32, 96, {}),  # a tag does no harm from scratch
-        ("mobilenetv3_small_050", 32, 1024, {}),  # its pooled features are widened behind num_features
-        ("resnet32", 8, 64, {}),
-        ("ResNet32", 8, 64, {}),  # PyCIL ignores case
-    ],
-)
+@pytest.mark.parametrize(("name", "side", "num_features", "args"), [
+    ("test_vit", 32, 64, {}),  # positions for 32 px instead of 160
+    ("vit_tiny_patch16_224", 8, 48, {"patch_size": 2, "embed_dim": 48, "depth": 4, "num_heads": 4}),
+    ("test_resnet.r160_in1k", 32, 96, {}),  # a tag does no harm from scratch
+    ("mobilenetv3_small_050", 32, 1024, {}),  # its pooled features are widened behind num_features
+    ("resnet32", 8, 64, {}),
+    ("ResNet32", 8, 64, {}),  # PyCIL ignores case
+])  # fmt: skip
 def test_a_network_from_scratch_gives_its_number_of_features(name, side, num_features, args):
     options = BackboneOptions(pretrained=False, image_size=side, args=args)
     check_backbone_name(name, options)
@@ -51,46 +48,37 @@ def test_names_of_pilot_mean_tagged_weights_of_timm(alias):
 
 
 @pytest.mark.parametrize("act", [check_backbone_name, build_backbone])
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("resent32", "unknown backbone 'resent32'; did you mean 'resnet32'.*Ours: .*resnet20.*any timm model"),
-        ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'"),
-        ("vit_tiny_patch16_224", "no weight tag: say which weights: vit_tiny_patch16_224.augreg_in21k, .*pretrained=f"),
-        ("vit_tiny_patch16_224.in21k", "no weights .*did you mean 'vit_tiny_patch16_224.augreg_in21k'"),
-        ("vit_tiny_patch16_18x2", "unknown backbone"),
-        ("xyz", "unknown backbone 'xyz'. Ours"),
-    ],
-)
+@pytest.mark.parametrize(("name", "message"), [
+    ("resent32", "unknown backbone 'resent32'; did you mean 'resnet32'.*Ours: .*resnet20.*any timm model"),
+    ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'"),
+    ("vit_tiny_patch16_224", "no weight tag: say which weights: vit_tiny_patch16_224.augreg_in21k, .*pretrained=f"),
+    ("vit_tiny_patch16_224.in21k", "no weights .*did you mean 'vit_tiny_patch16_224.augreg_in21k'"),
+    ("vit_tiny_patch16_18x2", "unknown backbone"),
+    ("xyz", "unknown backbone 'xyz'. Ours"),
+])  # fmt: skip
 def test_a_name_that_does_not_say_enough_is_answered_with_names_that_do(act, name, message):
     with pytest.raises(ConfigError, match=message):
         act(name, BackboneOptions())
 
 
 @pytest.mark.parametrize("act", [check_backbone_name, build_backbone])
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        (TAGGED, {}, "backbone_args=.*another network than the published weights.*pretrained=false.*backbone_weights"),
-        ("resnet20", {"pretrained": False}, "backbone_args=.*is for timm's models: resnet20"),
-        ("test_vit", {"pretrained": False, "args": {"num_classes": 9}}, "backbone_args.num_classes follows from"),
-    ],
-)
+@pytest.mark.parametrize(("name", "options", "message"), [
+    (TAGGED, {}, "backbone_args=.*another network than the published weights.*pretrained=false.*backbone_weights"),
+    ("resnet20", {"pretrained": False}, "backbone_args=.*is for timm's models: resnet20"),
+    ("test_vit", {"pretrained": False, "args": {"num_classes": 9}}, "backbone_args.num_classes follows from"),
+])  # fmt: skip
 def test_arguments_that_cannot_be_given_are_refused_before_anything_is_built(act, name, options, message):
     with pytest.raises(ConfigError, match=message):
         act(name, BackboneOptions(**{"args": {"depth": 2}, **options}))
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        ({"patch_siz": 2}, "unexpected keyword argument 'patch_siz'"),
-        ({"num_heads": 7}, "divisible"),
-        ({"patch_size": 0}, "zero"),
-        ({"patch_size": [2]}, "out of range"),
-        ({"act_layer": "none_such"}, "none_such"),
-    ],
-)
+@pytest.mark.parametrize(("args", "said"), [
+    ({"patch_siz": 2}, "unexpected keyword argument 'patch_siz'"),
+    ({"num_heads": 7}, "divisible"),
+    ({"patch_size": 0}, "zero"),
+    ({"patch_size": [2]}, "out of range"),
+    ({"act_layer": "none_such"}, "none_such"),
+])  # fmt: skip
 def test_arguments_that_timm_refuses_are_named_with_its_reason(args, said):
     with pytest.raises(ConfigError, match=f"test_vit for images of 32 px with backbone_args=.*{said}"):
         build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=32, args=args))
@@ -136,14 +124,11 @@ def test_a_local_file_of_another_network_is_refused_and_an_absent_one_is_missed_
         check_backbone_name("resnet32", BackboneOptions(weights="nowhere.pth"))
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        ({"embed_dim": 32, "num_heads": 2}, r"misshapen: cls_token \(1, 1, 64\) instead of \(1, 1, 32\)"),
-        ({"depth": 2}, "unexpected: blocks.2"),
-        ({"class_token": False, "global_pool": "avg"}, "unexpected: cls_token"),
-    ],
-)
+@pytest.mark.parametrize(("args", "said"), [
+    ({"embed_dim": 32, "num_heads": 2}, r"misshapen: cls_token \(1, 1, 64\) instead of \(1, 1, 32\)"),
+    ({"depth": 2}, "unexpected: blocks.2"),
+    ({"class_token": False, "global_pool": "avg"}, "unexpected: cls_token"),
+])  # fmt: skip
 def test_a_local_file_of_another_size_is_refused_with_what_does_not_fit(published, args, said):
     with pytest.raises(WeightsError, match=f"model.safetensors does not fit this backbone .*{said}"):
         build_backbone("test_vit", BackboneOptions(weights=str(published[1]), image_size=160, args=args))

@@ -63,15 +63,12 @@ def published(name):
     return build_config(read_experiment(Path(__file__).parents[2] / "exps" / f"{name}.json"))[0]
 
 
-@pytest.mark.parametrize(
-    ("lr", "steps", "hold", "expected", "count"),
-    [
-        (0.01, 2000, 39, {1: 0.01, 38: 0.01, 39: 0.009805, 77: 0.009805, 78: 0.00961, 1989: 5.5e-5, 2000: 5.5e-5}, 51),
-        (0.1, 5000, 39, {38: 0.1, 39: 0.09922, 4992: 1.6e-4, 5000: 1.6e-4}, 128),
-        (0.05, 2000, 19, {18: 0.05, 19: 0.049525}, 105),
-        (0.1, 5000, 97, {96: 0.1, 97: 0.09806}, 51),
-    ],
-)
+@pytest.mark.parametrize(("lr", "steps", "hold", "expected", "count"), [
+    (0.01, 2000, 39, {1: 0.01, 38: 0.01, 39: 0.009805, 77: 0.009805, 78: 0.00961, 1989: 5.5e-5, 2000: 5.5e-5}, 51),
+    (0.1, 5000, 39, {38: 0.1, 39: 0.09922, 4992: 1.6e-4, 5000: 1.6e-4}, 128),
+    (0.05, 2000, 19, {18: 0.05, 19: 0.049525}, 105),
+    (0.1, 5000, 97, {96: 0.1, 97: 0.09806}, 51),
+])  # fmt: skip
 def test_p9_the_rate_falls_at_the_ends_of_epochs_alone(lr, steps, hold, expected, count):
     config = TrainConfig(lr=lr, steps=steps, schedule="linear", hold=hold)
     rates = [config.learning_rate(step, steps_per_epoch=1) for step in range(steps)]
@@ -296,19 +293,16 @@ def test_every_other_flag_of_the_parser_is_idle_or_has_its_published_value_alone
         identity("train_with_disjoint_classifier", str(place == "synth"))
 
 
-@pytest.mark.parametrize(
-    ("of_run_b", "of_run_a", "said"),
-    [
-        ("--num_tasks 3", "--num_tasks 3", "num_tasks='3': give init_cls and increment"),
-        ("--num_tasks 2", "", "synth.num_tasks='5' and num_tasks='2' are one key"),
-        ("--seed 0", "--seed 1", "synth.seed='1' and seed='0' are one key"),
-        ("--dataset ImageNet100", "--dataset ImageNet100", "synth.num_head_channels is missing: GUIDE's num_heads=4"),
-        ("", "--attention_resolutions 32", "synth.num_head_channels is missing"),
-        ("--num_steps 3", "", "num_steps='3' and synth.num_steps='2' are one key"),
-        ("", "--diffusion_steps 20", "synth.diffusion_steps=20: use 21 or more"),
-        ("--use_new_grad True", "", "use_new_grad needs classifier_scale_min_new"),
-    ],
-)
+@pytest.mark.parametrize(("of_run_b", "of_run_a", "said"), [
+    ("--num_tasks 3", "--num_tasks 3", "num_tasks='3': give init_cls and increment"),
+    ("--num_tasks 2", "", "synth.num_tasks='5' and num_tasks='2' are one key"),
+    ("--seed 0", "--seed 1", "synth.seed='1' and seed='0' are one key"),
+    ("--dataset ImageNet100", "--dataset ImageNet100", "synth.num_head_channels is missing: GUIDE's num_heads=4"),
+    ("", "--attention_resolutions 32", "synth.num_head_channels is missing"),
+    ("--num_steps 3", "", "num_steps='3' and synth.num_steps='2' are one key"),
+    ("", "--diffusion_steps 20", "synth.diffusion_steps=20: use 21 or more"),
+    ("--use_new_grad True", "", "use_new_grad needs classifier_scale_min_new"),
+])  # fmt: skip
 def test_commands_that_cannot_be_meant_are_refused(of_run_b, of_run_a, said):
     with pytest.raises(ConfigError, match=said):
         build_config({**flags(SMALL_B + " " + of_run_b), "synth": flags(SMALL_A + " " + of_run_a)})

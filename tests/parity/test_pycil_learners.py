@@ -27,16 +27,13 @@ def count(module):
 STEP, COSINE = partial(MultiStepLR, gamma=0.1), CosineAnnealingLR
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "first", "later"),
-    [
-        ("lwf", {}, (200, STEP, [60, 120, 160]), (250, STEP, [60, 120, 180, 220])),
-        ("memo", {}, (200, STEP, [60, 120, 170]), (170, STEP, [80, 120, 150])),
-        # Of a cosine, t_max is the length in later tasks alone.
-        ("memo", {"scheduler": "cosine", "t_max": 170}, (200, COSINE, 200), (170, COSINE, 170)),
-        ("memo", {"scheduler": "cosine", "t_max": 100, "init_epoch": 50}, (50, COSINE, 50), (170, COSINE, 100)),
-    ],
-)
+@pytest.mark.parametrize(("name", "keys", "first", "later"), [
+    ("lwf", {}, (200, STEP, [60, 120, 160]), (250, STEP, [60, 120, 180, 220])),
+    ("memo", {}, (200, STEP, [60, 120, 170]), (170, STEP, [80, 120, 150])),
+    # Of a cosine, t_max is the length in later tasks alone.
+    ("memo", {"scheduler": "cosine", "t_max": 170}, (200, COSINE, 200), (170, COSINE, 170)),
+    ("memo", {"scheduler": "cosine", "t_max": 100, "init_epoch": 50}, (50, COSINE, 50), (170, COSINE, 100)),
+])  # fmt: skip
 def test_rates_of_every_epoch_are_those_of_pycils_schedulers(name, keys, first, later):
     config, _ = build_config({**read_experiment(EXPERIMENTS / f"{name}.json"), **keys})
     learner = object.__new__(LEARNERS[name])
@@ -51,17 +48,14 @@ def test_rates_of_every_epoch_are_those_of_pycils_schedulers(name, keys, first, 
         assert [ours.learning_rate(epoch, 1) for epoch in range(ours.epochs)] == pytest.approx(rates, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("name", "epochs", "milestones"),
-    [
-        ("finetune", 80, (40, 70)),
-        ("replay", 70, (30, 50)),
-        ("icarl", 170, (80, 120)),
-        ("wa", 170, (60, 100, 140)),
-        ("der", 170, (80, 120, 150)),
-        ("memo", 170, (80, 120, 150)),
-    ],
-)
+@pytest.mark.parametrize(("name", "epochs", "milestones"), [
+    ("finetune", 80, (40, 70)),
+    ("replay", 70, (30, 50)),
+    ("icarl", 170, (80, 120)),
+    ("wa", 170, (60, 100, 140)),
+    ("der", 170, (80, 120, 150)),
+    ("memo", 170, (80, 120, 150)),
+])  # fmt: skip
 def test_experiment_files_hold_the_settings_of_pycil(name, epochs, milestones):
     config, unused = build_config(read_experiment(EXPERIMENTS / f"{name}.json"))
     learner = object.__new__(LEARNERS[name])

@@ -135,19 +135,16 @@ def terms_of(folder, replay, **keys):
     return learner.compute_loss(Batch(LOGITS, LABELS, LABELS < 0, replay=replayed), learner.data.task(1))
 
 
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        # split: new and old classes compete among themselves
-        ({}, {"cross_entropy": NEW_ONES, "replay": 0.5 * OLD_ONES, "distill": 10 * DISTILLED}),
-        (
-            {"replay_softmax": "joint", "w_ce_pre": 2.0, "w_kd": 0.0},
-            {"cross_entropy": F.cross_entropy(LOGITS, LABELS), "replay": 2 * F.cross_entropy(REPLAYED, REPLAY_LABELS)},
-        ),
-        # distillation also works without the other term
-        ({"w_ce_pre": 0.0, "w_kd": 1.0}, {"cross_entropy": NEW_ONES, "replay": 0 * OLD_ONES, "distill": DISTILLED}),
-    ],
-)
+@pytest.mark.parametrize(("keys", "expected"), [
+    # split: new and old classes compete among themselves
+    ({}, {"cross_entropy": NEW_ONES, "replay": 0.5 * OLD_ONES, "distill": 10 * DISTILLED}),
+    (
+        {"replay_softmax": "joint", "w_ce_pre": 2.0, "w_kd": 0.0},
+        {"cross_entropy": F.cross_entropy(LOGITS, LABELS), "replay": 2 * F.cross_entropy(REPLAYED, REPLAY_LABELS)},
+    ),
+    # distillation also works without the other term
+    ({"w_ce_pre": 0.0, "w_kd": 1.0}, {"cross_entropy": NEW_ONES, "replay": 0 * OLD_ONES, "distill": DISTILLED}),
+])  # fmt: skip
 def test_new_classes_and_replayed_ones_have_terms_of_their_own(keys, expected, tmp_path):
     assert_close(terms_of(tmp_path, replay=True, **keys), expected)
 

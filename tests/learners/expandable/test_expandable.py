@@ -69,14 +69,11 @@ def test_training_leaves_every_bit_of_old_branches_and_moves_trunk_and_newest_br
         assert all(not torch.equal(old[name], new[name]) for name in old)
 
 
-@pytest.mark.parametrize(
-    ("keys", "frozen"),
-    [
-        ({}, [False, True, True, False]),  # trunk, then branches
-        ({"train_trunk": False}, [True, True, True, False]),
-        ({"train_old": True}, [False, False, False, False]),
-    ],
-)
+@pytest.mark.parametrize(("keys", "frozen"), [
+    ({}, [False, True, True, False]),  # trunk, then branches
+    ({"train_trunk": False}, [True, True, True, False]),
+    ({"train_old": True}, [False, False, False, False]),
+])  # fmt: skip
 def test_from_the_second_task_on_frozen_parts_are_in_eval_mode_whatever_the_mode_of_the_network(keys, frozen):
     net = network(2, **keys)
     for totals, expected in (((), [False, False]), ((4, 6), frozen)):
@@ -138,13 +135,10 @@ def test_a_teacher_shares_frozen_branches_and_does_not_follow_the_rest():
 VIT = {"pretrained": False, "image_size": 16, "args": {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}}
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        *((name, {}) for name in ("resnet20", "resnet32", "cosine_resnet32", "resnet18", "resnet34", "resnet50")),
-        ("vit_tiny_patch16_224", VIT),
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), [
+    *((name, {}) for name in ("resnet20", "resnet32", "cosine_resnet32", "resnet18", "resnet34", "resnet50")),
+    ("vit_tiny_patch16_224", VIT),
+])  # fmt: skip
 def test_trunk_and_last_stage_one_after_the_other_are_the_backbone(name, options):
     backbone = build_backbone(name, BackboneOptions(**options)).eval()
     x = torch.randn(2, 3, 16, 16)

@@ -28,32 +28,29 @@ def pixels(images):
     return torch.cat([part.images for part in images.parts]).int()
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"use_old_grad": True}, "^use_old_grad and use_new_grad exclude each other"),
-        ({"classifier_scale_min_new": None}, "use_new_grad needs classifier_scale_min_new or classifier_scale_max_new"),
-        ({"classifier_scale_min_new": "fast"}, "classifier_scale_min_new='fast'.*number"),
-        ({"classifier_scale_min_new": -1}, "classifier_scale_min_new=-1.*greater than or equal to 0"),
-        ({"classifier_scale_max_new": 0.5}, "classifier_scale_min_new=1.0 is above its max, 0.5"),
-        ({"depth": 34}, "depth=34: only 18"),
-        ({"negate_old_grad": True}, "negate_old_grad=true acts with use_old_grad"),
-        ({"num_res_blocks": 2.5}, "synth.num_res_blocks=2.5: use a whole number"),
-        ({"cl_method": "other"}, "cl_method='other': only generative_replay and"),
-        ({"num_tasks": 3}, "num_tasks=3: give init_cls and increment"),
-        ({"synth": {"name": "ddpm", "use_ddim": "maybe"}}, "synth.use_ddim='maybe': use true or false"),
-        ({"synth": {"name": "ddpm", "num_channels": 64}}, "num_channels and synth.channel_mult go together"),
-        ({"synth": {"name": "ddpm", "use_ddim": True, "sampler": "ddpm"}}, "are one key: keep one of them"),
-        ({"synth": {"name": "ddpm", "need_syn_imgs": False}}, "need_syn_imgs=false: replay of guide is drawn anew"),
-        ({"synth": {"name": "ldm"}}, "'ldm' does not allow: choose synth.name=ddpm"),  # it cannot be guided
-        ({"synth": {"name": "small_ldm"}}, "'small_ldm' does not allow: choose synth.name=ddpm"),
-        ({"embedding_kind": "none"}, "embedding_kind='none': only concat_time_1hot"),
-        ({"timestep_respacing": "ddim60"}, "^timestep_respacing='ddim60': no integer stride"),
-        ({"synth": {"name": "ddpm", "timestep_respacing": "0"}}, "^synth.timestep_respacing='0': use 1 to 1000"),
-        ({"synth": {"name": "ddpm", "train_respacing": "ddim60"}}, "^synth.train_respacing='ddim60': no integer"),
-        ({"batch_size": 2}, "batch_size=2: the last of 3 tasks gets no real image"),
-    ],
-)
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"use_old_grad": True}, "^use_old_grad and use_new_grad exclude each other"),
+    ({"classifier_scale_min_new": None}, "use_new_grad needs classifier_scale_min_new or classifier_scale_max_new"),
+    ({"classifier_scale_min_new": "fast"}, "classifier_scale_min_new='fast'.*number"),
+    ({"classifier_scale_min_new": -1}, "classifier_scale_min_new=-1.*greater than or equal to 0"),
+    ({"classifier_scale_max_new": 0.5}, "classifier_scale_min_new=1.0 is above its max, 0.5"),
+    ({"depth": 34}, "depth=34: only 18"),
+    ({"negate_old_grad": True}, "negate_old_grad=true acts with use_old_grad"),
+    ({"num_res_blocks": 2.5}, "synth.num_res_blocks=2.5: use a whole number"),
+    ({"cl_method": "other"}, "cl_method='other': only generative_replay and"),
+    ({"num_tasks": 3}, "num_tasks=3: give init_cls and increment"),
+    ({"synth": {"name": "ddpm", "use_ddim": "maybe"}}, "synth.use_ddim='maybe': use true or false"),
+    ({"synth": {"name": "ddpm", "num_channels": 64}}, "num_channels and synth.channel_mult go together"),
+    ({"synth": {"name": "ddpm", "use_ddim": True, "sampler": "ddpm"}}, "are one key: keep one of them"),
+    ({"synth": {"name": "ddpm", "need_syn_imgs": False}}, "need_syn_imgs=false: replay of guide is drawn anew"),
+    ({"synth": {"name": "ldm"}}, "'ldm' does not allow: choose synth.name=ddpm"),  # it cannot be guided
+    ({"synth": {"name": "small_ldm"}}, "'small_ldm' does not allow: choose synth.name=ddpm"),
+    ({"embedding_kind": "none"}, "embedding_kind='none': only concat_time_1hot"),
+    ({"timestep_respacing": "ddim60"}, "^timestep_respacing='ddim60': no integer stride"),
+    ({"synth": {"name": "ddpm", "timestep_respacing": "0"}}, "^synth.timestep_respacing='0': use 1 to 1000"),
+    ({"synth": {"name": "ddpm", "train_respacing": "ddim60"}}, "^synth.train_respacing='ddim60': no integer"),
+    ({"batch_size": 2}, "batch_size=2: the last of 3 tasks gets no real image"),
+])  # fmt: skip
 def test_what_cannot_be_or_does_not_fit_is_refused_before_anything_is_learned(keys, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         toy_experiment("guide", tmp_path, "ddpm", **keys).check()
@@ -62,15 +59,12 @@ def test_what_cannot_be_or_does_not_fit_is_refused_before_anything_is_learned(ke
 BY_OLD = {"use_new_grad": False, "use_old_grad": True, "classifier_scale_min_old": 30}
 
 
-@pytest.mark.parametrize(
-    ("flags", "num_classes", "of_new", "sign"),
-    [
-        ({}, 6, True, 1),  # toward the likeliest of the new classes
-        ({"guid_to_new_classes": False}, 6, False, -1),  # away from the image's own
-        (BY_OLD, 2, False, 1),  # toward it, among the old ones
-        ({**BY_OLD, "negate_old_grad": True}, 2, False, -1),
-    ],
-)
+@pytest.mark.parametrize(("flags", "num_classes", "of_new", "sign"), [
+    ({}, 6, True, 1),  # toward the likeliest of the new classes
+    ({"guid_to_new_classes": False}, 6, False, -1),  # away from the image's own
+    (BY_OLD, 2, False, 1),  # toward it, among the old ones
+    ({**BY_OLD, "negate_old_grad": True}, 2, False, -1),
+])  # fmt: skip
 def test_guidance_moves_the_confidence_where_the_flags_say(flags, num_classes, of_new, sign, tmp_path):
     learner, task = learned(tmp_path, limit_tasks=2, **{"classifier_scale_min_new": 30, **flags})
     requests, confidence = Requests.of_labels(torch.arange(32) % 2, (0,)), []

@@ -97,13 +97,10 @@ def test_schedule_is_the_yamls_and_images_have_256_pixels_whatever_it_says(files
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("linear_end", 0.02, r"linear_end: 0.02, the checkpoint 0.012 \(in betas\)"),
-        ("timesteps", 500, r"timesteps: 500, the checkpoint 1000"),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("linear_end", 0.02, r"linear_end: 0.02, the checkpoint 0.012 \(in betas\)"),
+    ("timesteps", 500, r"timesteps: 500, the checkpoint 1000"),
+])  # fmt: skip
 def test_a_yaml_that_contradicts_the_checkpoint_is_told_so(files, key, value, message):
     rewrite_yaml(files, key, value)
     with pytest.raises(ConfigError, match=f"does not belong to this checkpoint: it says model.params.*{message}"):
@@ -125,39 +122,36 @@ def test_a_checkpoint_in_half_precision_has_rounded_weights_and_the_yamls_own_no
 UNET_KEY, VAE_KEY, TEXT_KEY = "unet_config.params.", "first_stage_config.params.", "cond_stage_config."
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        (UNET_KEY + "num_head_channels", 8, "should be -1"),  # would count before num_heads
-        (UNET_KEY + "num_heads", -1, "greater than 0"),
-        (UNET_KEY + "num_heads", "8 heads", "valid integer"),
-        (UNET_KEY + "use_spatial_transformer", False, "should be True"),
-        (UNET_KEY + "num_classes", 10, "should be None"),
-        (UNET_KEY + "use_scale_shift_norm", True, "should be False"),
-        (UNET_KEY + "resblock_updown", True, "should be False"),
-        (UNET_KEY + "dims", 3, "should be 2"),
-        (UNET_KEY + "transformer_depth", [1], "valid integer"),
-        (UNET_KEY + "channel_mult", [1, "a"], "valid integer"),
-        (UNET_KEY + "context_dim", None, "valid integer"),
-        (VAE_KEY + "embed_dim", 3, "should be 4"),
-        (VAE_KEY + "ddconfig.double_z", False, "should be True"),
-        (VAE_KEY + "ddconfig.attn_resolutions", [16], "at most 0 items"),
-        (VAE_KEY + "ddconfig.ch_mult", 1, "valid list"),
-        (TEXT_KEY + "params.max_seq_len", 64, "should be 77"),
-        (TEXT_KEY + "target", "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "should be 'ldm.*BERTEmbedder'"),
-        ("first_stage_config.target", "ldm.models.autoencoder.VQModelInterface", "should be 'ldm.*AutoencoderKL'"),
-        ("parameterization", "x0", "should be 'eps'"),
-        ("parameterization", "v", "should be 'eps'"),
-        ("beta_schedule", "sqrt_linear", "should be 'linear'"),
-        ("conditioning_key", "concat", "should be 'crossattn'"),
-        ("original_elbo_weight", 0.1, "should be 0"),
-        ("scale_by_std", True, "should be False"),
-        ("use_ema", True, "should be False"),
-        ("linear_start", "5e-3 ", "valid number"),
-        ("scale_factor", 0, "greater than 0"),
-        ("timesteps", "many", "valid integer"),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "message"), [
+    (UNET_KEY + "num_head_channels", 8, "should be -1"),  # would count before num_heads
+    (UNET_KEY + "num_heads", -1, "greater than 0"),
+    (UNET_KEY + "num_heads", "8 heads", "valid integer"),
+    (UNET_KEY + "use_spatial_transformer", False, "should be True"),
+    (UNET_KEY + "num_classes", 10, "should be None"),
+    (UNET_KEY + "use_scale_shift_norm", True, "should be False"),
+    (UNET_KEY + "resblock_updown", True, "should be False"),
+    (UNET_KEY + "dims", 3, "should be 2"),
+    (UNET_KEY + "transformer_depth", [1], "valid integer"),
+    (UNET_KEY + "channel_mult", [1, "a"], "valid integer"),
+    (UNET_KEY + "context_dim", None, "valid integer"),
+    (VAE_KEY + "embed_dim", 3, "should be 4"),
+    (VAE_KEY + "ddconfig.double_z", False, "should be True"),
+    (VAE_KEY + "ddconfig.attn_resolutions", [16], "at most 0 items"),
+    (VAE_KEY + "ddconfig.ch_mult", 1, "valid list"),
+    (TEXT_KEY + "params.max_seq_len", 64, "should be 77"),
+    (TEXT_KEY + "target", "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "should be 'ldm.*BERTEmbedder'"),
+    ("first_stage_config.target", "ldm.models.autoencoder.VQModelInterface", "should be 'ldm.*AutoencoderKL'"),
+    ("parameterization", "x0", "should be 'eps'"),
+    ("parameterization", "v", "should be 'eps'"),
+    ("beta_schedule", "sqrt_linear", "should be 'linear'"),
+    ("conditioning_key", "concat", "should be 'crossattn'"),
+    ("original_elbo_weight", 0.1, "should be 0"),
+    ("scale_by_std", True, "should be False"),
+    ("use_ema", True, "should be False"),
+    ("linear_start", "5e-3 ", "valid number"),
+    ("scale_factor", 0, "greater than 0"),
+    ("timesteps", "many", "valid integer"),
+])  # fmt: skip
 def test_a_yaml_of_a_model_that_is_not_ours_to_draw_with_is_refused_by_key_and_value(files, key, value, message):
     rewrite_yaml(files, key, value)
     shown = re.escape(f"model.params.{key}: {value!r}")
@@ -182,21 +176,18 @@ def test_what_compvis_says_beside_the_networks_does_no_harm(files, model):
         check_text_to_image(**files, offline=True)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("unet_config.params.context_dim", 768),
-        ("unet_config.params.model_channels", 320),
-        ("unet_config.params.out_channels", 8),
-        ("cond_stage_config.params.n_embed", 1280),
-        ("cond_stage_config.params.n_layer", 32),
-        ("first_stage_config.params.ddconfig.ch", 128),
-        ("unet_config.params.channel_mult", [1, 2, 4]),
-        ("unet_config.params.num_res_blocks", 2),
-        ("unet_config.params.attention_resolutions", [2]),
-        ("first_stage_config.params.ddconfig.ch_mult", [1, 1]),
-    ],
-)
+@pytest.mark.parametrize(("key", "value"), [
+    ("unet_config.params.context_dim", 768),
+    ("unet_config.params.model_channels", 320),
+    ("unet_config.params.out_channels", 8),
+    ("cond_stage_config.params.n_embed", 1280),
+    ("cond_stage_config.params.n_layer", 32),
+    ("first_stage_config.params.ddconfig.ch", 128),
+    ("unet_config.params.channel_mult", [1, 2, 4]),
+    ("unet_config.params.num_res_blocks", 2),
+    ("unet_config.params.attention_resolutions", [2]),
+    ("first_stage_config.params.ddconfig.ch_mult", [1, 1]),
+])  # fmt: skip
 def test_a_yaml_of_another_width_or_depth_is_refused_with_the_keys_that_do_not_fit(files, key, value):
     rewrite_yaml(files, key, value)
     message = r"does not fit the \w+ that the YAML describes \(\d+ of \d+ keys do\)\. \d+ \w+: "
@@ -219,18 +210,15 @@ def rewrite_weights(files, weights):
     torch.save({"state_dict": weights}, files["source"])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        (UNET + "input_blocks.1.0.in_layers.0.bias", None, "1 missing: down_blocks.0.resnets.0.norm1.bias"),
-        (VAE + "decoder.mid.attn_1.q.weight", None, "1 missing: decoder.mid_block.attentions.0.to_q.weight"),
-        (TEXT + "attn_layers.layers.3.1.net.2.bias", None, "1 missing: layers.1.fc2.bias"),
-        (TEXT + "pos_emb.emb.weight", None, "BERT .* lacks cond_stage_model.transformer.pos_emb.emb.weight"),
-        (UNET + "label_emb.weight", torch.zeros(3), r"1 unexpected: \S*weight"),
-        (VAE + "encoder.extra", torch.zeros(3), r"1 unexpected: \S*extra"),
-        (TEXT + "project_in.weight", torch.zeros(3), r"1 unexpected: \S*weight"),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "message"), [
+    (UNET + "input_blocks.1.0.in_layers.0.bias", None, "1 missing: down_blocks.0.resnets.0.norm1.bias"),
+    (VAE + "decoder.mid.attn_1.q.weight", None, "1 missing: decoder.mid_block.attentions.0.to_q.weight"),
+    (TEXT + "attn_layers.layers.3.1.net.2.bias", None, "1 missing: layers.1.fc2.bias"),
+    (TEXT + "pos_emb.emb.weight", None, "BERT .* lacks cond_stage_model.transformer.pos_emb.emb.weight"),
+    (UNET + "label_emb.weight", torch.zeros(3), r"1 unexpected: \S*weight"),
+    (VAE + "encoder.extra", torch.zeros(3), r"1 unexpected: \S*extra"),
+    (TEXT + "project_in.weight", torch.zeros(3), r"1 unexpected: \S*weight"),
+])  # fmt: skip
 def test_a_weight_that_is_missing_or_has_no_place_is_named(files, weights, key, value, message):
     changed = {name: tensor for name, tensor in (weights | {key: value}).items() if tensor is not None}
     rewrite_weights(files, changed)
@@ -238,15 +226,12 @@ def test_a_weight_that_is_missing_or_has_no_place_is_named(files, weights, key, 
         load(files)
 
 
-@pytest.mark.parametrize(
-    ("key", "kind"),
-    [
-        ("cond_stage_model.transformer.text_model.embeddings.position_ids", r"Stable Diffusion 1\.x"),
-        ("cond_stage_model.model.ln_final.weight", r"Stable Diffusion 2\.x"),
-        ("conditioner.embedders.0.transformer.weight", "Stable Diffusion XL"),
-        ("layer1.0.conv1.weight", "no latent diffusion model with a BERT text encoder"),
-    ],
-)
+@pytest.mark.parametrize(("key", "kind"), [
+    ("cond_stage_model.transformer.text_model.embeddings.position_ids", r"Stable Diffusion 1\.x"),
+    ("cond_stage_model.model.ln_final.weight", r"Stable Diffusion 2\.x"),
+    ("conditioner.embedders.0.transformer.weight", "Stable Diffusion XL"),
+    ("layer1.0.conv1.weight", "no latent diffusion model with a BERT text encoder"),
+])  # fmt: skip
 def test_another_architecture_is_named(files, weights, key, kind):
     kept = {name: value for name, value in weights.items() if not name.startswith(TEXT)}
     rewrite_weights(files, {**kept, key: torch.zeros(1)})
@@ -254,40 +239,31 @@ def test_another_architecture_is_named(files, weights, key, kind):
         load(files)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"yaml": None}, "yaml is missing: a checkpoint file needs its CompVis YAML"),
-        ({"yaml": "nowhere.yaml"}, "yaml='nowhere.yaml' is unreadable .*No such file.*see exps/ldm"),
-        ({"source": "no/model.ckpt"}, "no such file. Put text2img-large's model.ckpt there, or name CompVis"),
-        ({"tokenizer": "tests"}, "tokenizer='tests' is no folder with a vocab.txt"),
-        ({"tokenizer": "models/bert/none"}, "tokenizer='models/bert/none' is no folder with a vocab.txt"),
-        ({"tokenizer": "nobody/none"}, "is no folder with a vocab.txt, nor is it in the hub's cache, and nothing"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"yaml": None}, "yaml is missing: a checkpoint file needs its CompVis YAML"),
+    ({"yaml": "nowhere.yaml"}, "yaml='nowhere.yaml' is unreadable .*No such file.*see exps/ldm"),
+    ({"source": "no/model.ckpt"}, "no such file. Put text2img-large's model.ckpt there, or name CompVis"),
+    ({"tokenizer": "tests"}, "tokenizer='tests' is no folder with a vocab.txt"),
+    ({"tokenizer": "models/bert/none"}, "tokenizer='models/bert/none' is no folder with a vocab.txt"),
+    ({"tokenizer": "nobody/none"}, "is no folder with a vocab.txt, nor is it in the hub's cache, and nothing"),
+])  # fmt: skip
 def test_what_is_absent_is_said_before_any_weights_are_read(files, change, message):
     with pytest.raises((ConfigError, WeightsError), match=message):
         check_text_to_image(**files | change, offline=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model: [", "is unreadable"),
-        ("model:\n\tparams: 1", "is unreadable .*cannot start any token"),
-        ("[" * 3000 + "]" * 3000, "is unreadable .its sections lie too deep"),
-        ("model: !!python/object/apply:os.system [exit 1]", "is unreadable .*constructor"),
-        (
-            "a: &a [x, x]\nb: [*a, *a]",
-            r"is unreadable .what \*name stands for may be of any size: write it out",
-        ),
-        ("just words", "holds a str, not sections"),
-        ("- model", "holds a list, not sections"),
-        ("model: 3", "model.params.unet_config.params.model_channels is missing"),
-        ("model: {params: {}}", "model.params.unet_config.params.model_channels is missing"),
-        (None, "model.params.unet_config.params.num_heads is missing"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("model: [", "is unreadable"),
+    ("model:\n\tparams: 1", "is unreadable .*cannot start any token"),
+    ("[" * 3000 + "]" * 3000, "is unreadable .its sections lie too deep"),
+    ("model: !!python/object/apply:os.system [exit 1]", "is unreadable .*constructor"),
+    ("a: &a [x, x]\nb: [*a, *a]", r"is unreadable .what \*name stands for may be of any size: write it out"),
+    ("just words", "holds a str, not sections"),
+    ("- model", "holds a list, not sections"),
+    ("model: 3", "model.params.unet_config.params.model_channels is missing"),
+    ("model: {params: {}}", "model.params.unet_config.params.model_channels is missing"),
+    (None, "model.params.unet_config.params.num_heads is missing"),
+])  # fmt: skip
 def test_a_yaml_of_another_form_or_without_a_key_is_refused(files, text, message):
     rewrite_yaml(files, "unet_config.params.num_heads", ...)
     if text is not None:

@@ -89,14 +89,11 @@ def test_the_fingerprint_tells_weights_apart(model, copies, tmp_path, path):
 # ---------------------------------------------------------------------- folders and the hub
 
 
-@pytest.mark.parametrize(
-    ("gone", "message"),
-    [
-        (f"base/unet/{WEIGHTS}", f"base is not a whole text-to-image model of diffusers, it lacks unet/{WEIGHTS}"),
-        ("control/config.json", "control is not a whole ControlNet of diffusers, it lacks config.json: copy the files"),
-        (f"control/{WEIGHTS}", f"control is not a whole ControlNet of diffusers, it lacks {WEIGHTS}: copy the files"),
-    ],
-)
+@pytest.mark.parametrize(("gone", "message"), [
+    (f"base/unet/{WEIGHTS}", f"base is not a whole text-to-image model of diffusers, it lacks unet/{WEIGHTS}"),
+    ("control/config.json", "control is not a whole ControlNet of diffusers, it lacks config.json: copy the files"),
+    (f"control/{WEIGHTS}", f"control is not a whole ControlNet of diffusers, it lacks {WEIGHTS}: copy the files"),
+])  # fmt: skip
 def test_a_missing_file_is_named_with_its_folder(copies, tmp_path, gone, message):
     (tmp_path / gone).unlink()
     with pytest.raises(WeightsError, match=re.escape(message)):
@@ -135,14 +132,11 @@ def for_another_base(path):
     ControlNetModel.from_config(config | {"cross_attention_dim": 64}).save_pretrained(path.parent)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (cut, "{folder} cannot be read as ControlNetModel"),
-        (without_a_bias, "weights in {folder} are not .* 1 missing: controlnet_mid_block.bias"),  # not drawn at random
-        (for_another_base, "its cross_attention_dim is 64, the base's 32"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "message"), [
+    (cut, "{folder} cannot be read as ControlNetModel"),
+    (without_a_bias, "weights in {folder} are not .* 1 missing: controlnet_mid_block.bias"),  # not drawn at random
+    (for_another_base, "its cross_attention_dim is 64, the base's 32"),
+])  # fmt: skip
 def test_a_controlnet_that_is_damaged_or_does_not_fit_is_refused(copies, damage, message):
     damage(copies[1] / WEIGHTS)
     with pytest.raises(WeightsError, match=message.format(folder=copies[1])):
@@ -198,31 +192,25 @@ def test_a_file_draws_the_images_of_the_folders_that_it_was_made_from(networks, 
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("control_model.zero_convs.3.0.bias", None, "1 missing: controlnet_down_blocks.3.bias"),
-        ("control_model.extra", torch.zeros(1), "1 unexpected: control_model.extra"),
-        ("control_model.input_blocks.0.0.weight", None, "no Stable Diffusion 1.x with a ControlNet: it has .* weights"),
-        ("first_stage_model.decoder.conv_out.bias", torch.zeros(4), r"1 misshapen: decoder.conv_out.bias \(4,\)"),
-        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", None, "1 missing: .*final_layer_norm.bias"),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("control_model.zero_convs.3.0.bias", None, "1 missing: controlnet_down_blocks.3.bias"),
+    ("control_model.extra", torch.zeros(1), "1 unexpected: control_model.extra"),
+    ("control_model.input_blocks.0.0.weight", None, "no Stable Diffusion 1.x with a ControlNet: it has .* weights"),
+    ("first_stage_model.decoder.conv_out.bias", torch.zeros(4), r"1 misshapen: decoder.conv_out.bias \(4,\)"),
+    ("cond_stage_model.transformer.text_model.final_layer_norm.bias", None, "1 missing: .*final_layer_norm.bias"),
+])  # fmt: skip
 def test_a_file_with_a_weight_too_few_too_many_or_misshapen_is_refused(weights, tmp_path, key, value, message):
     changed = {name: tensor for name, tensor in (weights | {key: value}).items() if tensor is not None}
     with pytest.raises(WeightsError, match=message):
         load_controlnet(**write_file(tmp_path, changed), offline=True)
 
 
-@pytest.mark.parametrize(
-    ("base", "control", "parts"),
-    [
-        ("a/base", "a/control", ["base='a/base'", "controlnet='a/control'", "lacks config.json", "models--a--control"]),
-        ("nobody/base", None, ["controlnet='lllyasviel/sd-controlnet-canny': the cache {cache}"]),  # the published one
-        ("gone.pth", None, ["base='gone.pth'", "tokenizer='openai/clip-vit-large-patch14' is no folder with a token"]),
-        ("gone.pth", "a/control", ["base='gone.pth'", "holds a ControlNet of its own: leave controlnet out"]),
-    ],
-)
+@pytest.mark.parametrize(("base", "control", "parts"), [
+    ("a/base", "a/control", ["base='a/base'", "controlnet='a/control'", "lacks config.json", "models--a--control"]),
+    ("nobody/base", None, ["controlnet='lllyasviel/sd-controlnet-canny': the cache {cache}"]),  # the published one
+    ("gone.pth", None, ["base='gone.pth'", "tokenizer='openai/clip-vit-large-patch14' is no folder with a token"]),
+    ("gone.pth", "a/control", ["base='gone.pth'", "holds a ControlNet of its own: leave controlnet out"]),
+])  # fmt: skip
 @pytest.mark.parametrize("act", [check_controlnet, load_controlnet])
 def test_all_that_is_missing_offline_is_named_at_once_with_the_place_to_put_it(cache, act, base, control, parts):
     with pytest.raises(WeightsError, match="offline") as caught:

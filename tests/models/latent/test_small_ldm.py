@@ -16,14 +16,11 @@ def pixels(count=3, channels=1, side=8):
     return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize(
-    ("shape", "widths", "latent"),
-    [
-        ((1, 8, 8), [8], (4, 8, 8)),  # one level: no smaller latent, only other channels
-        ((1, 8, 8), [8, 8], (4, 4, 4)),
-        ((3, 32, 32), [8, 8, 8], (4, 8, 8)),
-    ],
-)
+@pytest.mark.parametrize(("shape", "widths", "latent"), [
+    ((1, 8, 8), [8], (4, 8, 8)),  # one level: no smaller latent, only other channels
+    ((1, 8, 8), [8, 8], (4, 4, 4)),
+    ((3, 32, 32), [8, 8, 8], (4, 8, 8)),
+])  # fmt: skip
 def test_each_level_of_the_autoencoder_halves_the_latent(shape, widths, latent):
     model = SmallLDM(shape, ["a"], tiny_config(vae_channels=widths)).freeze()
     moments = model.moments(pixels(2, shape[0], shape[1]))
@@ -94,18 +91,15 @@ def test_a_folder_without_a_model_is_named_and_weights_that_do_not_fit_are_count
         SmallLDM.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"num_moons": 2}, "num_moons"),  # nobody knows it
-        ({"num_heads": "two"}, "num_heads='two'"),
-        ({"num_tokens": 3}, "8 is not a multiple of num_tokens=3"),
-        ({"image_shape": [1, 8]}, "not enough values"),
-        ({"image_shape": [0, 8, 8]}, "does not fit the model.json beside it"),
-        ({"class_names": None}, "holds no SmallLDM"),
-        (["model"], "must be a mapping, not list"),
-    ],
-)
+@pytest.mark.parametrize(("change", "said"), [
+    ({"num_moons": 2}, "num_moons"),  # nobody knows it
+    ({"num_heads": "two"}, "num_heads='two'"),
+    ({"num_tokens": 3}, "8 is not a multiple of num_tokens=3"),
+    ({"image_shape": [1, 8]}, "not enough values"),
+    ({"image_shape": [0, 8, 8]}, "does not fit the model.json beside it"),
+    ({"class_names": None}, "holds no SmallLDM"),
+    (["model"], "must be a mapping, not list"),
+])  # fmt: skip
 def test_a_damaged_description_is_refused_in_one_line(tmp_path, change, said):
     tiny_model().save(tmp_path)
     content = json.loads((tmp_path / "model.json").read_text())
@@ -115,17 +109,14 @@ def test_a_damaged_description_is_refused_in_one_line(tmp_path, change, said):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"vae_channels": [8, 8, 8]}, "halve an image 3 times, so its side must be a multiple of 8, not 12"),
-        ({"vae_channels": [9]}, r"vae_channels=\[9\]: 9 is not a multiple of norm_num_groups=2"),
-        ({"block_out_channels": [8, 9]}, r"9 is not a multiple of norm_num_groups=2"),
-        ({"block_out_channels": [8, 10], "num_heads": 4}, r"10 is not a multiple of num_heads=4"),
-        ({"num_tokens": 3}, "vector_size=8: 8 is not a multiple of num_tokens=3"),
-        ({"attention_levels": [2]}, r"attention_levels=\[2\] do not exist: levels are 0 to 1"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"vae_channels": [8, 8, 8]}, "halve an image 3 times, so its side must be a multiple of 8, not 12"),
+    ({"vae_channels": [9]}, r"vae_channels=\[9\]: 9 is not a multiple of norm_num_groups=2"),
+    ({"block_out_channels": [8, 9]}, r"9 is not a multiple of norm_num_groups=2"),
+    ({"block_out_channels": [8, 10], "num_heads": 4}, r"10 is not a multiple of num_heads=4"),
+    ({"num_tokens": 3}, "vector_size=8: 8 is not a multiple of num_tokens=3"),
+    ({"attention_levels": [2]}, r"attention_levels=\[2\] do not exist: levels are 0 to 1"),
+])  # fmt: skip
 def test_shapes_that_do_not_fit_are_named_by_key(changes, said):
     with pytest.raises(ConfigError, match=said):
         SmallLDM((1, 12, 12), ["a"], tiny_config(**changes))

@@ -206,17 +206,14 @@ def test_the_folder_of_a_checkpoint_is_told_from_the_checkpoint_and_no_folder_fr
         check_text_to_image("models/ldm/large", None, "", offline=False)
 
 
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        ("model_index", {"_class_name": "XLPipeline"}, "holds a XLPipeline; use .*LDMTextToImagePipeline"),
-        ("model_index", {"vqvae": ["diffusers", "VQModel"]}, "vqvae holds a VQModel, where .* is read with a Autoenc"),
-        ("model_index", {"vqvae": "VQModel"}, "vqvae holds a None, where"),
-        ("unet/config", {"cross_attention_dim": 48}, r"8 misshapen: \S+k.weight \(32, 32\) instead of \(32, 48\)"),
-        ("bert/config", {"d_model": 48}, r"misshapen: model.embed_positions.weight \(77, 32\) instead of \(77, 48\)"),
-        ("bert/config", {"encoder_layers": 3}, r"13 missing: model.layers.2.fc1.bias"),
-    ],
-)
+@pytest.mark.parametrize(("file", "change", "message"), [
+    ("model_index", {"_class_name": "XLPipeline"}, "holds a XLPipeline; use .*LDMTextToImagePipeline"),
+    ("model_index", {"vqvae": ["diffusers", "VQModel"]}, "vqvae holds a VQModel, where .* is read with a Autoenc"),
+    ("model_index", {"vqvae": "VQModel"}, "vqvae holds a None, where"),
+    ("unet/config", {"cross_attention_dim": 48}, r"8 misshapen: \S+k.weight \(32, 32\) instead of \(32, 48\)"),
+    ("bert/config", {"d_model": 48}, r"misshapen: model.embed_positions.weight \(77, 32\) instead of \(77, 48\)"),
+    ("bert/config", {"encoder_layers": 3}, r"13 missing: model.layers.2.fc1.bias"),
+])  # fmt: skip
 def test_a_model_of_another_kind_or_shape_is_named(ldm_copy, file, change, message):
     edit_json(ldm_copy / f"{file}.json", **change)
     with pytest.raises(WeightsError, match=message):
@@ -243,23 +240,20 @@ def test_parts_of_two_models_are_refused(ldm_copy):
         load_text_to_image(str(ldm_copy))
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        (UNET, b"\x08", r"unet cannot be read as UNet2DConditionModel: .*; fetch it again"),
-        (
-            UNET.replace("safetensors", "bin"),
-            {"x": torch.zeros(1), "callback": Path},
-            "unet cannot .*again, or save the tensors",
-        ),
-        ("bert/model.safetensors", b"\x08\x00", r"bert cannot be read as LDMBertModel: SafetensorError"),
-        ("bert/pytorch_model.bin", {"x": torch.zeros(1), "callback": Path}, r"bert cannot .*LDMBertModel: Unpickling"),
-        ("bert/pytorch_model.bin", [1], r"bert cannot be read as LDMBertModel: TypeError"),
-        ("bert/pytorch_model.bin", b"version https://git-lfs", "pytorch_model.bin is a pointer of git-lfs: run"),
-        ("vqvae/config.json", b"[]", "vqvae cannot be read as AutoencoderKL"),
-        ("bert/config.json", b"[]", "bert cannot be read as LDMBertModel"),
-    ],
-)
+@pytest.mark.parametrize(("file", "content", "message"), [
+    (UNET, b"\x08", r"unet cannot be read as UNet2DConditionModel: .*; fetch it again"),
+    (
+        UNET.replace("safetensors", "bin"),
+        {"x": torch.zeros(1), "callback": Path},
+        "unet cannot .*again, or save the tensors",
+    ),
+    ("bert/model.safetensors", b"\x08\x00", r"bert cannot be read as LDMBertModel: SafetensorError"),
+    ("bert/pytorch_model.bin", {"x": torch.zeros(1), "callback": Path}, r"bert cannot .*LDMBertModel: Unpickling"),
+    ("bert/pytorch_model.bin", [1], r"bert cannot be read as LDMBertModel: TypeError"),
+    ("bert/pytorch_model.bin", b"version https://git-lfs", "pytorch_model.bin is a pointer of git-lfs: run"),
+    ("vqvae/config.json", b"[]", "vqvae cannot be read as AutoencoderKL"),
+    ("bert/config.json", b"[]", "bert cannot be read as LDMBertModel"),
+])  # fmt: skip
 def test_a_file_that_is_damaged_or_would_run_code_is_named(ldm_copy, file, content, message):
     path = ldm_copy / file
     if path.suffix == ".bin":
@@ -269,21 +263,18 @@ def test_a_file_that_is_damaged_or_would_run_code_is_named(ldm_copy, file, conte
         load_text_to_image(str(ldm_copy))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prediction_type": "sample"}, "'prediction_type': 'sample'.* use a model of epsilon or v_prediction"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "'algorithm_type': 'sde-dpm.* and no SDE"),
-        (
-            {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
-            "'rescale_betas_zero_snr': True. is not supported; use a model of v_pred",
-        ),
-        ({"beta_end": None}, "makes no noise of diffusers .TypeError"),
-        ({"beta_schedule": "cosine"}, "makes no noise of diffusers .NotImplementedError: cosine is not"),
-        ({"beta_start": "a"}, "makes no noise of diffusers"),
-        ({"trained_betas": "a"}, "makes no noise of diffusers"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"prediction_type": "sample"}, "'prediction_type': 'sample'.* use a model of epsilon or v_prediction"),
+    ({"algorithm_type": "sde-dpmsolver++"}, "'algorithm_type': 'sde-dpm.* and no SDE"),
+    (
+        {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
+        "'rescale_betas_zero_snr': True. is not supported; use a model of v_pred",
+    ),
+    ({"beta_end": None}, "makes no noise of diffusers .TypeError"),
+    ({"beta_schedule": "cosine"}, "makes no noise of diffusers .NotImplementedError: cosine is not"),
+    ({"beta_start": "a"}, "makes no noise of diffusers"),
+    ({"trained_betas": "a"}, "makes no noise of diffusers"),
+])  # fmt: skip
 def test_noise_of_an_unknown_kind_is_refused(sd_copy, change, message):
     edit_json(sd_copy / "scheduler" / "scheduler_config.json", **change)
     with pytest.raises(WeightsError, match=f"scheduler_config.json.*{message}"):
@@ -318,14 +309,11 @@ def test_weights_that_are_absent_offline_are_named_with_the_place_to_put_them(ca
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("answers", "reason"),
-    [
-        (None, "nothing is fetched offline"),
-        (False, "the hub does not answer"),
-        (True, r"could not be fetched \(ConnectionError: no route\)"),
-    ],
-)
+@pytest.mark.parametrize(("answers", "reason"), [
+    (None, "nothing is fetched offline"),
+    (False, "the hub does not answer"),
+    (True, r"could not be fetched \(ConnectionError: no route\)"),
+])  # fmt: skip
 def test_a_model_that_was_never_fetched_is_missed_unless_it_may_be_fetched(cache, monkeypatch, answers, reason):
     def unreachable(*names, **options):
         raise OSError("not cached") from ConnectionError("no route")
