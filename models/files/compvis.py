@@ -26,16 +26,12 @@ LATENT_SIDE = 32
 
 SCHEDULE_KEYS = {"num_train_timesteps": "timesteps", "beta_start": "linear_start", "beta_end": "linear_end"}
 # Numbers of the YAML that CompVis keeps beside the weights too: in which buffer, and how they are read off it.
-KEPT = {
-    "timesteps": ("betas", len), "linear_start": ("betas", itemgetter(0)), "linear_end": ("betas", itemgetter(-1)),
-    "scale_factor": ("scale_factor", float),
-}  # fmt: skip
+KEPT = {"timesteps": ("betas", len), "linear_start": ("betas", itemgetter(0)),
+        "linear_end": ("betas", itemgetter(-1)), "scale_factor": ("scale_factor", float)}  # fmt: skip
 # Weights by which such a checkpoint is known: one of each part, and all from which a size is read.
-SHOWN = {
-    "unet": UNET + "out.2.weight", "vae": VAE + "post_quant_conv.weight", "words": TEXT + "token_emb.weight",
-    "positions": TEXT + "pos_emb.emb.weight", "queries": TEXT + "attn_layers.layers.0.1.to_q.weight",
-    "feed_forward": TEXT + "attn_layers.layers.1.1.net.0.0.weight",
-}  # fmt: skip
+SHOWN = {"unet": UNET + "out.2.weight", "vae": VAE + "post_quant_conv.weight", "words": TEXT + "token_emb.weight",
+         "positions": TEXT + "pos_emb.emb.weight", "queries": TEXT + "attn_layers.layers.0.1.to_q.weight",
+         "feed_forward": TEXT + "attn_layers.layers.1.1.net.0.0.weight"}  # fmt: skip
 # A key that gives another kind of model away.
 FOREIGN = {
     TEXT + "text_model.": "Stable Diffusion 1.x",
@@ -46,12 +42,10 @@ FOREIGN = {
 }
 # CompVis' names of the text encoder's layers to those of LDMBertEncoder. Even blocks (0.) are attention, odd ones (1.)
 # feed-forward.
-TEXT_NAMES = {
-    "token_emb": "embed_tokens", "pos_emb.emb": "embed_positions", "norm": "layer_norm",
-    "0.0": "self_attn_layer_norm", "0.1.to_q": "self_attn.q_proj", "0.1.to_k": "self_attn.k_proj",
-    "0.1.to_v": "self_attn.v_proj", "0.1.to_out": "self_attn.out_proj",
-    "1.0": "final_layer_norm", "1.1.net.0.0": "fc1", "1.1.net.2": "fc2",
-}  # fmt: skip
+TEXT_NAMES = {"token_emb": "embed_tokens", "pos_emb.emb": "embed_positions", "norm": "layer_norm",
+              "0.0": "self_attn_layer_norm", "0.1.to_q": "self_attn.q_proj", "0.1.to_k": "self_attn.k_proj",
+              "0.1.to_v": "self_attn.v_proj", "0.1.to_out": "self_attn.out_proj",
+              "1.0": "final_layer_norm", "1.1.net.0.0": "fc1", "1.1.net.2": "fc2"}  # fmt: skip
 
 
 @dataclass(frozen=True)

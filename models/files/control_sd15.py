@@ -20,13 +20,11 @@ LAYERS = 2  # residual blocks per level
 HEAD_WIDTH = 64  # of CLIP's heads
 LATENT_SIDE = 64  # of a latent of 512 pixels
 # One weight of each part: one from which a width is read, if there is one.
-SHOWN = {
-    "control": CONTROL + "input_blocks.0.0.weight", "unet": UNET + "input_blocks.0.0.weight",
-    "context": UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-    "vae": VAE + "encoder.conv_in.weight", "words": CLIP + "embeddings.token_embedding.weight",
-    "positions": CLIP + "embeddings.position_embedding.weight",
-    "feed_forward": CLIP + "encoder.layers.0.mlp.fc1.weight",
-}  # fmt: skip
+SHOWN = {"control": CONTROL + "input_blocks.0.0.weight", "unet": UNET + "input_blocks.0.0.weight",
+         "context": UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+         "vae": VAE + "encoder.conv_in.weight", "words": CLIP + "embeddings.token_embedding.weight",
+         "positions": CLIP + "embeddings.position_embedding.weight",
+         "feed_forward": CLIP + "encoder.layers.0.mlp.fc1.weight"}  # fmt: skip
 
 
 def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[TextToImageParts, nn.Module]:
