@@ -52,6 +52,7 @@ class Learner(ABC):
     uses_exemplars = False
     replay_kind: type[Replay] | None = None  # its own way of replay; None: the source's
     head = "linear"
+    counters: tuple[str, ...] = ()  # whole numbers of its own that a checkpoint must hold
     eval_batch = 256  # images that are looked at together
 
     def __init__(self, config, data: DataManager, run: Run, replay: Replay):
@@ -153,11 +154,13 @@ class Learner(ABC):
         """Go on once the source has learned the task; for learners that retrain their head then."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Return tensors that a checkpoint must hold beside network and exemplars."""
-        return {}
+        """Return tensors that a checkpoint must hold beside network and exemplars: the counters."""
+        return {name: torch.tensor(getattr(self, name)) for name in self.counters}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take over what ``extra_state`` gave."""
+        for name in self.counters:
+            setattr(self, name, int(state[name]))
 
     @torch.no_grad()
     def predict(self, images: ImageSet) -> dict[str, Tensor]:

@@ -18,8 +18,7 @@ def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) ->
         temperature: T > 0.
     """
     targets = torch.softmax(old_logits / temperature, dim=1)
-    kept = logits[:, : old_logits.shape[1]]
-    return -(targets * F.log_softmax(kept / temperature, dim=1)).sum(1).mean()
+    return -(targets * F.log_softmax(logits[:, : targets.shape[1]] / temperature, dim=1)).sum(1).mean()
 
 
 def cross_entropy_from(first: int, logits: Tensor, labels: Tensor) -> Tensor:

@@ -28,10 +28,9 @@ class LearningWithoutForgetting(PyCILLearner):
         lamda: Factor = Field(3.0, description="weight of the distillation term")
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
-        logits = self.network(batch.images)  # (B, num_seen)
+        config, logits = self.config, self.network(batch.images)  # (B, num_seen)
         first = 0 if len(self.past) else task.num_old
         terms = {"cross_entropy": cross_entropy_from(first, logits, batch.labels)}
         if self.old_network is not None:
-            distill = distillation_loss(logits, self.old_network(batch.images), self.config.T)
-            terms["distill"] = self.config.lamda * distill
+            terms["distill"] = config.lamda * distillation_loss(logits, self.old_network(batch.images), config.T)
         return terms

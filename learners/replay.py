@@ -30,6 +30,7 @@ class ExperienceReplay(PyCILLearner):
 
     uses_exemplars = True
     num_offered = 0  # images that the reservoir has seen
+    counters = ("num_offered",)
 
     def after_training(self, task: Task) -> None:
         if self.config.selection == "herding":
@@ -52,9 +53,3 @@ class ExperienceReplay(PyCILLearner):
             kept[slot : slot + 1] = [len(memory.images) + order[item]]
         memory.images = (memory.images + images).take(kept)
         self.num_offered += len(images)
-
-    def extra_state(self) -> dict[str, torch.Tensor]:
-        return {"num_offered": torch.tensor(self.num_offered)}
-
-    def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.num_offered = int(state["num_offered"])

@@ -106,10 +106,11 @@ class GUIDE(Learner):
     head = "plain"
     accepts = frozenset({"images"})
     replay_kind = Guided
+    num_seen = 0
+    counters = ("num_seen",)
 
     def __init__(self, config, data, run, replay):
         super().__init__(config, data, run, replay)
-        self.num_seen = 0
         if not self.transform.whole_batch:
             remedy = "take a data set of up to 64 pixels, such as imagenet100_64"
             raise ConfigError(f"{config.model_name} keeps images in memory, {config.dataset!r} is in files: {remedy}")
@@ -158,12 +159,6 @@ class GUIDE(Learner):
     def predict(self, images: ImageSet) -> dict[str, Tensor]:
         logits = self.logits(images)
         return {"cnn": logits if self.config.eval_logits == "all" else logits[:, : self.num_seen]}
-
-    def extra_state(self) -> dict[str, Tensor]:
-        return {"num_seen": torch.tensor(self.num_seen)}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self.num_seen = int(state["num_seen"])
 
     # ------------------------------------------------------------------ what bends the replay
 
