@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import re
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from torch.testing import assert_close
 
 from learners.run.plan import describe_replay
 from synth import drawing
+from tests.support.learned import learned_toy
 from tests.support.toy import tiny_source, toy_experiment
 from utils.data.images import ImageSet
 from utils.run.errors import BankError, ConfigError
@@ -72,9 +72,7 @@ def test_what_does_not_fit_the_memory_is_refused_before_training(tmp_path, keys,
 
 
 def test_a_reservoir_keeps_what_the_maps_leave_and_compresses_other_images(tmp_path):
-    experiment = toy_experiment("replay", tmp_path, "small_controlnet", memory_per_class=4, selection="reservoir")
-    experiment.learn_all()
-    learner = experiment.learner
+    learner = learned_toy("replay", tmp_path, "small_controlnet", memory_per_class=4, selection="reservoir").learner
     real, maps = learner.memory.images.select([5]), learner.replay.source.maps[5]
     kept = {learner.replay.source.compress(real.image(position)).item for position in range(len(real))}
     assert len(maps) == 3 and len(learner.choices[5]) == 5
@@ -163,15 +161,14 @@ def test_class_order_seeds_do_not_share_a_folder(tmp_path):
     assert first.folder != second.folder
 
 
-def test_an_image_without_edges_is_said_once_and_drawn(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("reprise"), "propagate", True)
+def test_an_image_without_edges_is_said_once_and_drawn(tmp_path, warnings):
     source = escort(tmp_path, syn_per_class=2).check().replay.source
     flat = torch.full((1, 8, 8), 90, dtype=torch.uint8)
-    assert not any(source.compress(flat).bits) and not caplog.text  # as in the generator's training
+    assert not any(source.compress(flat).bits) and not warnings.text  # as in the generator's training
     items = source.read(ImageSet.of(flat[None] // 2, torch.tensor([0])))
     source._model = source.new_model()
     assert source.generate(source.ask(torch.tensor([0]), items, torch.tensor([0]))).image(0).shape == (1, 8, 8)
-    assert caplog.text.count("no edges at all") == 1
+    assert warnings.text.count("no edges at all") == 1
 
 
 def test_the_plan_counts_copies_at_the_size_of_the_images(tmp_path):

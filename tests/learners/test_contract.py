@@ -36,10 +36,6 @@ INTERRUPTED = [
 ]
 
 
-def weights(experiment):
-    return {name: value.clone() for name, value in experiment.learner.network.state_dict().items()}
-
-
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("init_cls", "increment", "tasks"), [
     (1, 1, 6),  # one class at a time
@@ -78,7 +74,7 @@ def test_finished_run_is_known_as_finished(ended):
 def test_another_seed_gives_other_bits(ended, tmp_path):
     first, other = ended[0], toy_experiment(ended[0].config.model_name, tmp_path, epochs=1, seed=8, limit_tasks=1)
     other.learn_all()
-    assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(other).values())))
+    assert not torch.equal(*(next(iter(each.learner.network.state_dict().values())) for each in (first, other)))
 
 
 def test_learner_works_while_past_data_is_sealed_unless_it_is_an_upper_bound(ended):
@@ -113,7 +109,8 @@ def test_interrupted_run_ends_with_the_same_bits(name, source, precision, tmp_pa
         broken = toy_experiment(name, tmp_path / "broken", source, **keys)
     results = broken.learn_all()
     assert without_clock(results) == without_clock(expected)
-    torch.testing.assert_close(weights(broken), weights(whole), rtol=0, atol=0)
+    networks = (experiment.learner.network.state_dict() for experiment in (broken, whole))
+    torch.testing.assert_close(*networks, rtol=0, atol=0)
 
 
 def stops(experiment):

@@ -6,6 +6,7 @@ import torch
 from learners import LEARNERS
 from learners.run.configure import build_config
 from learners.run.predict import load_learner
+from tests.support.learned import count, learned_toy, snapshot
 from tests.support.toy import toy_experiment, toy_raw
 from utils.data.batches import Batch
 
@@ -51,15 +52,12 @@ def learned(request, tmp_path_factory):
     seen, after_training = [], LEARNERS[request.param].after_training
 
     def remember(self, task):
-        branches = self.network.backbone.branches
-        seen.append([{key: value.clone() for key, value in branch.state_dict().items()} for branch in branches])
+        seen.append([snapshot(branch) for branch in self.network.backbone.branches])
         after_training(self, task)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LEARNERS[request.param], "after_training", remember)
-        experiment = toy_experiment(request.param, tmp_path_factory.mktemp(request.param), epochs=1)
-        experiment.learn_all()
-    return experiment, seen
+        return learned_toy(request.param, tmp_path_factory.mktemp(request.param), epochs=1), seen
 
 
 def test_old_branches_keep_every_bit_through_later_tasks_and_the_auxiliary_head_goes(learned):
@@ -98,9 +96,7 @@ def test_memo_trains_what_its_keys_say(keys, learns, tmp_path):
     *((written, "resnet18", "imagenet") for written in ("memo_resnet18", "resnet18")),  # ESCORT writes no prefix
     ("vit_base_patch16_224_memo", "vit_base_patch16_224", "auto"),  # PILOT
 ])  # fmt: skip
-def test_the_word_memo_is_dropped_from_a_backbone_and_a_resnet18_has_the_stem_for_photographs(
-    written, name, stem, tmp_path
-):
+def test_the_word_memo_is_dropped_and_a_resnet18_has_the_stem_for_photographs(written, name, stem, tmp_path):
     config, _ = build_config(toy_raw("memo", tmp_path, convnet_type=written))
     assert (config.convnet_type.lower(), config.stem) == (name, stem)
     given, _ = build_config(toy_raw("memo", tmp_path, convnet_type=written, stem="cifar"))
@@ -110,7 +106,7 @@ def test_the_word_memo_is_dropped_from_a_backbone_and_a_resnet18_has_the_stem_fo
 def test_memos_resnet18_has_the_large_stem_on_small_images_as_in_pycil(tmp_path):
     trunk = toy_experiment("memo", tmp_path, convnet_type="memo_resnet18").check().network.backbone.trunk
     assert next(trunk.parameters()).shape == (64, 3, 7, 7)
-    assert sum(parameter.numel() for parameter in trunk.parameters()) == 2_782_784  # ESCORT's card, check 10
+    assert count(trunk) == 2_782_784  # ESCORT's card, check 10
 
 
 def test_a_cosine_schedule_of_memo_ends_where_t_max_says(tmp_path):

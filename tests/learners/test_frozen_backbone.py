@@ -1,6 +1,5 @@
 """Learners on a backbone that never changes: where it comes from, what is kept of it, and what stands on it."""
 
-import copy
 from pkgutil import resolve_name
 
 import pytest
@@ -10,6 +9,7 @@ from torch.testing import assert_close
 
 from learners.run.configure import build_config
 from learners.run.state import learner_state
+from tests.support.learned import learned_toy, snapshot
 from tests.support.tiny_asp import tiny_vit_file
 from tests.support.toy import TINY_LEARNERS, TINY_SOURCES, Interrupted, toy_experiment, toy_raw
 from utils.run.errors import ConfigError
@@ -26,19 +26,13 @@ def make_learner(folder, name="simplecil", **keys):
     return toy_experiment(name, folder, **keys).check()
 
 
-def learn(learner):
-    for task in learner.data.tasks():
-        learner.learn_task(task)
-    return learner
-
-
 @pytest.mark.parametrize(("pretrain_epochs", "changes"), [(2, True), (0, False)])
 def test_pretraining_changes_the_backbone_in_the_first_task_alone(pretrain_epochs, changes, tmp_path):
     learner = make_learner(tmp_path, pretrain_epochs=pretrain_epochs)
-    states = [copy.deepcopy(learner.frozen.network.state_dict())]
+    states = [snapshot(learner.frozen.network)]
     for task in learner.data.tasks():
         learner.learn_task(task)
-        states.append(copy.deepcopy(learner.frozen.network.state_dict()))
+        states.append(snapshot(learner.frozen.network))
     assert torch.equal(states[0]["conv.weight"], states[1]["conv.weight"]) != changes
     assert_close(states[changes:-1], states[changes + 1 :], **EXACT)
     assert not any(parameter.requires_grad for parameter in learner.frozen.network.parameters())
@@ -82,13 +76,11 @@ def test_simplecil_decides_by_the_cosine_to_the_mean_feature(tmp_path):
 
 
 def test_simplecil_ends_the_same_however_classes_are_cut_into_tasks(tmp_path):
-    keys = {"pretrain_epochs": 0, "precision": "fp32"}
-    weights = [
-        learn(make_learner(tmp_path / str(size), init_cls=size, increment=size, **keys)).network.head.weight.data
-        for size in (1, 2, 6)
-    ]
-    assert_close(weights[0], weights[2], rtol=0, atol=1e-5)
-    assert_close(weights[1], weights[2], rtol=0, atol=1e-5)
+    weights = []
+    for size in (1, 2, 6):
+        keys = {"init_cls": size, "increment": size, "pretrain_epochs": 0, "precision": "fp32"}
+        weights.append(learned_toy("simplecil", tmp_path / str(size), **keys).learner.network.head.weight.data)
+    assert_close(weights[:2], [weights[2]] * 2, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("place", "steps"), [
@@ -100,13 +92,11 @@ def test_simplecil_ends_the_same_however_classes_are_cut_into_tasks(tmp_path):
 def test_asp_goes_on_in_the_middle_of_an_epoch_with_the_same_bits(place, steps, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "reprise")
     keys = {"pretrain_epochs": 2, "batch_size": 4, "increment": 4, "checkpoint_every": 2}
-    whole = toy_experiment("asp", tmp_path / "whole", **keys)
-    whole.learn_all()
+    whole = learned_toy("asp", tmp_path / "whole", **keys)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_after(patch, place, steps)
         toy_experiment("asp", tmp_path / "broken", **keys).learn_all()
-    broken = toy_experiment("asp", tmp_path / "broken", **keys)
-    broken.learn_all()
+    broken = learned_toy("asp", tmp_path / "broken", **keys)
     assert "continues at step" in (broken.folder / "log.txt").read_text()
     assert_close(broken.learner.network.state_dict(), whole.learner.network.state_dict(), **EXACT)
 
@@ -126,8 +116,7 @@ def stop_after(patch, place, steps):
 
 @pytest.mark.parametrize(("fs_epoch", "warned"), [(0, True), (1, False)])
 def test_asp_says_if_replay_has_nothing_to_act_on(fs_epoch, warned, tmp_path):
-    experiment = toy_experiment("asp", tmp_path, "ddpm", fs_epoch=fs_epoch, pretrain_epochs=0, increment=4)
-    experiment.learn_all()
+    experiment = learned_toy("asp", tmp_path, "ddpm", fs_epoch=fs_epoch, pretrain_epochs=0, increment=4)
     assert ("replay changes nothing" in (experiment.folder / "log.txt").read_text()) == warned
 
 

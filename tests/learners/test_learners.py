@@ -11,6 +11,7 @@ from learners.run.configure import build_config
 from learners.run.experiment import Experiment
 from models.incremental import IncrementalNet
 from synth import SOURCES
+from tests.support.learned import learned_toy
 from tests.support.toy import TINY_SOURCES, toy_experiment, toy_raw
 from utils.data.batches import Batch, ShuffledBatches
 from utils.data.datasets import load_dataset
@@ -51,8 +52,7 @@ def test_one_new_class_gives_finetune_no_loss_unless_all_outputs_compete(loss_ov
 
 @pytest.mark.parametrize("name", ["wa", "der", "memo"])
 def test_new_classes_end_with_weights_as_long_as_old_ones(name, tmp_path):
-    experiment = toy_experiment(name, tmp_path, epochs=1)
-    experiment.learn_all()
+    experiment = learned_toy(name, tmp_path, epochs=1)
     assert experiment.learner.network.align_new_weights(4) == pytest.approx(1, abs=1e-5)
 
 
@@ -65,15 +65,13 @@ def test_new_classes_end_with_weights_as_long_as_old_ones(name, tmp_path):
     ("replay", {"selection": "reservoir", "memory_size": 12}, None),  # by chance, of whichever classes
 ])  # fmt: skip
 def test_memory_keys_mean_what_they_mean_in_pycil(name, keys, per_class, tmp_path):
-    experiment = toy_experiment(name, tmp_path, init_epoch=1, epochs=1, **keys)
-    experiment.learn_all()
+    experiment = learned_toy(name, tmp_path, init_epoch=1, epochs=1, **keys)
     kept = experiment.learner.memory.images.counts(6).tolist()
     assert kept == per_class if per_class else sum(kept) == 12
 
 
 def test_nearest_mean_of_all_images_is_the_nearest_class_mean_classifier(tmp_path):
-    experiment = toy_experiment("icarl", tmp_path, epochs=1, init_cls=6, memory_size=999)
-    experiment.learn_all()
+    experiment = learned_toy("icarl", tmp_path, epochs=1, init_cls=6, memory_size=999)
     learner, images = experiment.learner, experiment.data.train_images(experiment.data.task(0))
     unit = F.normalize(learner.extract_features(images))
     means = torch.stack([F.normalize(unit[images.labels == label].mean(0), dim=0) for label in range(6)])
@@ -82,8 +80,7 @@ def test_nearest_mean_of_all_images_is_the_nearest_class_mean_classifier(tmp_pat
 
 
 def test_replay_images_are_marked_in_the_batches(tmp_path):
-    experiment = toy_experiment("generative_replay", tmp_path, epochs=1)
-    experiment.learn_all()
+    experiment = learned_toy("generative_replay", tmp_path, epochs=1)
     learner, task = experiment.learner, experiment.data.task(2)
     batches = learner.batches(task).epoch(0)
     seen = {pair for batch in batches for pair in zip(batch.labels.tolist(), batch.is_replay.tolist())}

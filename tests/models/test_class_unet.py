@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from synth.ddpm.network import ClassUNet, ClassUNetConfig
+from tests.support.learned import count
 from utils.run.errors import ConfigError
 
 CLASSES = 5
@@ -45,14 +46,13 @@ def train_step(unet, optimizer, labels, seed=0):
 IMAGENET = {"block_out_channels": [192, 384, 576, 768], "attention_levels": [1, 2, 3], "resample": "resnet"}
 
 
-@pytest.mark.parametrize(
-    ("side", "num_classes", "options", "parameters"),
-    [(32, 10, {}, 52_542_979), (32, 100, {}, 52_542_979), (64, 100, IMAGENET, 295_131_267)],
-)
+@pytest.mark.parametrize(("side", "num_classes", "options", "parameters"), [
+    (32, 10, {}, 52_542_979), (32, 100, {}, 52_542_979), (64, 100, IMAGENET, 295_131_267),
+])  # fmt: skip
 def test_the_networks_of_guide_have_the_published_size(side, num_classes, options, parameters):
     with torch.device("meta"):
         unet = ClassUNet((3, side, side), num_classes, ClassUNetConfig(**options))
-    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+    assert count(unet) == parameters
 
 
 @pytest.mark.parametrize("resample", ["conv", "resnet"])

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.heads import CosineHead, Head, LinearHead
+from tests.support.learned import snapshot
 
 every_head = pytest.mark.parametrize("kind", [LinearHead, Head, CosineHead])
 
@@ -31,7 +32,7 @@ def test_a_new_head_has_no_classes_and_grows_class_by_class_but_never_shrinks(ki
 @pytest.mark.parametrize("increment", [0, 1, 2, 5, 50])
 def test_growing_keeps_old_rows_bit_for_bit_and_old_logits(kind, increment):
     head = grown(kind, 4)
-    features, before = torch.randn(8, 16), {name: value.clone() for name, value in head.state_dict().items()}
+    features, before = torch.randn(8, 16), snapshot(head)
     logits = head(features)
     head.grow(4 + increment)
     assert head.num_classes == 4 + increment
@@ -46,7 +47,7 @@ def test_growing_keeps_old_rows_bit_for_bit_and_old_logits(kind, increment):
 @pytest.mark.parametrize("extra", [0, 1, 16])
 def test_widening_keeps_old_columns_bit_for_bit_and_changes_nothing_else(kind, extra):
     head = grown(kind, 4)
-    before = {name: value.clone() for name, value in head.state_dict().items()}
+    before = snapshot(head)
     head.widen(16 + extra, torch.Generator().manual_seed(1))
     assert head.num_features == 16 + extra and head.weight.requires_grad
     after = {**head.state_dict(), "weight": head.weight.data[:, :16]}

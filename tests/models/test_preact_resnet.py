@@ -9,6 +9,7 @@ from models.incremental import IncrementalNet
 from models.options import BackboneOptions
 from models.preact_resnet import _Block
 from models.timm_backbone import build_backbone
+from tests.support.learned import count
 
 
 def classifier(num_classes) -> IncrementalNet:
@@ -36,7 +37,7 @@ def ramp(side):
 def test_the_network_has_the_parameters_and_buffers_of_the_reference(num_classes, parameters):
     with torch.device("meta"):
         network = classifier(num_classes)
-    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert count(network) == parameters
     assert sum(buffer.numel() for buffer in network.buffers()) == 8_731
 
 

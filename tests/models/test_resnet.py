@@ -8,10 +8,7 @@ from models import BACKBONES
 from models.options import BackboneOptions
 from models.resnet import _Block
 from models.timm_backbone import build_backbone
-
-
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
+from tests.support.learned import count
 
 
 @pytest.mark.parametrize(("name", "stem", "parameters"), [
@@ -20,11 +17,8 @@ def count(module):
     # Two shortcuts, 16 -> 32 and 32 -> 64 channels, become a 1x1 convolution with BatchNorm.
     ("cosine_resnet32", "cifar", 463_504 + 32 * (16 + 2) + 64 * (32 + 2)),
     ("resnet20", "cifar", 269_072),  # 269,722 of the paper, less the 650 of the classifier
-    ("resnet18", "imagenet", 11_176_512),
-    ("resnet18", "cifar", 11_168_832),
-    ("resnet18", "imagenet_small", 11_168_832),
-    ("resnet34", "imagenet", 21_284_672),
-    ("resnet50", "imagenet", 23_508_032),
+    ("resnet18", "imagenet", 11_176_512), ("resnet18", "cifar", 11_168_832), ("resnet18", "imagenet_small", 11_168_832),
+    ("resnet34", "imagenet", 21_284_672), ("resnet50", "imagenet", 23_508_032),
 ])  # fmt: skip
 def test_backbones_have_the_published_number_of_parameters(name, stem, parameters):
     with torch.device("meta"):

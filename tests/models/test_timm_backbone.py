@@ -73,11 +73,8 @@ def test_arguments_that_cannot_be_given_are_refused_before_anything_is_built(act
 
 
 @pytest.mark.parametrize(("args", "said"), [
-    ({"patch_siz": 2}, "unexpected keyword argument 'patch_siz'"),
-    ({"num_heads": 7}, "divisible"),
-    ({"patch_size": 0}, "zero"),
-    ({"patch_size": [2]}, "out of range"),
-    ({"act_layer": "none_such"}, "none_such"),
+    ({"patch_siz": 2}, "unexpected keyword argument 'patch_siz'"), ({"num_heads": 7}, "divisible"),
+    ({"patch_size": 0}, "zero"), ({"patch_size": [2]}, "out of range"), ({"act_layer": "none_such"}, "none_such"),
 ])  # fmt: skip
 def test_arguments_that_timm_refuses_are_named_with_its_reason(args, said):
     with pytest.raises(ConfigError, match=f"test_vit for images of 32 px with backbone_args=.*{said}"):

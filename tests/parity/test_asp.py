@@ -16,6 +16,7 @@ from models.frozen import Frozen
 from models.heads import CosineHead
 from models.incremental import IncrementalNet
 from models.timm_backbone import TimmBackbone
+from tests.support.learned import count
 from tests.support.tiny_asp import IMAGES, attend_as_tokens, tiny_prompt_vit
 from utils.training.schedule import TrainConfig
 
@@ -29,15 +30,11 @@ def tiny_net(trained=False) -> IncrementalNet:
     return net
 
 
-def count(parameters) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
 def test_checks_1_and_2_the_tiny_network_trains_124257_numbers_and_has_these_shapes():
     net = tiny_net()
     assert net.backbone.tip.shape == (2, 3, 48)
-    assert count(net.backbone.f_mu.parameters()) == count(net.backbone.f_sigma.parameters()) == 61_840
-    assert count(net.parameters()) == 124_257
+    assert count(net.backbone.f_mu) == count(net.backbone.f_sigma) == 61_840
+    assert count(net) == 124_257
     features, mu, sigma = net.backbone.prompted(IMAGES[:2], net.backbone.query(IMAGES[:2]), torch.zeros(4, 144))
     assert net(IMAGES[:2]).shape == (2, 6) and features.shape == (2, 48)
     assert mu.shape == sigma.shape == (4, 144)
@@ -56,8 +53,8 @@ def test_check_3_vit_b16_with_60_classes_trains_2044929_numbers_beside_one_vit()
         vit = VisionTransformer(num_classes=0)
         net = IncrementalNet(PromptViT(Frozen(TimmBackbone(vit))), CosineHead(768))
         net.head.weight = nn.Parameter(torch.empty(60, 768))
-    assert count(net.parameters()) == 2_044_929
-    assert count(net.parameters()) + count(vit.parameters()) == 87_843_585
+    assert count(net) == 2_044_929
+    assert count(net) + count(vit) == 87_843_585
 
 
 @pytest.mark.parametrize("behind", [None, 1], ids=["appended", "after the class token"])

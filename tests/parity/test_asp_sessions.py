@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from learners.run.state import learner_state, restore_learner
+from tests.support.learned import snapshot
 from tests.support.tiny_asp import base_loss_as_tokens, prompted_as_tokens, tiny_vit_file
 from tests.support.toy import TINY_LEARNERS, toy_experiment
 from utils.data.batches import Batch, test_batches
@@ -66,10 +67,6 @@ def class_means(features, labels, classes):
     return torch.stack([features[labels == label].mean(0) for label in classes])
 
 
-def snapshot(learner):
-    return {name: value.clone() for name, value in learner.network.state_dict().items()}
-
-
 @pytest.mark.parametrize("batch_size", [16, 7])  # 40 images are not a multiple of it
 def test_check_15_the_base_session_ends_with_means_and_decides_by_the_cosine_to_them(batch_size, tmp_path):
     learner, task, images = start(tmp_path, batch_size=batch_size)
@@ -86,10 +83,10 @@ def test_check_15_the_base_session_ends_with_means_and_decides_by_the_cosine_to_
 
 def test_check_14_the_base_session_trains_all_but_the_vit(tmp_path):
     learner, task, _ = start(tmp_path, tuned_epoch=10)
-    before, vit = snapshot(learner), copy.deepcopy(learner.frozen.network.state_dict())
+    before, vit = snapshot(learner.network), copy.deepcopy(learner.frozen.network.state_dict())
     learner.before_training(task)
     learner.train(task)
-    assert [name for name, value in snapshot(learner).items() if torch.equal(value, before[name])] == []
+    assert [name for name, value in snapshot(learner.network).items() if torch.equal(value, before[name])] == []
     assert_close(learner.frozen.network.state_dict(), vit, **EXACT)
     tip = learner.backbone.tip
     assert_close(tip, tip[:, :1].expand_as(tip), rtol=0, atol=1e-6)
@@ -136,10 +133,8 @@ def start_step(folder, **keys):
     return learner, Batch(torch.rand(6, 3, 8, 8), labels, labels < 0)
 
 
-@pytest.mark.parametrize(
-    ("deduplicate", "equal"),
-    [(True, True), (False, True), (False, False)],  # copies of an anchor may differ in their noise
-)
+# Copies of an anchor may differ in their noise.
+@pytest.mark.parametrize(("deduplicate", "equal"), [(True, True), (False, True), (False, False)])
 def test_the_base_loss_is_the_cards_whether_anchors_come_once_or_as_copies(deduplicate, equal, tmp_path, monkeypatch):
     learner, batch = start_step(tmp_path, deduplicate_anchors=deduplicate, anchor_lambda=0.5, kl_weight=0.01)
     picks, sizes, prompted = batch.labels.unique() if deduplicate else batch.labels, [], learner.backbone.prompted
@@ -161,12 +156,9 @@ def test_the_base_loss_is_the_cards_whether_anchors_come_once_or_as_copies(dedup
 
 def test_check_12_each_term_moves_its_own_parameters(tmp_path):
     learner, batch = start_step(tmp_path)
-    encoders = {"f_mu", "f_sigma"}
-    moved = {
-        "cross_entropy": {"backbone.tip", "head.weight", "head.scale"} | encoders,
-        "anchor": {"backbone.tip"} | encoders,
-        "kl": encoders,
-    }
+    kl = {"f_mu", "f_sigma"}
+    anchor = {"backbone.tip"} | kl
+    moved = {"cross_entropy": {"head.weight", "head.scale"} | anchor, "anchor": anchor, "kl": kl}
     for term, loss in learner.base_loss(batch).items():
         learner.network.zero_grad(set_to_none=True)
         loss.backward(retain_graph=True)
@@ -182,15 +174,13 @@ def test_training_noise_is_scaled_by_perturb_var(tmp_path):
 
 
 @pytest.mark.parametrize("beta", [0.99, 0.5])
-def test_checks_16_and_17_the_average_prompt_moves_first_then_come_new_rows_and_nothing_else(
-    beta, tmp_path, monkeypatch
-):
+def test_checks_16_and_17_the_average_prompt_moves_first_then_come_new_rows_alone(beta, tmp_path, monkeypatch):
     learner, task, shots = start(tmp_path, 1, EMA_beta=beta)
-    before = snapshot(learner)
+    before = snapshot(learner.network)
     old = before["backbone.average_prompt"]
     monkeypatch.setattr("learners.base.fit", None)  # no step may be taken
     learner.learn_task(task)
-    after = snapshot(learner)
+    after = snapshot(learner.network)
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {"backbone.average_prompt", "head.weight"} and len(shots) == 6
     assert_close(after["head.weight"][:4], before["head.weight"][:4], **EXACT)
@@ -233,14 +223,14 @@ def test_trained_class_vectors_may_stay(tmp_path):
     learner, task, _ = start_session(tmp_path, prototypes="trained")
     learner.before_training(task)
     learner.train(task)
-    before = snapshot(learner)
+    before = snapshot(learner.network)
     learner.after_training(task)
-    assert_close(snapshot(learner), before, **EXACT)
+    assert_close(snapshot(learner.network), before, **EXACT)
 
 
 def test_old_prototypes_are_made_anew_from_replay_where_that_is_wanted(tmp_path):
     learner, task, _ = start_session(tmp_path)
-    before = snapshot(learner)["head.weight"][:4]
+    before = snapshot(learner.network)["head.weight"][:4]
     learner.past = learner.data.test_images(range(4))
     learner.after_training(task)
     assert_close(learner.network.head.weight[:4].data, before, **CLOSE)

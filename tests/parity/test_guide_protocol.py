@@ -22,6 +22,7 @@ from synth.ddpm.source import DDPM
 from synth.ddpm.words import FLAGS
 from synth.drawing import ImageFolder
 from synth.requests import draw_labels
+from tests.support.learned import learned_toy, snapshot
 from tests.support.sources import write_folders
 from tests.support.toy import toy_experiment, toy_images
 from utils.run.errors import ConfigError
@@ -145,11 +146,10 @@ def test_the_real_share_of_a_batch_shrinks_with_the_task(shares, tmp_path):
 
 @pytest.mark.parametrize("bends", [True, False])
 def test_p12_a_graph_is_built_where_something_bends_alone_and_the_classifier_stays_as_it_was(bends, tmp_path):
-    experiment = toy_experiment("guide", tmp_path, "ddpm", use_new_grad=bends, limit_tasks=2)
-    experiment.learn_all()
+    experiment = learned_toy("guide", tmp_path, "ddpm", use_new_grad=bends, limit_tasks=2)
     learner, graphs = experiment.learner, []
     learner.network.train().zero_grad()
-    before = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    before = snapshot(learner.network)
     learner.replay.source.generator.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     replay = learner.replay.draw_step(experiment.data.task(1), step=0)
     assert learner.network.training and all(value.requires_grad for value in learner.network.parameters())

@@ -14,14 +14,11 @@ from learners.run.configure import build_config
 from models.heads import LinearHead
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
+from tests.support.learned import count
 from utils.data.manager import Task
 from utils.run.words import read_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "exps"
-
-
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 STEP, COSINE = partial(MultiStepLR, gamma=0.1), CosineAnnealingLR
@@ -49,12 +46,8 @@ def test_rates_of_every_epoch_are_those_of_pycils_schedulers(name, keys, first, 
 
 
 @pytest.mark.parametrize(("name", "epochs", "milestones"), [
-    ("finetune", 80, (40, 70)),
-    ("replay", 70, (30, 50)),
-    ("icarl", 170, (80, 120)),
-    ("wa", 170, (60, 100, 140)),
-    ("der", 170, (80, 120, 150)),
-    ("memo", 170, (80, 120, 150)),
+    ("finetune", 80, (40, 70)), ("replay", 70, (30, 50)), ("icarl", 170, (80, 120)), ("wa", 170, (60, 100, 140)),
+    ("der", 170, (80, 120, 150)), ("memo", 170, (80, 120, 150)),
 ])  # fmt: skip
 def test_experiment_files_hold_the_settings_of_pycil(name, epochs, milestones):
     config, unused = build_config(read_experiment(EXPERIMENTS / f"{name}.json"))
@@ -67,10 +60,9 @@ def test_experiment_files_hold_the_settings_of_pycil(name, epochs, milestones):
     assert {(each.schedule, each.lr_decay, each.momentum) for each in (first, later)} == {("step", 0.1, 0.9)}
 
 
-@pytest.mark.parametrize(
-    ("name", "stem", "trunk", "last_stage"),
-    [("resnet32", "cifar", 112_016, 351_488), ("resnet18", "imagenet", 2_782_784, 8_393_728)],
-)
+@pytest.mark.parametrize(("name", "stem", "trunk", "last_stage"), [
+    ("resnet32", "cifar", 112_016, 351_488), ("resnet18", "imagenet", 2_782_784, 8_393_728),
+])  # fmt: skip
 def test_memo_shares_and_adds_the_published_number_of_parameters(name, stem, trunk, last_stage):
     with torch.device("meta"):
         parts = split_last_stage(build_backbone(name, BackboneOptions(stem=stem)))

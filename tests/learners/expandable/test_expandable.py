@@ -8,6 +8,7 @@ from learners.expandable.network import ExpandableNet, split_last_stage
 from models.heads import LinearHead
 from models.options import BackboneOptions
 from models.timm_backbone import build_backbone
+from tests.support.learned import snapshot
 from utils.run.errors import ConfigError
 
 IMAGES = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -26,10 +27,6 @@ def network(*totals, **keys):
     for total in totals:
         net.grow(total, torch.Generator().manual_seed(total))
     return net
-
-
-def state(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def train_step(net):
@@ -51,7 +48,7 @@ def test_a_new_branch_starts_as_a_copy_of_the_newest_one_and_features_are_those_
     net = network(2, 4)
     train_step(net)
     net.grow(6)
-    first, second, third = (state(branch) for branch in net.backbone.branches)
+    first, second, third = (snapshot(branch) for branch in net.backbone.branches)
     torch.testing.assert_close(third, second, rtol=0, atol=0)
     assert not torch.equal(first["0.0.weight"], third["0.0.weight"])
     maps = net.eval().backbone.trunk(IMAGES)
@@ -61,9 +58,9 @@ def test_a_new_branch_starts_as_a_copy_of_the_newest_one_and_features_are_those_
 
 def test_training_leaves_every_bit_of_old_branches_and_moves_trunk_and_newest_branch():
     net = network(2, 4, 6)
-    before = [state(part) for part in (*net.backbone.branches, net.backbone.trunk)]
+    before = [snapshot(part) for part in (*net.backbone.branches, net.backbone.trunk)]
     train_step(net)
-    after = [state(part) for part in (*net.backbone.branches, net.backbone.trunk)]
+    after = [snapshot(part) for part in (*net.backbone.branches, net.backbone.trunk)]
     torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=0)  # BatchNorm's statistics, too
     for old, new in zip(before[2:], after[2:]):
         assert all(not torch.equal(old[name], new[name]) for name in old)
@@ -109,7 +106,7 @@ def test_growth_is_drawn_from_the_generator_alone():
     first, second = network(2), network(2)
     torch.manual_seed(1), first.grow(4, torch.Generator().manual_seed(5))
     torch.manual_seed(2), second.grow(4, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(state(first), state(second), rtol=0, atol=0)
+    torch.testing.assert_close(snapshot(first), snapshot(second), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("totals", [(), (2,), (2, 4), (2, 4, 5)])

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from synth.requests import Requests
+from tests.support.learned import learned_toy
 from tests.support.toy import toy_experiment
 from utils.results.panels import Panels
 from utils.run.errors import ConfigError
@@ -12,8 +13,7 @@ from utils.run.errors import ConfigError
 
 def learned(folder, **keys):
     """A learner that has learned its tasks, and the second of them."""
-    experiment = toy_experiment("guide", folder, "ddpm", **keys)
-    experiment.learn_all()
+    experiment = learned_toy("guide", folder, "ddpm", **keys)
     return experiment.learner, experiment.data.task(1)
 
 

@@ -177,16 +177,10 @@ def test_what_compvis_says_beside_the_networks_does_no_harm(files, model):
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("unet_config.params.context_dim", 768),
-    ("unet_config.params.model_channels", 320),
-    ("unet_config.params.out_channels", 8),
-    ("cond_stage_config.params.n_embed", 1280),
-    ("cond_stage_config.params.n_layer", 32),
-    ("first_stage_config.params.ddconfig.ch", 128),
-    ("unet_config.params.channel_mult", [1, 2, 4]),
-    ("unet_config.params.num_res_blocks", 2),
-    ("unet_config.params.attention_resolutions", [2]),
-    ("first_stage_config.params.ddconfig.ch_mult", [1, 1]),
+    (UNET_KEY + "context_dim", 768), (UNET_KEY + "model_channels", 320), (UNET_KEY + "out_channels", 8),
+    (UNET_KEY + "channel_mult", [1, 2, 4]), (UNET_KEY + "num_res_blocks", 2), (UNET_KEY + "attention_resolutions", [2]),
+    (TEXT_KEY + "params.n_embed", 1280), (TEXT_KEY + "params.n_layer", 32),
+    (VAE_KEY + "ddconfig.ch", 128), (VAE_KEY + "ddconfig.ch_mult", [1, 1]),
 ])  # fmt: skip
 def test_a_yaml_of_another_width_or_depth_is_refused_with_the_keys_that_do_not_fit(files, key, value):
     rewrite_yaml(files, key, value)

@@ -100,16 +100,13 @@ def test_a_missing_file_is_named_with_its_folder(copies, tmp_path, gone, message
         check_controlnet(*map(str, copies), offline=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"base": "none"}, "base='none': there is no such file or folder. Put the weights there, or name another "
-                           "control_sd15_canny.pth, a folder with model_index.json, or a hub id such as stable"),
-        ({"controlnet": "none"}, "controlnet='none': there is no such file or folder. Put the weights there, or name "
-                                 "another folder with config.json, or a hub id such as lllyasviel/sd-controlnet-canny"),
-        ({"base": "none.pth"}, "base='none.pth': there is no such file"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "message"), [
+    ({"base": "none"}, "base='none': there is no such file or folder. Put the weights there, or name another "
+                       "control_sd15_canny.pth, a folder with model_index.json, or a hub id such as stable"),
+    ({"controlnet": "none"}, "controlnet='none': there is no such file or folder. Put the weights there, or name "
+                             "another folder with config.json, or a hub id such as lllyasviel/sd-controlnet-canny"),
+    ({"base": "none.pth"}, "base='none.pth': there is no such file"),
+])  # fmt: skip
 @pytest.mark.parametrize("act", [check_controlnet, load_controlnet])
 def test_a_name_of_nothing_is_an_error_that_says_what_would_do(act, change, message):
     base, controlnet = tiny_controlnet_folders()

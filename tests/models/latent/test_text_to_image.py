@@ -130,12 +130,9 @@ def test_a_prompt_needs_the_placeholder_once_within_the_models_length(model, pro
         model.context([prompt], torch.zeros(1, 32))
 
 
-def test_an_initial_word_of_several_tokens_is_refused(model):
+def test_an_initial_word_of_several_tokens_or_outside_the_vocabulary_is_refused(model, ldm):
     with pytest.raises(ConfigError, match=r"the model reads the word 'a dog' as a\S*, dog\S*, but"):
         model.initial_vector("a dog")
-
-
-def test_an_initial_word_that_is_not_in_the_vocabulary_is_refused(ldm):
     with pytest.raises(ConfigError, match=r"reads the word 'zebra' as \[UNK\], but"):
         ldm.initial_vector("zebra")
 
