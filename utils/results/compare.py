@@ -7,10 +7,9 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -72,20 +71,12 @@ class SeedResults(BaseModel, protected_namespaces=()):
         return dict(self) | last | {"replay_memory_bytes": replay, "seconds": seconds.get("total")}
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One run: who it is, and the results of its finished seeds."""
 
-    run: str
-    learner: str
-    source: str
-    dataset: str
+    words: list[str]  # below the titles of `WORDS`
     finished: dict[str, SeedResults]  # by seed
     unfinished: list[str]
-
-    def words(self) -> list[str]:
-        seeds = ", ".join([*self.finished, *(f"{seed}*" for seed in self.unfinished)])
-        return [self.run, self.learner, self.source, self.dataset, seeds]
 
     def spread(self, number: str) -> tuple[float | None, float | None]:
         """Return mean and sample standard deviation over seeds; None where there are too few values."""
@@ -104,7 +95,7 @@ class Row:
     def line(self) -> Line:
         """Return the curves of the finished seeds, for a plot."""
         seeds = [seed for seed in self.finished.values() if seed.top1_curve]
-        return Line(self.run, seeds[0].task_sizes if seeds else [], [seed.top1_curve for seed in seeds])
+        return Line(self.words[0], seeds[0].task_sizes if seeds else [], [seed.top1_curve for seed in seeds])
 
 
 def read_run(folder: Path) -> Row | None:
@@ -121,14 +112,15 @@ def read_run(folder: Path) -> Row | None:
     results = {seed: _read(path, SeedResults) for seed, path in paths.items() if path.is_file()}
     finished = {seed: each for seed, each in results.items() if 0 < len(each.task_sizes) <= len(each.accuracy_matrix)}
     first = next(iter(finished.values()), None)
-    return Row(
-        run=folder.resolve().name,
-        learner=(config.model_name or "-") + (" (upper bound)" if first and first.upper_bound else ""),
-        source=(config.synth or {}).get("name", "-"),
-        dataset=(first and first.dataset) or config.dataset or "-",
-        finished=finished,
-        unfinished=[seed for seed in paths if seed not in finished],
-    )
+    unfinished = [seed for seed in paths if seed not in finished]
+    words = [
+        folder.resolve().name,
+        (config.model_name or "-") + (" (upper bound)" if first and first.upper_bound else ""),
+        (config.synth or {}).get("name", "-"),
+        (first and first.dataset) or config.dataset or "-",
+        ", ".join([*finished, *(f"{seed}*" for seed in unfinished)]),
+    ]
+    return Row(words, finished, unfinished)
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Row]:
@@ -144,9 +136,8 @@ def find_runs(folders: Sequence[str | Path]) -> list[Row]:
         row = read_run(folder)
         rows += [row] if row else filter(None, map(read_run, sorted(folder.glob("*/"))))
     if not rows:
-        raise RepriseError(
-            f"no run found in {', '.join(map(str, folders))}: a run holds config.json and seed_<s> folders"
-        )
+        places = ", ".join(map(str, folders))
+        raise RepriseError(f"no run found in {places}: a run holds config.json and seed_<s> folders")
     return rows
 
 
@@ -178,7 +169,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     head = ["run", "learner", "source", "dataset", "seeds", "unfinished_seeds"]
     writer.writerow(head + [f"{name}_{part}" for name in numbers for part in ("mean", "std")])
     for row in rows:
-        words = [*row.words()[:-1], " ".join(row.finished), " ".join(row.unfinished)]
+        words = [*row.words[:-1], " ".join(row.finished), " ".join(row.unfinished)]
         writer.writerow(words + [value for number in numbers for value in row.spread(number)])
     return file.getvalue()
 
@@ -230,7 +221,7 @@ def _numbers(rows: Sequence[Row]) -> dict[str, str]:
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return titles, then a line per run."""
     numbers = _numbers(rows)
-    return [[*WORDS, *numbers.values()], *([*row.words(), *map(row.text, numbers)] for row in rows)]
+    return [[*WORDS, *numbers.values()], *([*row.words, *map(row.text, numbers)] for row in rows)]
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
