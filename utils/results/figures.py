@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 LINE_HEIGHT = 17  # px between names beside the last points
 NARROW_UP_TO = 12  # points; a chart of more takes the whole width of the page
@@ -26,7 +25,6 @@ def human_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-@dataclass(frozen=True)
 class Chart:
     """Percentages over ``xs`` as lines: where each thing lies in a picture, in px, y downwards.
 
@@ -37,32 +35,22 @@ class Chart:
         series: percentages by name, each at most as long as ``xs``; None is left out of its line.
         xs: ascending, at least two.
         x_title: name of the axis.
+
+    Attributes:
+        width: at which the chart is shown, so that its letters have the size of the page's.
+        end: right end of the axis; names stand beyond it.
+        lowest: the percentage at the floor.
     """
 
-    series: dict[str, Sequence[float | None]]
-    xs: Sequence[int]
-    x_title: str
     height, left, top, floor = 300, 36, 12, 256
 
-    @property
-    def is_narrow(self) -> bool:
-        return len(self.xs) <= NARROW_UP_TO
-
-    @property
-    def width(self) -> int:
-        """The width at which the chart is shown, so that its letters have the size of the page's."""
-        return 540 if self.is_narrow else 1100
-
-    @property
-    def end(self) -> int:
-        """Right end of the axis; names stand beyond it."""
-        return self.width - max(130, 70 + 7 * max(map(len, self.series)))
-
-    @property
-    def lowest(self) -> int:
-        """The percentage at the floor."""
-        known = [value for values in self.series.values() for value in values if value is not None]
-        return min(int(min(known, default=0) // 20) * 20, 80)
+    def __init__(self, series: dict[str, Sequence[float | None]], xs: Sequence[int], x_title: str):
+        self.series, self.xs, self.x_title = series, xs, x_title
+        self.is_narrow = len(xs) <= NARROW_UP_TO
+        self.width = 540 if self.is_narrow else 1100
+        self.end = self.width - max(130, 70 + 7 * max(map(len, series), default=0))
+        known = [value for values in series.values() for value in values if value is not None]
+        self.lowest = min(int(min(known, default=0) // 20) * 20, 80)
 
     def across(self, x: float) -> float:
         share = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
