@@ -164,12 +164,8 @@ def fscil(matrix: Matrix, test_counts: Sequence[int]) -> dict[str, list[float | 
     base = [float(row[0]) for row in matrix]
     novel = [_weighted(row[1:], test_counts[1:]) for row in matrix]
     overall = [_weighted(row, test_counts) for row in matrix]
-    return {
-        "base": base,
-        "novel": novel,
-        "harmonic_mean": list(map(harmonic_mean, base, novel)),
-        "performance_drop": [overall[0] - value for value in overall],
-    }
+    drop = [overall[0] - value for value in overall]
+    return dict(zip(FSCIL, (base, novel, list(map(harmonic_mean, base, novel)), drop)))
 
 
 def group_averages(predictions: Array, labels: Array, init_cls: int, increment: int) -> dict[str, float | None]:

@@ -34,11 +34,6 @@ class Results:
         self.class_accuracies: list[list[float | None]] = []  # a row per task, over the classes seen by then
         self.test_counts: list[int] = []
 
-    @property
-    def per_class_accuracy(self) -> list[float | None]:
-        """Return the percentage per class seen, after the newest task."""
-        return self.class_accuracies[-1]
-
     def state(self) -> dict[str, Any]:
         """Return what restores a half-finished run's numbers, for JSON."""
         return {name: getattr(self, name) for name in STATE}
@@ -114,6 +109,7 @@ class Results:
             seconds: time by phase, and "total".
         """
         matrix, counts, split = self.accuracy_matrix, self.data.class_counts, self.data.split
+        accuracies = self.class_accuracies[-1]
         return {
             **self.header,
             "finished": len(matrix) == self.data.num_tasks,
@@ -130,12 +126,12 @@ class Results:
             "forgetting": metrics.forgetting(matrix),
             "class_forgetting": metrics.class_forgetting(self.class_accuracies),
             "backward_transfer": metrics.backward_transfer(matrix),
-            "per_class_accuracy": self.per_class_accuracy,
+            "per_class_accuracy": accuracies,
             "train_counts": counts,
             "test_counts": self.test_counts,
             "few_shot_indices": self.data.few_shot_indices or None,
             "fscil": self._fscil() if split.kshot else None,
-            "long_tail": metrics.many_medium_few(self.per_class_accuracy, counts) if split.imb_factor < 1 else None,
+            "long_tail": metrics.many_medium_few(accuracies, counts) if split.imb_factor < 1 else None,
             "memory_bytes": memory_bytes,
             "memory_units": memory_units,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
