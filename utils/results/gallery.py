@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -17,8 +17,7 @@ from utils.data.images import decode_image
 LOSSLESS_UP_TO = 64  # px; as in the bank, larger images are stored as jpg
 
 
-@dataclass(frozen=True)
-class GalleryRow:
+class GalleryRow(NamedTuple):
     """Pictures of one class: uint8 (C, H, W) tensors or image files, the real ones and the generated ones."""
 
     class_index: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,16 +15,14 @@ from utils.run.files import atomic_write, in_numeric_order, read_json, write_jso
 INDEX = "panel.json"
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One picture, uint8 (C, H, W) with C = 1 or 3, and the words below it; a line break in them is kept."""
 
     image: Tensor
     caption: str = ""
 
 
-@dataclass(frozen=True)
-class PanelRow:
+class PanelRow(NamedTuple):
     """The pictures of one thing, such as a class: one cell per column, None where there is none."""
 
     name: str
