@@ -25,8 +25,6 @@ from utils.data.images import ImageSet
 from utils.run.errors import ConfigError, DataError
 from utils.run.registry import Registry, nearest
 
-__all__ = ["DATASETS", "PROVIDER_ERRORS", "Dataset", "Found", "find_dataset", "load_dataset"]
-
 DATASETS: Registry[DatasetRecipe] = Registry("data set", "dataset", __name__)
 # What a download or an unpacking raises: no network, no right to write, a damaged archive.
 PROVIDER_ERRORS = (OSError, RuntimeError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile)
@@ -86,25 +84,22 @@ def find_dataset(name: str, data_dir: str | Path = "data") -> Found:
     names = list_class_names(folder / "train")
     left_out = [item for item in recipe.left_out if item in names]
     source = f"class folders in {folder}" + (f" without {', '.join(left_out)}" if left_out else "")
-    num_classes = len(names) - len(left_out)
-    return Found(
-        recipe, True, False, f"{source} ({num_classes} classes)", num_classes, source,
-        lambda offline: read_folders(folder, recipe.test_folders, recipe.left_out),
-    )  # fmt: skip
+    text = f"{source} ({len(names) - len(left_out)} classes)"
+    return Found(recipe, True, text, source, lambda offline: read_folders(folder, recipe.test_folders, recipe.left_out))
 
 
 def _find_elsewhere(recipe: DatasetRecipe, data_dir: Path, absent: str) -> Found:
     provider = recipe.provider
     if provider is None:
-        return Found(recipe, False, False, absent, None)
+        return Found(recipe, False, absent)
     folders = [data_dir / name for name in provider.folders]
     present = [folder for folder in folders if all((folder / part).exists() for part in provider.parts)]
     folder = (present or folders)[0]
     source, missing = provider.found.format(folder=folder), provider.absent.format(folder=folder)
     if not present and not provider.fetchable:
-        return Found(recipe, False, False, f"{absent}; {missing}", provider.num_classes)
+        return Found(recipe, False, f"{absent}; {missing}")
     text, read = source if present else missing, partial(_provide, provider, folder, absent)
-    return Found(recipe, bool(present), provider.fetchable, text, provider.num_classes, source, read)
+    return Found(recipe, bool(present), text, source, read)
 
 
 def _provide(provider: Provider, folder: Path, absent: str, offline: bool) -> LoadedData:

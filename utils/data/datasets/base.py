@@ -42,12 +42,10 @@ class LoadedData(NamedTuple):
         return max(images.shape[2:]) if isinstance(images, Tensor) else None
 
 
-@dataclass(frozen=True)
-class Provider:
+class Provider(NamedTuple):
     """Origin of a data set that has no class folders: a download, a package, another data set.
 
     Args:
-        num_classes: classes that it has.
         read: takes its folder and ``offline``, without which it may fetch it first; where ``fetchable`` is false,
             called only if it is there. Raises any of ``utils.data.datasets.PROVIDER_ERRORS`` if it is broken, or
             absent and cannot be fetched.
@@ -57,7 +55,6 @@ class Provider:
         fetchable: whether it can be downloaded.
     """
 
-    num_classes: int
     read: Callable[[Path, bool], LoadedData]
     found: str
     absent: str = ""
@@ -66,8 +63,7 @@ class Provider:
     fetchable: bool = False
 
 
-@dataclass(frozen=True)
-class DatasetRecipe:
+class DatasetRecipe(NamedTuple):
     """Rules by which the images of a named data set are found and prepared.
 
     Args:
@@ -133,24 +129,19 @@ class Dataset:
         return len(self.class_names)
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Answer of ``find_dataset``.
 
     Args:
         recipe: how the images are prepared.
         present: whether the data set can be read on this machine as it is.
-        fetchable: whether it can be downloaded if it is not present.
         text: what would be read, or which folders were looked in and what to put there.
-        num_classes: None where it cannot be told.
         source: what ``read`` reads, and from where.
         read: takes ``offline``, without which it may fetch the data first; None: there is nothing to read or fetch.
     """
 
     recipe: DatasetRecipe
     present: bool
-    fetchable: bool
     text: str
-    num_classes: int | None
     source: str = ""
     read: Callable[[bool], LoadedData] | None = None

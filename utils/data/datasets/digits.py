@@ -26,6 +26,6 @@ def read_digits(folder: Path, offline: bool) -> LoadedData:
     return LoadedData(splits, [str(digit) for digit in range(10)], 1)
 
 
-DIGITS = Provider(10, read_digits, "scikit-learn's handwritten digits, which come with the package")
+DIGITS = Provider(read_digits, "scikit-learn's handwritten digits, which come with the package")
 # Mean and deviation of all pixels / 255. A mirrored digit is another sign, and a crop of 8 pixels loses strokes.
 DATASETS.register("digits")(DatasetRecipe("none", (0.305,) * 3, (0.376,) * 3, provider=DIGITS))

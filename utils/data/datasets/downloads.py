@@ -14,12 +14,10 @@ from utils.data.datasets.base import CIFAR100_MEAN, CIFAR100_STD, DatasetRecipe,
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-def torchvision_provider(name: str, folder: str, num_classes: int = 10) -> Provider:
+def torchvision_provider(name: str, folder: str) -> Provider:
     """Return the provider of a class of ``torchvision.datasets``, which unpacks into this folder of ``data_dir``."""
-    return Provider(
-        num_classes, partial(_read_torchvision, name), f"torchvision's {name} in {{folder}}",
-        f"torchvision's {name}, to be downloaded into {{folder}}", (folder,), parts=(".",), fetchable=True,
-    )  # fmt: skip
+    found, absent = f"torchvision's {name} in {{folder}}", f"torchvision's {name}, to be downloaded into {{folder}}"
+    return Provider(partial(_read_torchvision, name), found, absent, (folder,), parts=(".",), fetchable=True)
 
 
 def _read_torchvision(name: str, folder: Path, offline: bool) -> LoadedData:
@@ -38,7 +36,7 @@ def _read_torchvision(name: str, folder: Path, offline: bool) -> LoadedData:
 
 MNIST, FASHION_MNIST = (torchvision_provider(name, name) for name in ("MNIST", "FashionMNIST"))
 CIFAR10 = torchvision_provider("CIFAR10", "cifar-10-batches-py")
-CIFAR100 = torchvision_provider("CIFAR100", "cifar-100-python", num_classes=100)
+CIFAR100 = torchvision_provider("CIFAR100", "cifar-100-python")
 
 for name, recipe in {
     "mnist": DatasetRecipe("crop", (0.1307,) * 3, (0.3081,) * 3, provider=MNIST),

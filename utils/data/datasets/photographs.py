@@ -86,16 +86,16 @@ VIT = {"augmentation": "vit_crop", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image
 # Duan et al., arXiv:2311.18266, treat all of their data sets alike.
 AUTO = {"augmentation": "auto_augment", "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": LARGE_SIDE}
 FIRST_CLASSES = Provider(
-    100, read_first_of_imagenet, "100 of the classes in {folder}",
+    read_first_of_imagenet, "100 of the classes in {folder}",
     "class folders of all ImageNet in {folder} would do as well", IMAGENET_FOLDERS, parts=("train",),
 )  # fmt: skip
 CUB = Provider(
-    200, read_cub, "CUB-200-2011 and its official split in {folder}",
+    read_cub, "CUB-200-2011 and its official split in {folder}",
     "the published archive, unpacked as {folder} with images.txt beside images/, is read as it is",
     ("CUB_200_2011",), parts=("train_test_split.txt",),
 )  # fmt: skip
 FOOD = Provider(
-    101, read_food, "torchvision's Food101 and its official split in {folder}",
+    read_food, "torchvision's Food101 and its official split in {folder}",
     "torchvision's Food101, to be downloaded into {folder} (5 GB)", ("food-101",), ("meta", "images"), fetchable=True,
 )  # fmt: skip
 FIRST = {"test_folders": EITHER, "provider": FIRST_CLASSES}
