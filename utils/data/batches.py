@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from utils.data.images import FeatureSet, ImageSet, Samples
+from utils.data.images import FeatureSet, ImageSet, Samples, located
 from utils.data.transforms import stack_by_size
 from utils.run.errors import ConfigError
 from utils.training import seeding
@@ -119,16 +119,12 @@ class ShuffledBatches(Batches):
         return whole if whole and (self.loading.drop_last or rest < self.least) else whole + (rest > 0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        count, size = len(self), self.loading.batch_size
-        order = torch.randperm(len(self.labels), generator=seeding.generator(*self.loading.key, "shuffle", epoch))
+        count, size, key, rank = len(self), self.loading.batch_size, self.loading.key, self.loading.shard[0]
+        order = torch.randperm(len(self.labels), generator=seeding.generator(*key, "shuffle", epoch))
         stop = count * size if self.loading.drop_last else None  # None: the last batch has all that is left
         picks = order[:stop].tensor_split(tuple(range(size, count * size, size)))[start:count]
-        picks = [self._share(pick) for pick in picks]
-        generators = (
-            seeding.generator(*self.loading.key, "augment", epoch, step, self.loading.shard[0])
-            for step in range(start, start + len(picks))
-        )
-        yield from self.batches(epoch, picks, generators)
+        generators = (seeding.generator(*key, "augment", epoch, step, rank) for step in range(start, count))
+        yield from self.batches(epoch, [self._share(pick) for pick in picks], generators)
 
     @abstractmethod
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
@@ -146,9 +142,6 @@ class ShuffledBatches(Batches):
         return pick[rank::world] if len(pick) >= self.least * world else pick
 
 
-NO_FEATURES = FeatureSet()
-
-
 class ImageBatches(ShuffledBatches):
     """Shuffled, augmented batches of images that are real, replayed or both.
 
@@ -159,9 +152,9 @@ class ImageBatches(ShuffledBatches):
         features: what stands for old classes behind the images; see `MixedBatches`.
     """
 
-    def __init__(self, images: ImageSet, replay: ImageSet | None, loading: Loading, features: FeatureSet = NO_FEATURES):
+    def __init__(self, images: ImageSet, replay: ImageSet | None, loading: Loading, features: Samples | None = None):
         shown = images if replay is None else images + replay
-        samples = Samples(shown.parts + features.parts)
+        samples = shown if features is None else Samples(shown.parts + features.parts)
         super().__init__(samples.labels, loading)
         self.is_replay = torch.arange(len(samples), device=self.device) >= len(images)
         soft_targets = samples.soft_targets()
@@ -179,8 +172,7 @@ class ImageBatches(ShuffledBatches):
         return torch.arange(len(self.labels))
 
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
-        rows = self.rows(epoch)
-        for images, pick in zip(self.views(picks, rows, epoch, generators), picks):
+        for images, pick in zip(self.views(picks, epoch, generators), picks):
             yield self.batch(images, pick)
 
     def batch(self, images: Tensor | Mixed, pick: Tensor) -> Batch:
@@ -189,10 +181,9 @@ class ImageBatches(ShuffledBatches):
         soft_targets = None if self.soft_targets is None else self.soft_targets[pick]
         return Batch(images, self.labels[pick], self.is_replay[pick], soft_targets)
 
-    def views(
-        self, picks: list[Tensor], rows: Tensor, epoch: int, generators: Iterator[torch.Generator]
-    ) -> Iterator[Tensor]:
+    def views(self, picks: list[Tensor], epoch: int, generators: Iterator[torch.Generator]) -> Iterator[Tensor]:
         """Yield the augmented images of every pick."""
+        rows = self.rows(epoch)
         if self.transform.whole_batch:
             yield from (self.take(rows[pick], generator) for pick, generator in zip(picks, generators))
         else:
@@ -201,13 +192,10 @@ class ImageBatches(ShuffledBatches):
 
     def take(self, rows: Tensor, augment: torch.Generator) -> Tensor:
         """Return augmented float (B, C, S, S): images of one size together, then all in the order of the rows."""
-        pieces, places, start = [], [], 0
-        for pixels in self.stores:
-            place = ((rows >= start) & (rows < start + len(pixels))).nonzero().flatten()
-            if len(place):
-                pieces.append(pixels[(rows[place] - start).to(self.device)])
-                places.append(place)
-            start += len(pixels)
+        pieces, places = [], []
+        for i, place, inside in located(rows, list(map(len, self.stores))):
+            pieces.append(self.stores[i][inside.to(self.device)])
+            places.append(place)
         if len(pieces) == 1:
             return self.transform.train(pieces[0], augment)
         if len({piece.shape[1:] for piece in pieces}) == 1:
@@ -217,13 +205,10 @@ class ImageBatches(ShuffledBatches):
 
     def _load(self, picks: list[Tensor], rows: Tensor, epoch: int) -> Iterator[Tensor]:
         """Yield uint8 (B, C, S, S) on the device, one per pick, decoded and cropped by workers."""
-        loader = DataLoader(
-            [list(zip(rows[pick].tolist(), pick.tolist())) for pick in picks],
-            batch_size=None,  # each entry is one already
-            collate_fn=partial(_decode_training, self.images, self.transform, (*self.loading.key, "crop", epoch)),
-            num_workers=self.loading.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        places = [list(zip(rows[pick].tolist(), pick.tolist())) for pick in picks]  # each entry is a batch already
+        decode = partial(_decode_training, self.images, self.transform, (*self.loading.key, "crop", epoch))
+        workers, pinned = self.loading.num_workers, self.device.type == "cuda"
+        loader = DataLoader(places, None, num_workers=workers, collate_fn=decode, pin_memory=pinned)
         yield from (pixels.to(self.device, non_blocking=True) for pixels in loader)
 
 
@@ -245,7 +230,7 @@ class MixedBatches(ImageBatches):
         parts = [(pick[pick < self.num_images], pick[pick >= self.num_images]) for pick in picks]
         # A batch without images uses no generator: those of the others are theirs wherever an epoch is taken up.
         shown = [(real, generator) for (real, _), generator in zip(parts, generators) if len(real)]
-        views = self.views([real for real, _ in shown], self.rows(epoch), epoch, iter([g for _, g in shown]))
+        views = self.views([real for real, _ in shown], epoch, iter([g for _, g in shown]))
         for real, replayed in parts:
             features = self.features[(replayed - self.num_images).to(self.device)]
             images = Mixed(next(views), features) if len(real) else Mixed(features.new_empty(0, 3, 1, 1), features)

@@ -138,6 +138,20 @@ def _in_one_row(pieces: Iterable[Tensor]) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
 
 
+def located(positions: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Find positions, int64 (n,), among stores of these sizes that stand behind each other.
+
+    Yields:
+        of every store that holds some of them: its number, their places in ``positions``, and their rows in the store.
+    """
+    start = 0
+    for number, size in enumerate(sizes):
+        places = ((positions >= start) & (positions < start + size)).nonzero().flatten()
+        if len(places):
+            yield number, places, positions[places] - start
+        start += size
+
+
 class Samples:
     """Labelled samples as a list of parts. Immutable; ``+`` concatenates."""
 
@@ -169,12 +183,8 @@ class Samples:
     def take(self, positions: Sequence[int] | Tensor) -> Self:
         """Return the samples at these positions, in this order where they lie in one part, else part by part."""
         positions = torch.as_tensor(positions, dtype=torch.int64)
-        parts, start = [], 0
-        for part in self.parts:
-            inside = (positions >= start) & (positions < start + len(part.labels))
-            parts.append(part.take(positions[inside] - start))
-            start += len(part.labels)
-        return type(self)(parts)
+        sizes = [len(part.labels) for part in self.parts]
+        return type(self)(self.parts[i].take(inside) for i, _, inside in located(positions, sizes))
 
     def select(self, classes: Iterable[int]) -> Self:
         """Return the samples of these classes, in their stored order."""
@@ -207,11 +217,9 @@ class Samples:
         widths = [part.columns["soft_targets"].shape[1] for part in self.parts if "soft_targets" in part.columns]
         if not widths:
             return None
-        width, rows = max(*widths, int(self.labels.max()) + 1), []
-        for part in self.parts:
-            targets = part.columns.get("soft_targets", F.one_hot(part.labels, width).float())
-            rows.append(F.pad(targets, (0, width - targets.shape[1])))
-        return torch.cat(rows)
+        width = max(*widths, int(self.labels.max()) + 1)
+        targets = (part.columns.get("soft_targets", F.one_hot(part.labels, width).float()) for part in self.parts)
+        return torch.cat([F.pad(rows, (0, width - rows.shape[1])) for rows in targets])
 
 
 class FeatureSet(Samples):
