@@ -9,10 +9,10 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ from utils.run.errors import SealedDataError
 from utils.training import seeding
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Rules by which a data set is cut into tasks and its images are picked.
 
     Args:
@@ -246,5 +245,5 @@ class DataManager:
 def cut_tasks(config: RunConfig, seed: int, dataset: Dataset, upper_bound: bool = False) -> DataManager:
     """Cut the tasks of one seed of an experiment."""
     seeds = {"order_seed": config.order_seed(seed), "run_seed": config.train_seed(seed)}
-    shared = {field.name: getattr(config, field.name) for field in fields(Split) if field.name not in seeds}
+    shared = {name: getattr(config, name) for name in Split._fields if name not in seeds}
     return DataManager(dataset, Split(**shared, **seeds), upper_bound)
