@@ -192,10 +192,8 @@ class ImageBatches(ShuffledBatches):
 
     def take(self, rows: Tensor, augment: torch.Generator) -> Tensor:
         """Return augmented float (B, C, S, S): images of one size together, then all in the order of the rows."""
-        pieces, places = [], []
-        for i, place, inside in located(rows, list(map(len, self.stores))):
-            pieces.append(self.stores[i][inside.to(self.device)])
-            places.append(place)
+        found = located(rows, self.stores)
+        pieces, places = zip(*((pixels[inside.to(self.device)], place) for pixels, place, inside in found))
         if len(pieces) == 1:
             return self.transform.train(pieces[0], augment)
         if len({piece.shape[1:] for piece in pieces}) == 1:

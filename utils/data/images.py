@@ -8,13 +8,13 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from utils.run.errors import DataError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Store = TypeVar("Store", bound=Sized)  # of samples
 
 
 def decode_image(path: str | Path) -> Tensor:
@@ -112,6 +114,9 @@ class Part:
         if isinstance(self.images, Tensor):
             assert (self.images.dtype, self.images.ndim) in ((torch.uint8, 4), (torch.float32, 2))
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     @property
     def nbytes(self) -> int:
         if isinstance(self.images, Tensor):
@@ -138,25 +143,25 @@ def _in_one_row(pieces: Iterable[Tensor]) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
 
 
-def located(positions: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Find positions, int64 (n,), among stores of these sizes that stand behind each other.
+def located(positions: Tensor, stores: Iterable[Store]) -> Iterator[tuple[Store, Tensor, Tensor]]:
+    """Find positions, int64 (n,), in stores that stand behind each other.
 
     Yields:
-        of every store that holds some of them: its number, their places in ``positions``, and their rows in the store.
+        every store that holds some of them, their places in ``positions``, and their rows in the store.
     """
     start = 0
-    for number, size in enumerate(sizes):
-        places = ((positions >= start) & (positions < start + size)).nonzero().flatten()
+    for store in stores:
+        places = ((positions >= start) & (positions < start + len(store))).nonzero().flatten()
         if len(places):
-            yield number, places, positions[places] - start
-        start += size
+            yield store, places, positions[places] - start
+        start += len(store)
 
 
 class Samples:
     """Labelled samples as a list of parts. Immutable; ``+`` concatenates."""
 
     def __init__(self, parts: Iterable[Part] = ()):
-        self.parts = tuple(part for part in parts if len(part.labels))
+        self.parts = tuple(part for part in parts if len(part))
         self.labels = _in_one_row(part.labels for part in self.parts)  # (N,)
 
     @classmethod
@@ -183,8 +188,7 @@ class Samples:
     def take(self, positions: Sequence[int] | Tensor) -> Self:
         """Return the samples at these positions, in this order where they lie in one part, else part by part."""
         positions = torch.as_tensor(positions, dtype=torch.int64)
-        sizes = [len(part.labels) for part in self.parts]
-        return type(self)(self.parts[i].take(inside) for i, _, inside in located(positions, sizes))
+        return type(self)(part.take(inside) for part, _, inside in located(positions, self.parts))
 
     def select(self, classes: Iterable[int]) -> Self:
         """Return the samples of these classes, in their stored order."""
@@ -198,7 +202,7 @@ class Samples:
 
     def relabelled(self, labels: Tensor) -> Self:
         """Return the same samples with other labels, int64 (N,)."""
-        pieces = labels.split([len(part.labels) for part in self.parts])
+        pieces = labels.split(list(map(len, self.parts)))
         return type(self)(replace(part, labels=piece) for part, piece in zip(self.parts, pieces))
 
     def counts(self, num_classes: int) -> Tensor:
@@ -245,8 +249,8 @@ class ImageSet(Samples):
     def image(self, position: int) -> Tensor:
         """Return one image, uint8 (C, H, W)."""
         for part in self.parts:
-            if position < len(part.labels):
+            if position < len(part):
                 item = part.images[position]
                 return item if isinstance(item, Tensor) else decode_image(item)
-            position -= len(part.labels)
+            position -= len(part)
         raise IndexError(position)

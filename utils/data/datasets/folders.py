@@ -115,8 +115,7 @@ def _check_classes(splits: dict[Path, dict[str, list[str]]]) -> None:
     for split, files in splits.items():
         if not files:
             raise DataError(f"{split} holds no class folder: put images into {split}/<class>/<image>")
-        empty = [name for name, paths in files.items() if not paths]
-        if empty:
+        if empty := [name for name, paths in files.items() if not paths]:
             remedy = f"put images ({', '.join(IMAGE_SUFFIXES)}) there, or remove these folders from train and test"
             raise DataError(f"no image in the class folders {_join_names(empty)} of {split}: {remedy}")
 
