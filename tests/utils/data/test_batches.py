@@ -1,6 +1,6 @@
 """Every image once per epoch, in an order that depends on the key alone and needs no state to be resumed."""
 
-from dataclasses import replace
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +15,7 @@ from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 from utils.run.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
+LARGE = {"recipe": "imagenet", "size": 16, "in_memory": False}
 PAIRS = SimpleNamespace(least_batch=lambda side: 2)  # a network that cannot train on one image
 
 
@@ -43,10 +44,13 @@ def photographs(tmp_path_factory) -> ImageSet:
     return ImageSet.of([str(folder / f"{i}.png") for i in range(9)], torch.arange(9))
 
 
+def labels_of(epoch: Iterable[Batch]) -> list[int]:
+    return [label for batch in epoch for label in batch.labels.tolist()]
+
+
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
     assert [batch.labels.tolist() for batch in left] == [batch.labels.tolist() for batch in right]
-    for one, other in zip(left, right):
-        assert_close(one.images, other.images, rtol=0, atol=0)
+    assert_close([batch.images for batch in left], [batch.images for batch in right], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -57,25 +61,19 @@ def test_every_image_comes_once_per_epoch_unless_what_does_not_fill_a_batch_is_l
     batches, dropping = batches_of(images_of(count)), batches_of(images_of(count), drop_last=True)
     epoch = list(batches.epoch(0))
     assert [len(batch) for batch in epoch] == sizes and len(batches) == len(sizes)
-    assert sorted(torch.cat([batch.labels for batch in epoch]).tolist()) == list(range(count))
+    assert sorted(labels_of(epoch)) == list(range(count))
     assert [len(batch) for batch in dropping.epoch(0)] == full and len(dropping) == len(full)
 
 
 @pytest.mark.parametrize(
     ("count", "batch_size", "sizes"),
-    [
-        (9, 4, [4, 5]),  # one image alone joins the batch before it
-        (10, 4, [4, 4, 2]),  # two do not
-        (8, 4, [4, 4]),
-        (3, 2, [3]),
-        (3, 4, [3]),
-    ],
+    [(9, 4, [4, 5]), (10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 2, [3]), (3, 4, [3])],  # one alone joins, two do not
 )
 def test_a_last_batch_that_is_too_small_joins_the_one_before(count, batch_size, sizes):
     joining, apart = (batches_of(images_of(count), batch_size=batch_size, network=network) for network in (PAIRS, None))
-    epoch, order = list(joining.epoch(3)), torch.cat([batch.labels for batch in apart.epoch(3)])
+    epoch = list(joining.epoch(3))
     assert [len(batch) for batch in epoch] == sizes and len(joining) == len(sizes)
-    assert torch.equal(torch.cat([batch.labels for batch in epoch]), order)  # the same images in the same order
+    assert labels_of(epoch) == labels_of(apart.epoch(3))  # the same images in the same order
     assert_same(list(joining.epoch(3, len(sizes) - 1)), epoch[-1:])  # also where a run is taken up
     if len(joining) == len(apart):
         assert_same(epoch, list(apart.epoch(3)))
@@ -129,7 +127,7 @@ def test_images_of_two_sizes_stay_with_their_labels_in_every_batch():
 
 def test_a_set_of_two_sizes_is_evaluated_in_stored_order():
     images = images_of(3) + images_of(2, size=64, start=3) + images_of(1, size=32, start=5)
-    transform = ClassifierTransform(AUGMENTATIONS["vit_crop"], 32, (0.0,) * 3, (1.0,) * 3, True)
+    transform = loading("vit_crop", 32).transform
     together = torch.cat(list(test_batches(images, transform, 2, CPU)))
     apart = [next(test_batches(images.take([i]), transform, 2, CPU)) for i in range(6)]
     assert_close(together, torch.cat(apart), rtol=0, atol=0)
@@ -141,7 +139,7 @@ def test_order_and_augmentation_depend_on_key_and_epoch_alone():
     assert_same(first, list(batches_of(images_of(12)).epoch(0)))
     keys = [((1993, 0, "train"), 0), ((1993, 0, "train"), 1), ((1993, 1, "train"), 0), ((1993, 0, "other"), 0)]
     epochs = [batches_of(images_of(12), key=key).epoch(epoch) for key, epoch in keys]
-    assert len({tuple(torch.cat([batch.labels for batch in epoch]).tolist()) for epoch in epochs}) == 4
+    assert len(set(map(tuple, map(labels_of, epochs)))) == 4
 
 
 def test_every_batch_of_an_epoch_is_augmented_anew():
@@ -149,13 +147,6 @@ def test_every_batch_of_an_epoch_is_augmented_anew():
     same = ImageSet.of(image.expand(12, -1, -1, -1), torch.arange(12))
     first, second, third = (batch.images for batch in batches_of(same).epoch(0))
     assert not torch.equal(first, second) and not torch.equal(second, third)
-
-
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_starting_at_a_step_gives_the_batches_that_would_have_come(photographs, start):
-    for images, options in [(images_of(12), {}), (photographs, {"recipe": "imagenet", "size": 16, "in_memory": False})]:
-        whole = list(batches_of(images, **options).epoch(5))
-        assert_same(list(batches_of(images, **options).epoch(5, start)), whole[start:])
 
 
 @pytest.mark.parametrize(("count", "world"), [(16, 2), (11, 2), (12, 3), (9, 2), (5, 3)])
@@ -171,10 +162,8 @@ def test_shards_partition_every_batch_unless_it_is_smaller_than_their_number(cou
 
 @pytest.mark.parametrize("recipe", ["none", "imagenet", "imagenet_jitter", "auto_augment"])
 def test_large_images_are_the_same_with_and_without_worker_processes(photographs, recipe):
-    alone, helped = (
-        list(batches_of(photographs, recipe=recipe, size=16, in_memory=False, num_workers=workers).epoch(0))
-        for workers in (0, 2)
-    )
+    settings = {**LARGE, "recipe": recipe}
+    alone, helped = (list(batches_of(photographs, **settings, num_workers=workers).epoch(0)) for workers in (0, 2))
     assert alone[0].images.shape == (4, 3, 16, 16)
     assert_same(alone, helped)
 
@@ -185,21 +174,18 @@ def test_a_large_image_that_breaks_while_it_is_trained_on_is_named_without_a_tra
     path = tmp_path / "late.jpg"
     Image.fromarray(np.random.default_rng(0).integers(256, size=(80, 80, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:1000]) if damage == "cut off" else path.unlink()  # a whole header is left
-    images, transform = ImageSet.of([str(path)], torch.tensor([0])), loading("imagenet", 16, in_memory=False).transform
-    for read in (
-        lambda: next(batches_of(images, recipe="imagenet", size=16, in_memory=False, num_workers=workers).epoch(0)),
-        lambda: next(test_batches(images, transform, 4, CPU, workers)),
-    ):
+    images = ImageSet.of([str(path)], torch.tensor([0]))
+    training = batches_of(images, **LARGE, num_workers=workers)
+    for batches in (training.epoch(0), test_batches(images, training.transform, 4, CPU, workers)):
         with pytest.raises(DataError) as caught:
-            read()
+            next(batches)
         assert str(caught.value).startswith(f"cannot read the image {path}: ") and "\n" not in str(caught.value)
 
 
 def test_each_large_image_is_cropped_by_its_own_key(photographs):
     def crops(batch_size):
-        batches = batches_of(photographs, recipe="imagenet", size=16, in_memory=False, batch_size=batch_size)
-        picks = torch.arange(9).split(batch_size)
-        return torch.cat(list(batches._load(picks, torch.arange(9), epoch=0)))
+        batches = batches_of(photographs, **LARGE, batch_size=batch_size)
+        return torch.cat(list(batches._load(torch.arange(9).split(batch_size), torch.arange(9), epoch=0)))
 
     assert_close(crops(2), crops(9), rtol=0, atol=0)
 
@@ -207,7 +193,7 @@ def test_each_large_image_is_cropped_by_its_own_key(photographs):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_test_batches_keep_the_stored_order_without_augmentation(in_memory):
     images = images_of(10, size=16)
-    transform = ClassifierTransform(AUGMENTATIONS["imagenet"], 16, (0.5,) * 3, (0.5,) * 3, in_memory)
+    transform = loading("imagenet", 16, in_memory).transform
     chunks = list(test_batches(images, transform, 4, CPU))
     assert [len(chunk) for chunk in chunks] == [4, 4, 2] and not list(test_batches(ImageSet(), transform, 4, CPU))
     pixels = images.parts[0].images
@@ -239,15 +225,6 @@ def test_replay_goes_round_and_round_beneath_the_epochs(replay_size):
     assert_same(beside, rounds[:9])
 
 
-@pytest.mark.parametrize("position", range(9))
-def test_paired_batches_go_on_at_any_step_with_the_same_bits(position):
-    whole = [batch for epoch in range(3) for batch in paired().epoch(epoch)]
-    epoch, start = divmod(position, 3)
-    rest, expected = list(paired().epoch(epoch, start)), whole[position : 3 * epoch + 3]
-    assert_same(rest, expected)
-    assert_same([batch.replay for batch in rest], [batch.replay for batch in expected])
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_every_sample_has_its_own_soft_target_or_that_of_its_label(in_memory):
     soft = torch.rand(3, 10)
@@ -269,7 +246,7 @@ def mixed(num_images=6, num_features=5, recipe="none") -> MixedBatches:
 
 def test_labels_of_mixed_batches_are_those_of_images_and_features_behind_each_other():
     epoch = list(mixed().epoch(0))
-    assert sorted(torch.cat([batch.labels for batch in epoch]).tolist()) == list(range(11))
+    assert sorted(labels_of(epoch)) == list(range(11))
     assert any(len(batch.images.images) and len(batch.images.features) for batch in epoch)
     for batch in epoch:
         shown = [(batch.images.images[:, 0, 0, 0] + 1) * 127.5, batch.images.features[:, 0]]
@@ -285,19 +262,25 @@ def test_a_batch_may_hold_features_alone(num_images, num_features):
     assert alone and all(batch.images.images.shape == (0, 3, 1, 1) and batch.is_replay.all() for batch in alone)
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_mixed_batches_go_on_at_any_step_with_the_same_bits(start):
-    for epoch in range(5):  # batches of features alone are among them
-        whole = list(mixed(2, 12, recipe="cifar").epoch(epoch))
-        rest = list(mixed(2, 12, recipe="cifar").epoch(epoch, start))
-        for kind in ("images", "features"):
-            same = [[replace(b, images=getattr(b.images, kind)) for b in batches] for batches in (rest, whole[start:])]
-            assert_same(*same)
+@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda files: batches_of(images_of(12)),
+        lambda files: batches_of(files, **LARGE),
+        lambda files: paired(),
+        lambda files: mixed(2, 12, recipe="cifar"),  # batches of features alone are among them
+    ],
+)
+def test_starting_at_a_step_gives_the_batches_that_would_have_come(photographs, make, start):
+    for epoch in range(6):
+        rest, expected = list(make(photographs).epoch(epoch, start)), list(make(photographs).epoch(epoch))[start:]
+        assert_same(rest, expected)
+        assert_same(*([batch.replay for batch in batches if batch.replay] for batches in (rest, expected)))
 
 
 def test_features_beside_images_with_soft_targets_have_that_of_their_label():
-    images, features = images_of(2), FeatureSet.of(torch.zeros(2, 3), torch.tensor([2, 3]))
-    soft = torch.full((2, 4), 0.25)
-    images = ImageSet.of(images.parts[0].images, images.labels, soft_targets=soft)
+    features, soft = FeatureSet.of(torch.zeros(2, 3), torch.tensor([2, 3])), torch.full((2, 4), 0.25)
+    images = ImageSet.of(images_of(2).parts[0].images, torch.tensor([0, 1]), soft_targets=soft)
     (batch,) = MixedBatches(images, features, loading()).epoch(0)
     assert_close(batch.soft_targets, torch.cat([soft, torch.eye(4)[2:]])[batch.labels])
