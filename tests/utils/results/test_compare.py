@@ -33,6 +33,12 @@ def write_run(root, name, finals, **facts):
     return str(root / name)
 
 
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of one seed."""
+    return write_run(tmp_path, "cifar_wa", {1: 50.0})
+
+
 def table_of(capsys, *arguments):
     assert main(arguments) == 0
     return capsys.readouterr().out
@@ -50,8 +56,7 @@ def test_seeds_are_averaged_with_their_sample_deviation(tmp_path, capsys):
     assert float(row["final_accuracy_std"]) == pytest.approx(stdev([50, 53, 55]))
 
 
-def test_one_seed_has_no_deviation_and_its_replay_memory_is_exemplars_bank_and_source(tmp_path, capsys):
-    run = write_run(tmp_path, "cifar_wa", {1: 50.0})
+def test_one_seed_has_no_deviation_and_its_replay_memory_is_exemplars_bank_and_source(capsys, run):
     (row,) = csv_of(capsys, run)
     assert (row["final_accuracy_std"], float(row["replay_memory_bytes_mean"])) == ("", 1536)
     assert "1.5 KiB" in table_of(capsys, run) and "±" not in table_of(capsys, run)
@@ -80,9 +85,10 @@ def test_unfinished_seeds_are_marked_and_left_out_of_the_means(tmp_path, capsys,
     assert "1, 2*" in table_of(capsys, run)
 
 
-def test_a_run_that_has_only_begun_is_listed(tmp_path, capsys):
+def test_runs_that_have_only_begun_are_listed_and_upper_bounds_say_so(tmp_path, capsys):
     text = table_of(capsys, write_run(tmp_path, "begun", {1: None}))
     assert "begun" in text and "wa" in text and "1*" in text
+    assert "upper bound" in table_of(capsys, write_run(tmp_path, "joint", {1: 90.0}, upper_bound=True))
 
 
 def test_text_columns_are_aligned(tmp_path, capsys):
@@ -95,10 +101,9 @@ def test_text_columns_are_aligned(tmp_path, capsys):
     assert rows[1].index("±") == rows[2].index("±")
 
 
-def test_other_folders_and_files_are_skipped_quietly(tmp_path, capsys):
+def test_other_folders_and_files_are_skipped_quietly(tmp_path, capsys, run):
     (tmp_path / "syn_image_cifar_seed1" / "task_0").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("")
-    write_run(tmp_path, "cifar_wa", {1: 50.0})
     rows = csv_of(capsys, *sorted(map(str, tmp_path.iterdir())))
     assert [row["run"] for row in rows] == ["cifar_wa"]
     assert capsys.readouterr().err == ""
@@ -123,13 +128,10 @@ FOREIGN_RESULTS = [  # objects, but none of ours
 
 @pytest.mark.parametrize(
     ("file", "contents"),
-    [
-        ("config.json", [*DAMAGED, b'{"config": {"synth": 3}}']),
-        ("seed_1/results.json", DAMAGED + FOREIGN_RESULTS),
-    ],
+    [("config.json", [*DAMAGED, b'{"config": {"synth": 3}}']), ("seed_1/results.json", DAMAGED + FOREIGN_RESULTS)],
 )
-def test_a_damaged_or_foreign_file_is_named_in_one_line_with_what_to_do(tmp_path, capsys, file, contents):
-    path = Path(write_run(tmp_path, "cifar_wa", {1: 50.0})) / file
+def test_a_damaged_or_foreign_file_is_named_in_one_line_with_what_to_do(tmp_path, capsys, run, file, contents):
+    path = Path(run, file)
     for content in contents:
         path.write_bytes(content)
         assert main([str(tmp_path)]) == 2
@@ -146,12 +148,7 @@ def test_latex_has_booktabs_rules_and_escapes(tmp_path, capsys):
     assert {line.count(" & ") for line in rows} == {9}
 
 
-def test_upper_bounds_say_so(tmp_path, capsys):
-    assert "upper bound" in table_of(capsys, write_run(tmp_path, "joint", {1: 90.0}, upper_bound=True))
-
-
-def test_the_command_line_writes_the_table_to_a_file_without_loading_matplotlib(tmp_path):
-    run = write_run(tmp_path, "cifar_wa", {1: 50.0})
+def test_the_command_line_writes_the_table_to_a_file_without_loading_matplotlib(tmp_path, run):
     command = ["-X", "importtime", "-m", "utils.results.compare", run, "--output", str(tmp_path / "out" / "table.txt")]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
     assert done.stdout == b"" and b"utils.results.plot" in done.stderr and b"matplotlib" not in done.stderr
