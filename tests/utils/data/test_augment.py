@@ -57,13 +57,10 @@ def test_corners_that_turn_into_the_image_are_black():
     assert corners.min() == 0 and corners.amax(dim=(1, 2)).median() < 0.1
 
 
-def test_hue_saturation_and_value_are_those_of_colorsys():
+def test_hue_saturation_and_value_are_those_of_colorsys_and_greys_and_pure_colours_survive_the_way_back():
     images = noise()
     assert_close(rgb_to_hsv(images), pixelwise(colorsys.rgb_to_hsv, images))
     assert_close(hsv_to_rgb(images), pixelwise(colorsys.hsv_to_rgb, images))
-
-
-def test_greys_and_pure_colours_survive_the_way_to_hsv_and_back():
     colours = [(0, 0, 0), (1, 1, 1), (0.3, 0.3, 0.3), (1, 0, 0), (0, 1, 1), (1, 0, 1), (0.5, 0.5, 0)]
     pixels = torch.tensor(colours, dtype=torch.float32).view(-1, 3, 1, 1)
     hsv = rgb_to_hsv(pixels)
@@ -86,14 +83,6 @@ def test_a_jiggle_is_four_changes_in_the_drawn_order(seed):
             h, s = (h, (s * (1 + saturation)).clamp(max=1)) if step == 2 else ((h + hue) % 1, s)
             expected = pixelwise(colorsys.hsv_to_rgb, torch.cat([h, s, v], dim=1))
     assert_close(jiggle(images, 0.1, generator(seed)), expected, rtol=0, atol=1e-5)
-
-
-def test_a_jiggle_takes_every_order_and_every_amount_in_range():
-    drawn = [amounts_and_order(seed, 50) for seed in range(200)]
-    assert len({tuple(order) for _, order in drawn}) == 24
-    amounts = torch.cat([amounts.view(4, 50) for amounts, _ in drawn], dim=1)
-    assert_close(amounts.amax(1), torch.full((4,), 0.1), rtol=0, atol=1e-3)
-    assert_close(amounts.amin(1), torch.full((4,), -0.1), rtol=0, atol=1e-3)
 
 
 def test_a_jiggle_never_leaves_the_range_of_an_image():

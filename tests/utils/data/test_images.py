@@ -76,16 +76,11 @@ def test_every_kind_of_file_becomes_8_bits_in_one_way(tmp_path, name, image, opt
     assert read_header(tmp_path / name)[:2] == (image.height, image.width)
 
 
-@pytest.mark.parametrize(
-    ("values", "most"),
-    [
-        (np.float32([[0, 255]]), 1),
-        (np.float32([[0, -0.1]]), 1),
-        (np.float32([[0, np.nan]]), 1),
-        (np.int32([[0, 256]]), 255),
-        (np.int32([[-1, 0]]), 255),
-    ],
-)
+BEYOND = [(np.float32([[0, wrong]]), 1) for wrong in (255, -0.1, np.nan)]
+BEYOND += [(np.int32([[0, wrong]]), 255) for wrong in (256, -1)]
+
+
+@pytest.mark.parametrize(("values", "most"), BEYOND)
 def test_32_bits_without_a_common_scale_are_refused_before_and_while_they_are_read(tmp_path, values, most):
     Image.fromarray(values).save(tmp_path / "deep.tif")
     for read in (read_header, decode_image):
@@ -116,15 +111,12 @@ def test_a_file_that_is_no_image_is_named(tmp_path, damage):
         decode_image(path)
 
 
-def test_adding_concatenates_in_order_and_keeps_parts_of_their_own_size():
+def test_adding_concatenates_in_order_keeps_parts_of_their_own_size_and_drops_empty_ones():
     both = numbered(2) + numbered(3, size=4, start=10, label=1)
     assert (len(both), both.labels.tolist(), numbers(both)) == (5, [0, 0, 1, 1, 1], [0, 1, 10, 11, 12])
     assert [part.images.shape[-1] for part in both.parts] == [2, 4]
     with pytest.raises(IndexError):
         both.image(5)
-
-
-def test_empty_parts_leave_no_trace():
     assert (ImageSet() + numbered(0)).parts == () and ImageSet().classes == []
     assert len(ImageSet()) == 0 and ImageSet().labels.dtype == torch.int64
 
@@ -144,42 +136,31 @@ def test_take_picks_positions(positions, expected):
     assert numbers(images.take(positions)) == expected
 
 
-def test_select_keeps_the_stored_order_across_parts():
+def test_select_keeps_the_stored_order_and_relabelling_moves_labels_across_part_borders():
     images = numbered(2, label=1) + numbered(2, start=10, label=0) + numbered(1, start=20, label=1)
     assert (numbers(images.select([1])), numbers(images.select([5]))) == ([0, 1, 20], [])
-    assert images.classes == [0, 1]
-    assert images.counts(3).tolist() == [2, 3, 0]
-
-
-def test_relabelling_moves_labels_across_part_borders():
+    assert (images.classes, images.counts(3).tolist()) == ([0, 1], [2, 3, 0])
     images = (numbered(2) + numbered(1, start=10)).relabelled(torch.tensor([4, 5, 6]))
     assert (images.labels.tolist(), images.parts[1].labels.tolist()) == ([4, 5, 6], [6])
     assert numbers(images) == [0, 1, 10]
 
 
-def test_files_and_tensors_hold_the_same_image(tmp_path):
+def test_files_and_tensors_hold_the_same_image_and_bytes_are_pixels_or_sizes_of_files(tmp_path):
     array = np.random.default_rng(0).integers(256, size=(3, 6, 6, 3), dtype=np.uint8)
     paths = [save(tmp_path, f"{i}.png", image) for i, image in enumerate(array)]
     files = ImageSet.of(paths, torch.arange(3))
     assert_close(files.image(2), torch.from_numpy(array[2]).permute(2, 0, 1), rtol=0, atol=0)
     assert files.take([1]).parts[0].images == (paths[1],)
-
-
-def test_bytes_are_pixels_of_tensors_and_sizes_of_files(tmp_path):
-    path = save(tmp_path, "a.png", np.zeros((4, 4, 3), np.uint8))
-    files = ImageSet.of([path], torch.tensor([0]))
     assert numbered(3, size=4).nbytes == 48
-    assert (numbered(3, size=4) + files).nbytes == 48 + (tmp_path / "a.png").stat().st_size
+    assert (numbered(3, size=4) + files.take([0])).nbytes == 48 + (tmp_path / "0.png").stat().st_size
 
 
 def test_neighbours_of_one_kind_are_merged_and_nothing_changes_its_place():
-    small, large = torch.arange(3 * 4).to(torch.uint8).view(3, 1, 2, 2), torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
-    label = torch.tensor([0])
-    parts = [ImageSet.of(small[:1], label), ImageSet.of(small[1:], torch.tensor([1, 2])), ImageSet.of(large, label + 3)]
-    images = sum([*parts, ImageSet.of(["a.png"], label + 4), ImageSet.of(["b.png"], label + 5)], ImageSet())
+    files = [ImageSet.of([name], torch.tensor([label])) for name, label in (("a.png", 4), ("b.png", 5))]
+    images = sum(files, numbered(1) + numbered(2, start=1, label=1) + numbered(1, size=4, label=3))
     merged = images.merged()
-    assert [len(part.labels) for part in merged.parts] == [3, 1, 2] and merged.labels.tolist() == [0, 1, 2, 3, 4, 5]
-    assert torch.equal(merged.parts[0].images, small) and merged.parts[2].images == ("a.png", "b.png")
+    assert [len(part) for part in merged.parts] == [3, 1, 2] and merged.labels.tolist() == [0, 1, 1, 3, 4, 5]
+    assert numbers(ImageSet(merged.parts[:1])) == [0, 1, 2] and merged.parts[2].images == ("a.png", "b.png")
 
 
 def marked(count, start=0) -> ImageSet:
@@ -209,11 +190,8 @@ def test_images_without_the_column_of_their_neighbours_stay_a_part_of_their_own(
     assert images.items().tolist() == [0, 1, -1, 7, 8]
     assert [len(part.labels) for part in images.merged().parts] == [2, 1, 2]
     assert images.merged().items().tolist() == [0, 1, -1, 7, 8] and ImageSet().items().tolist() == []
-
-
-def test_a_column_of_another_length_is_an_error():
-    with pytest.raises(AssertionError):
-        ImageSet.of(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), items=torch.zeros(3))
+    with pytest.raises(AssertionError):  # a column of another length
+        ImageSet.of(numbered(2).parts[0].images, torch.tensor([0, 0]), items=torch.zeros(3))
 
 
 def test_soft_targets_are_a_samples_own_or_those_of_its_label():

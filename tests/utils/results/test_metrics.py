@@ -86,7 +86,8 @@ def test_forgetting_starts_from_the_best_and_backward_transfer_from_the_first():
     assert (metrics.forgetting(matrix), metrics.backward_transfer(matrix)) == (10.0, 0.0)
 
 
-def test_performance_drop_weighs_tasks_by_their_test_images():
+def test_performance_drop_weighs_tasks_by_their_test_images_and_the_harmonic_mean_of_nothing_is_zero():
+    assert metrics.harmonic_mean(0.0, 0.0) == 0.0
     figures = metrics.fscil([[90.0], [80.0, 40.0]], test_counts=[300, 100])
     assert figures["performance_drop"] == [0.0, 20.0]
     assert figures["novel"] == [None, 40.0]
@@ -102,10 +103,6 @@ def test_group_averages_weigh_groups_and_not_images():
     # the first session has no new groups
     first = metrics.group_averages(labels[:40], labels[:40], 4, 2)
     assert first == {"old": 100.0, "new": None, "harmonic_mean": None}
-
-
-def test_the_harmonic_mean_of_nothing_is_zero():
-    assert metrics.harmonic_mean(0.0, 0.0) == 0.0
 
 
 @pytest.mark.parametrize(
