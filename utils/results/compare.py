@@ -20,7 +20,6 @@ from utils.run.errors import CheckpointError, RepriseError
 from utils.run.files import atomic_write, in_numeric_order, read_json
 
 REPLAY_MEMORY = ("exemplars", "bank", "source")  # all that a run keeps beside its classifier
-FOOTNOTE = "* unfinished seed, not in the means"
 WORDS = ("run", "learner", "source", "data set", "seeds")  # titles of the first columns; numbers follow
 NUMBERS = {  # by their name in csv
     "final_accuracy": "final acc. (%)", "average_incremental_accuracy": "avg. incremental (%)",
@@ -225,7 +224,7 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
-    return [FOOTNOTE] if any(row.unfinished for row in rows) else []
+    return ["* unfinished seed, not in the means"] if any(row.unfinished for row in rows) else []
 
 
 def _latex(cell: str) -> str:

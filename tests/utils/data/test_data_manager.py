@@ -26,6 +26,12 @@ def toy_dataset(per_class=10, **changes) -> Dataset:
     return replace(dataset, **changes)
 
 
+def numbered(count) -> Dataset:
+    """Training images whose every pixel is their own number; their class is the number modulo 5."""
+    numbers = torch.arange(count)
+    return toy_dataset(train=ImageSet.of(numbers.to(torch.uint8).view(-1, 1, 1, 1), numbers % 5))
+
+
 def manager(dataset=None, upper_bound=False, **rules) -> DataManager:
     split = Split(**{"init_cls": 2, "increment": 2, "order_seed": 3, **rules})
     return DataManager(dataset or toy_dataset(), split, upper_bound)
@@ -49,8 +55,8 @@ def test_labels_are_positions_in_the_class_order():
         assert levels.tolist() == originals
 
 
-def test_past_and_future_images_cannot_be_read():
-    data = manager()
+def test_past_and_future_images_cannot_be_read_but_by_upper_bounds():
+    data, joint = manager(), manager(upper_bound=True)
     with pytest.raises(SealedDataError, match="task 1 has not begun"):
         data.train_images(data.task(1))
     first, second, third = data.tasks()
@@ -59,48 +65,34 @@ def test_past_and_future_images_cannot_be_read():
         data.train_images(first)
     with pytest.raises(SealedDataError, match="task 2 has not begun: iterate"):
         data.train_images(third)
+    with pytest.raises(SealedDataError, match="upper_bound"):
+        data.all_seen_images(second)
+    joint.advance(second)
+    assert joint.all_seen_images(second).classes == [0, 1, 2, 3]
     assert data.train_images(next(data.tasks(start=2))).classes == [4]  # a resumed run begins at a later task
 
 
-def test_all_seen_images_are_for_upper_bounds_only():
-    honest, joint = manager(), manager(upper_bound=True)
-    honest.advance(honest.task(1))
-    joint.advance(joint.task(1))
-    with pytest.raises(SealedDataError, match="upper_bound"):
-        honest.all_seen_images(honest.task(1))
-    assert joint.all_seen_images(joint.task(1)).classes == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("draw", ["own", "reference"])
-def test_few_shots_cut_every_task_but_the_first(draw):
-    data = manager(kshot=3, few_shot_draw=draw)
-    assert data.class_counts == [10, 10, 3, 3, 3]
-    assert sorted(data.few_shot_indices) == [2, 3, 4]
+def test_few_shots_cut_every_task_but_the_first_by_the_run_seed_and_not_the_class_order(draw):
+    one, same, other = (manager(kshot=3, few_shot_draw=draw, run_seed=seed) for seed in (3, None, 4))
+    assert one.class_counts == [10, 10, 3, 3, 3] and sorted(one.few_shot_indices) == [2, 3, 4]
+    assert one.few_shot_indices == same.few_shot_indices != other.few_shot_indices
+    # raw pixels are counted after the cut
+    assert (manager().all_real_bytes, one.all_real_bytes) == (50 * 4, (2 * 10 + 3 * 3) * 4)
 
 
 def test_few_shot_positions_name_the_images_that_are_used():
-    pixels = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)
-    dataset = toy_dataset(train=ImageSet.of(pixels, torch.arange(5).repeat(10)))
+    dataset = numbered(50)
     data = manager(dataset, kshot=3, val_share=0.2)
     used = data.train_images(next(data.tasks(start=2))).parts[0].images.flatten()
-    of_class = pixels.flatten()[dataset.train.labels == data.class_order[4]]
+    of_class = torch.arange(50)[dataset.train.labels == data.class_order[4]]
     assert of_class[data.few_shot_indices[4]].tolist() == used.tolist()
-
-
-def test_few_shots_follow_the_run_seed_and_not_the_class_order():
-    one, same, other = (manager(kshot=3, run_seed=seed).few_shot_indices for seed in (3, None, 4))
-    assert one == same != other
 
 
 def test_the_long_tail_follows_the_original_classes():
     data = manager(toy_dataset(per_class=100), imb_factor=0.1)
     by_original = [count for _, count in sorted(zip(data.class_order, data.class_counts))]
     assert by_original == long_tail_counts(500, 5, 0.1) == [100, 56, 31, 17, 10]
-
-
-def test_all_real_bytes_counts_raw_pixels_after_subsetting():
-    assert manager().all_real_bytes == 50 * 4
-    assert manager(kshot=1).all_real_bytes == (2 * 10 + 3) * 4
 
 
 def test_impossible_settings_are_refused_at_construction():
@@ -121,8 +113,7 @@ def test_impossible_settings_are_refused_at_construction():
     ],
 )
 def test_validation_images_are_of_their_class_and_never_trained_on(rules, counts):
-    numbers = torch.arange(100)  # every pixel is the image's own number, class = number % 5
-    dataset = toy_dataset(train=ImageSet.of(numbers.to(torch.uint8).view(-1, 1, 1, 1), numbers % 5))
+    dataset = numbered(100)
     data = manager(dataset, upper_bound=True, val_share=0.2, **rules)
     held_out, last = data.val_images(range(5)), data.task(data.num_tasks - 1)
     assert data.val_images([1]).counts(2).tolist() == [0, counts[1]] and not len(manager(dataset).val_images(range(5)))

@@ -13,18 +13,10 @@ def test_without_shuffle_classes_come_by_id():
     assert subsets.class_order(4, shuffle=False, seed=7) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("init_cls", "increment", "sizes"),
-    [
-        (2, 2, [2, 2, 2, 2, 2]),  # even split
-        (5, 2, [5, 2, 2, 1]),  # large first task, short last one
-        (1, 1, [1] * 10),  # one class at a time
-        (4, 20, [4, 6]),  # the rest at once
-        (10, 3, [10]),  # everything at once: joint training
-    ],
-)
-def test_tasks_partition_the_ten_classes(init_cls, increment, sizes):
-    assert subsets.task_sizes(10, init_cls, increment) == sizes
+def test_classes_come_one_at_a_time_or_the_rest_at_once_or_in_a_short_last_task():
+    assert subsets.task_sizes(10, init_cls=1, increment=1) == [1] * 10
+    assert subsets.task_sizes(10, init_cls=4, increment=20) == [4, 6]
+    assert subsets.task_sizes(10, init_cls=5, increment=2) == [5, 2, 2, 1]
 
 
 def test_a_step_tail_cuts_the_second_half_of_the_classes_and_one_class_is_not_cut():

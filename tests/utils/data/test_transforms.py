@@ -71,12 +71,6 @@ def test_to_uint8_clamps_and_rounds_to_the_nearest_level():
     assert to_uint8(values).tolist() == [0, 255, 0, 255, 100, 101]
 
 
-def test_one_grey_channel_becomes_three_normalised_ones():
-    images = noise_images(channels=1)
-    expected = tv.Normalize(MEAN, STD)(images.expand(-1, 3, -1, -1) / 255)
-    assert_close(transform("none").test(images), expected)
-
-
 @pytest.mark.parametrize("padding", [0, 1, 4])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -114,8 +108,11 @@ def test_brightness_multiplies_each_image_by_its_own_factor_in_range():
     assert plain(Augmentation(brightness=0.5), 2).train(white, generator()).max().item() == 1.0
 
 
-def test_training_and_test_batches_are_float_with_three_channels_in_channels_last_order():
-    for batch in (transform().train(noise_images(channels=1), generator()), transform().test(noise_images())):
+def test_grey_batches_become_normalised_float_with_three_channels_in_channels_last_order():
+    grey = noise_images(channels=1)
+    training, test = transform().train(grey, generator()), transform().test(grey)
+    assert_close(test, tv.Normalize(MEAN, STD)(grey.expand(-1, 3, -1, -1) / 255))
+    for batch in (training, test, transform().test(noise_images())):
         assert batch.shape == (6, 3, 8, 8) and batch.dtype == torch.float32
         assert batch.is_contiguous(memory_format=torch.channels_last)
 
@@ -138,7 +135,7 @@ def test_the_strong_augmentation_shifts_flips_turns_jiggles_and_erases_one_after
     assert_close(strong.test(images), to_unit_range(images))
 
 
-def test_auto_augment_crops_flips_brightens_and_auto_augments_one_image_after_the_other():
+def test_auto_augment_crops_flips_brightens_and_auto_augments_in_workers_and_normalises_on_the_device():
     images, draw, expected = noise_images(20, height=60, width=50), generator(5), []
     for image in images:
         image = random_resized_crop(image, 24, (0.08, 1.0), draw)
@@ -148,13 +145,8 @@ def test_auto_augment_crops_flips_brightens_and_auto_augments_one_image_after_th
     files, same = transform("auto_augment", 24, in_memory=False), generator(5)
     loaded = torch.stack([files.load_train(image, same) for image in images])
     assert_close(loaded, torch.stack(expected), rtol=0, atol=0)
-
-
-def test_what_workers_with_auto_augment_leave_to_the_device_is_the_normalisation_alone():
-    images, draw = noise_images(4, height=24, width=24), generator(5)
-    batch = transform("auto_augment", 24, in_memory=False).train(images, draw)
-    assert_close(batch, tv.Normalize(MEAN, STD)(images / 255))
-    assert torch.equal(draw.get_state(), generator(5).get_state())
+    assert_close(files.train(loaded, same), tv.Normalize(MEAN, STD)(loaded / 255))
+    assert torch.equal(same.get_state(), draw.get_state())  # nothing else is drawn
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -295,7 +287,7 @@ def test_images_are_kept_small_where_every_batch_is_cropped_anew(recipe, side, t
         assert_close(pixels, resize_and_crop(images, size, "bicubic"), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("recipe", ["none", "imagenet"])
-def test_workers_turn_large_grey_images_into_three_channels_of_the_networks_size(recipe):
-    image, large = noise_images(1, 1, 50, 40)[0], transform(recipe, 24, in_memory=False)
-    assert large.load_train(image, generator()).shape == large.load_test(image).shape == (3, 24, 24)
+def test_workers_turn_large_grey_images_into_three_channels_of_the_networks_size():
+    image = noise_images(1, 1, 50, 40)[0]
+    for large in (transform(recipe, 24, in_memory=False) for recipe in ("none", "imagenet")):
+        assert large.load_train(image, generator()).shape == large.load_test(image).shape == (3, 24, 24)
