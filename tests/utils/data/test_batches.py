@@ -227,11 +227,13 @@ def test_replay_goes_round_and_round_beneath_the_epochs(replay_size):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_every_sample_has_its_own_soft_target_or_that_of_its_label(in_memory):
-    soft = torch.rand(3, 10)
+    soft, others = torch.rand(3, 10), torch.eye(10)
     replay = ImageSet.of(images_of(3, start=7).parts[0].images, torch.tensor([7, 8, 9]), soft_targets=soft)
-    rows = torch.cat([torch.eye(10)[:7], soft])  # labels are positions
     for batch in batches_of(images_of(7), replay, in_memory=in_memory).epoch(0):
-        assert_close(batch.soft_targets, rows[batch.labels])
+        assert_close(batch.soft_targets, torch.cat([others[:7], soft])[batch.labels])  # labels are positions
+    first = replay.relabelled(torch.arange(3))
+    for batch in MixedBatches(first, FeatureSet.of(torch.zeros(7, 3), torch.arange(3, 10)), loading()).epoch(0):
+        assert_close(batch.soft_targets, torch.cat([soft, others[3:]])[batch.labels])
     assert next(batches_of(images_of(7)).epoch(0)).soft_targets is None
 
 
@@ -277,10 +279,3 @@ def test_starting_at_a_step_gives_the_batches_that_would_have_come(photographs, 
         rest, expected = list(make(photographs).epoch(epoch, start)), list(make(photographs).epoch(epoch))[start:]
         assert_same(rest, expected)
         assert_same(*([batch.replay for batch in batches if batch.replay] for batches in (rest, expected)))
-
-
-def test_features_beside_images_with_soft_targets_have_that_of_their_label():
-    features, soft = FeatureSet.of(torch.zeros(2, 3), torch.tensor([2, 3])), torch.full((2, 4), 0.25)
-    images = ImageSet.of(images_of(2).parts[0].images, torch.tensor([0, 1]), soft_targets=soft)
-    (batch,) = MixedBatches(images, features, loading()).epoch(0)
-    assert_close(batch.soft_targets, torch.cat([soft, torch.eye(4)[2:]])[batch.labels])
