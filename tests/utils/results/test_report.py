@@ -32,9 +32,6 @@ class Balance(HTMLParser):
         if tag not in ("meta", "img", "link", "br"):
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attributes):
-        pass
-
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
