@@ -35,15 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(start, parse_args(argv))
 
 
-def start(args: argparse.Namespace) -> int:
+def start(args: argparse.Namespace) -> None:
     """Do what the command line asks for; everything is checked, and the data read, before anything is written."""
     if args.offline:
         args.overrides = [*args.overrides, "offline=true"]
     if args.list:
         from learners.run.plan import describe_all
 
-        print(describe_all())
-        return 0
+        return print(describe_all())
     from utils.run.words import read_experiment
 
     raw = read_experiment(args.config)
@@ -66,9 +65,8 @@ def start(args: argparse.Namespace) -> int:
     if args.plan:
         from learners.run.plan import describe_run
 
-        print(*describe_run(config, name), sep="\n")
-        return 0
-    return run_seeds(config, name, unused, args.overwrite)
+        return print(*describe_run(config, name), sep="\n")
+    run_seeds(config, name, unused, args.overwrite)
 
 
 def refuse_second(args: argparse.Namespace, raw: dict[str, Any]) -> None:
@@ -99,7 +97,7 @@ def join_name(path: str, prefix: str, changed: str = "") -> str:
     return "_".join(part.replace("/", "-").replace(" ", "-") for part in (prefix, Path(path).stem, changed) if part)
 
 
-def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
+def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> None:
     """Run every seed in full, as the only process that owns the run's folder."""
     from utils.run.lock import locked
     from utils.run.log import log_to_console
@@ -111,7 +109,7 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> int:
     with locked(folder, is_main) if folder.exists() else nullcontext():
         experiments = check_seeds(config, name, unused, overwrite)
     with locked(folder, is_main):
-        return learn_seeds(experiments, folder, overwrite)
+        learn_seeds(experiments, folder, overwrite)
 
 
 def check_seeds(config, name: str, unused: list[str], overwrite: bool) -> list:
@@ -132,7 +130,7 @@ def check_seeds(config, name: str, unused: list[str], overwrite: bool) -> list:
     return experiments
 
 
-def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> int:
+def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> None:
     """Learn the seeds that are not finished, then write mean and spread."""
     from utils.results.results import summarise
     from utils.run.files import write_json
@@ -152,7 +150,6 @@ def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> int:
         write_json(folder / "summary.json", summarise(finished_results(folder)))
     final = ", ".join(f"{result['final_accuracy']:.2f}" for result in results)
     log.info("Final accuracy: %s %%. Results lie in %s", final, folder)
-    return 0
 
 
 if __name__ == "__main__":

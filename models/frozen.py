@@ -28,10 +28,6 @@ class FrozenModel(nn.Module):
         """Compute the SHA-256 over all weights."""
         return seeding.hash_tensors(self.state_dict())
 
-    def frozen_bytes(self) -> int:
-        """Count the bytes of all weights as they lie in memory."""
-        return weight_bytes(self)
-
 
 class Frozen(nn.Module):
     """Holds a network outside of everything that training touches.

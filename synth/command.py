@@ -58,9 +58,8 @@ def command_parser(name: str, text: str) -> argparse.ArgumentParser:
 
     Those that are called as a key of `FitConfig` are the key; ``text`` says what the command does.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m synth.{name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"python -m synth.{name}", description=text, formatter_class=form)
     parser.add_argument("--dataset", help="data set, where the file names none or for another one")
     parser.add_argument("--data_dir", help="where data sets lie (default: data, or what the file says)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",

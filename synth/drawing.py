@@ -166,11 +166,9 @@ class ImageFolder:
 
 def identify(source: ReplaySource, class_order: list[int]) -> dict[str, Any]:
     """Say what must agree between images that lie in one folder, as JSON; ``class_order`` holds original ids."""
-    return {
-        "dataset": source.dataset.name, "class_order": class_order, "source": source.config.name,
-        "settings": source.config.sample_settings(), "run_seed": source.run.seed,
-        "weights": source.fingerprint() if source.config.need_syn_imgs else None,
-    }  # fmt: skip
+    return {"dataset": source.dataset.name, "class_order": class_order, "source": source.config.name,
+            "settings": source.config.sample_settings(), "run_seed": source.run.seed,
+            "weights": source.fingerprint() if source.config.need_syn_imgs else None}  # fmt: skip
 
 
 def name_classes(source: ReplaySource, class_order: list[int], labels: Iterable[int]) -> dict[str, Any]:

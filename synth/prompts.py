@@ -20,10 +20,8 @@ _VIEWS = ("a rendering of a", "a cropped photo of the", "the photo of a", "a dar
 
 # The list of Liang et al. (ECCV 2024, arXiv:2409.01128), from which a template is drawn uniformly: 45 pairs once and
 # 12 views three times each.
-TRAIN_TEMPLATES = tuple(
-    [f"{picture} of {determiner} {PLACEHOLDER}" for picture in _PICTURES for determiner in _DETERMINERS]
-    + [f"{view} {PLACEHOLDER}" for view in _VIEWS] * 3
-)
+_PAIRS = [f"{picture} of {determiner} {PLACEHOLDER}" for picture in _PICTURES for determiner in _DETERMINERS]
+TRAIN_TEMPLATES = (*_PAIRS, *[f"{view} {PLACEHOLDER}" for view in _VIEWS] * 3)
 
 
 def class_words(class_names: list[str], table: str | None, verbatim: bool = False) -> list[str]:

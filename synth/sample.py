@@ -139,7 +139,7 @@ def draw(source: ReplaySource, class_order: list[int], requests: list[Requests],
     place.write_preview([place.images(label) for label in sorted(map(int, names))])
 
 
-def start(args: argparse.Namespace) -> int:
+def start(args: argparse.Namespace) -> None:
     """Draw what the command line asks for; everything is checked before anything is written."""
     log_to_console(is_main=os.environ.get("RANK", "0") == "0")
     if args.num_samples < 1:
@@ -155,7 +155,6 @@ def start(args: argparse.Namespace) -> int:
     log.info("Drawing %d images of each class: %s", args.num_samples, ", ".join(f"{i} ({names[i]})" for i in classes))
     draw(source, data.class_order, ask(source, config, classes, args.num_samples), folder)
     log.info("The images lie in %s", folder)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -145,7 +145,7 @@ def choose_tasks(config: FitConfig, data: DataManager) -> list[Task]:
     return [Task(i, range(run[0], run[-1] + 1), tuple(names[run[0] : run[-1] + 1])) for i, run in enumerate(runs)]
 
 
-def start(args: argparse.Namespace) -> int:
+def start(args: argparse.Namespace) -> None:
     """Fit what the command line asks for; everything is checked, and the data read, before anything is written."""
     config = build_fit_config(read_file(args.config), args)
     is_main, folder = os.environ.get("RANK", "0") == "0", Path(args.ckpt_save_dir)
@@ -165,7 +165,7 @@ def start(args: argparse.Namespace) -> int:
             claim_machine(folder, runtime)
         if (folder / FITTED).exists():
             log.info("%s is fitted already (--overwrite repeats it)", folder)
-            return 0
+            return
         with log_to_file(folder / "log.txt") if runtime.is_main else nullcontext():
             claim_data(folder, data, runtime.is_main)
             log.info("Data: %s", data.dataset.source)
@@ -173,7 +173,6 @@ def start(args: argparse.Namespace) -> int:
             log.info("Source %s: %s", config.synth.name, fitting.source.describe())
             fitting.learn_all()
             log.info("The source has learned %d classes and lies in %s", len(fitting.source.fitted_classes), folder)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

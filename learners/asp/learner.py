@@ -146,11 +146,9 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
             anchors = backbone.prompted(self.anchor_images[picks], self.anchor_queries[picks], of_anchors)[0]
         mu, sigma = map(torch.cat, zip((mu, sigma), backbone.encode(self.anchor_queries[picks])))
         rows = torch.cat([torch.ones_like(labels), counts]).float().repeat_interleave(backbone.num_layers)
-        return {
-            "cross_entropy": F.cross_entropy(self.training_logits(features), labels),
-            "anchor": config.anchor_lambda * anchor_loss(features, labels, anchors, picks),
-            "kl": config.kl_weight * standard_normal_kl(mu, sigma, rows),
-        }
+        return {"cross_entropy": F.cross_entropy(self.training_logits(features), labels),
+                "anchor": config.anchor_lambda * anchor_loss(features, labels, anchors, picks),
+                "kl": config.kl_weight * standard_normal_kl(mu, sigma, rows)}  # fmt: skip
 
     def training_features(self, images: Tensor) -> Tensor:
         """Return features (B, D) under noisy prompts."""

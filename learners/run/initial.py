@@ -101,7 +101,5 @@ def _manifest(folder: Path, learner: Learner) -> Manifest:
 def _machine(learner: Learner) -> dict[str, Any]:
     """Say what may move the last bits of a training and is no part of a recipe."""
     runtime = learner.run.runtime
-    return {
-        "device": runtime.device.type, "precision": "bf16" if runtime.bf16 else "fp32",
-        "threads": torch.get_num_threads(), "processes": runtime.shard[1],
-    }  # fmt: skip
+    return {"device": runtime.device.type, "precision": "bf16" if runtime.bf16 else "fp32",
+            "threads": torch.get_num_threads(), "processes": runtime.shard[1]}  # fmt: skip

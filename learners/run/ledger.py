@@ -83,11 +83,9 @@ def count_units(learner: Learner, memory: dict[str, int]) -> dict[str, float]:
     real = sum(count for units, count in kinds if units == 1)
     compressed = [(units, count) for units, count in kinds if units not in (None, 1)]
     compressed_units, unit = float(sum(units * count for units, count in compressed)), unit_bytes(learner.data)
-    return {
-        "unit_bytes": unit, "real": real, "compressed": sum(count for _, count in compressed),
-        "compressed_units": compressed_units, "nominal": real + compressed_units,
-        "true": (memory["exemplars"] + memory["edge_maps"]) / unit,
-    }  # fmt: skip
+    return {"unit_bytes": unit, "real": real, "compressed": sum(count for _, count in compressed),
+            "compressed_units": compressed_units, "nominal": real + compressed_units,
+            "true": (memory["exemplars"] + memory["edge_maps"]) / unit}  # fmt: skip
 
 
 def unit_bytes(data: DataManager) -> float:

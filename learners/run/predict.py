@@ -57,10 +57,9 @@ def load_learner(folder: Path, device: list[str] | None = None) -> tuple[Learner
 def classify(learner: Learner, names: list[str], paths: list[Path]) -> list[dict[str, Any]]:
     """Return one row per image: path, the best class's name and label, and its softmax probability in [0, 1]."""
     best = learner.predict(_images(learner.config.data_name, paths))["cnn"].softmax(1).max(1)
-    return [
-        {"image": str(path), "class": names[label], "label": label, "probability": round(value, 4)}
-        for path, label, value in zip(paths, best.indices.tolist(), best.values.tolist())
-    ]
+    rows = zip(paths, best.indices.tolist(), best.values.tolist())
+    return [{"image": str(path), "class": names[label], "label": label, "probability": round(value, 4)}
+            for path, label, value in rows]  # fmt: skip
 
 
 def _images(data_name: str, paths: list[Path]) -> ImageSet:
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(print_classes, parser.parse_args(argv))
 
 
-def print_classes(args: argparse.Namespace) -> int:
+def print_classes(args: argparse.Namespace) -> None:
     """Print a row of CSV for every image file below a folder, sorted."""
     seeds = sorted(args.run.glob("seed_*"))
     learner, names = load_learner(seeds[0] if seeds else args.run, [args.device] if args.device else None)
@@ -92,7 +91,6 @@ def print_classes(args: argparse.Namespace) -> int:
     writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return 0
 
 
 if __name__ == "__main__":

@@ -175,8 +175,7 @@ def _text_encoder(sizes: dict[str, int], shape: dict[str, torch.Size]) -> nn.Mod
     return LDMBertEncoder(LDMBertConfig(
         vocab_size=shape["words"][0], max_position_embeddings=shape["positions"][0], d_model=sizes["n_embed"],
         encoder_layers=sizes["n_layer"], encoder_attention_heads=TEXT_HEADS, head_dim=shape["queries"][0] // TEXT_HEADS,
-        encoder_ffn_dim=shape["feed_forward"][0], dropout=0.0,
-    ))  # fmt: skip
+        encoder_ffn_dim=shape["feed_forward"][0], dropout=0.0))  # fmt: skip
 
 
 def _rename_text(section: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -50,10 +50,9 @@ def read_controlnet_file(path: str, tokenizer: str, offline: bool) -> tuple[Text
     vae_widths, unet_widths = ([shape[part][0] * factor for factor in LEVELS] for part in ("vae", "unet"))
     unet_config = {"block_out_channels": unet_widths, "cross_attention_dim": shape["context"][1]}
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=vae_widths, layers_per_block=LAYERS,
-            down_block_types=["DownEncoderBlock2D"] * len(LEVELS), up_block_types=["UpDecoderBlock2D"] * len(LEVELS),
-        )  # fmt: skip
+        down, up = (["DownEncoderBlock2D"] * len(LEVELS), ["UpDecoderBlock2D"] * len(LEVELS))
+        vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=vae_widths,
+                            layers_per_block=LAYERS)  # fmt: skip
         unet, control = UNet2DConditionModel(**unet_config), ControlNetModel(**unet_config)
     checkpoint.fill(vae, names.convert_ldm_vae_checkpoint, VAE_PARTS)
     checkpoint.fill(unet, names.convert_ldm_unet_checkpoint, UNET)

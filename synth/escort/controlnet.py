@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from models.frozen import weight_bytes
 from models.latent.control import (
     BASE,
     CLIP_TOKENIZER,
@@ -136,7 +137,7 @@ class ControlNetSource(ExemplarCompression):
 
     def carried(self) -> list[Carried]:
         """Name the maps, and beside them the frozen networks, if they are needed."""
-        nbytes = self.model.frozen_bytes() if self._draws else 0
+        nbytes = weight_bytes(self.model) if self._draws else 0
         return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
 
     def fingerprint(self) -> str:

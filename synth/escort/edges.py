@@ -116,12 +116,10 @@ def pack(maps: dict[int, list[EdgeMap]]) -> dict[str, Tensor]:
     """Write maps class by class as a few tensors, with hardly a byte beside their bits."""
     every = [one for label in sorted(maps) for one in maps[label]]
     sizes = torch.tensor([[*one.shape, *one.size] for one in every], dtype=torch.int16)
-    return {
-        "labels": torch.tensor(sorted(maps), dtype=torch.int32),
-        "counts": torch.tensor([len(maps[label]) for label in sorted(maps)], dtype=torch.int32),
-        "sizes": sizes[:1] if (sizes == sizes[:1]).all() else sizes,  # of one size: said once
-        "bits": torch.from_numpy(np.frombuffer(b"".join(one.bits for one in every), np.uint8).copy()),
-    }
+    counts = [len(maps[label]) for label in sorted(maps)]
+    return {"labels": torch.tensor(sorted(maps), dtype=torch.int32), "counts": torch.tensor(counts, dtype=torch.int32),
+            "sizes": sizes[:1] if (sizes == sizes[:1]).all() else sizes,  # of one size: said once
+            "bits": torch.from_numpy(np.frombuffer(b"".join(one.bits for one in every), np.uint8).copy())}  # fmt: skip
 
 
 def unpack(stored: dict[str, Tensor]) -> dict[int, list[EdgeMap]]:

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from models.frozen import weight_bytes
 from models.latent.small_control import SmallControlNet, SmallControlNetConfig
 from synth import SOURCES
 from synth.escort.edges import EdgeMap
@@ -130,7 +131,7 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
 
     def carried(self) -> list[Carried]:
         """Name the maps and the generator, which is memory of the past only if it was learned here."""
-        nbytes = 0 if self.config.weights is None else self.model.frozen_bytes()
+        nbytes = 0 if self.config.weights is None else weight_bytes(self.model)
         return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
 
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from models.frozen import weight_bytes
 from models.latent.contract import PLACEHOLDER, LatentDiffusion
 from synth.base import ReplaySource, show_progress
 from synth.diffusion import classifier_free
@@ -115,7 +116,7 @@ class ClassInversion(ReplaySource):
                 f"the class vectors were found with a model of fingerprint {self._kept['model'][:12]}, this one's is "
                 f"{fingerprint[:12]}: give the weights that they were found with, or learn them anew"
             )
-        self._model, self._kept = model, {"model": fingerprint, "frozen_bytes": model.frozen_bytes()}
+        self._model, self._kept = model, {"model": fingerprint, "frozen_bytes": weight_bytes(model)}
 
     def carried(self) -> list[Carried]:
         """Name the vectors, what a subclass has learned, and the frozen model once it was needed."""

@@ -2,6 +2,5 @@
 
 from utils.run.words import WORDS, Words
 
-WORDS.append(Words(source="ldm", keys={
-    "need_syn_imgs": "need_syn_imgs", "syn_image_path": "syn_image_path", "ldm_ckpt": "ldm_ckpt", "config": "yaml",
-}))  # fmt: skip
+KEYS = {key: key for key in ("need_syn_imgs", "syn_image_path", "ldm_ckpt")}
+WORDS.append(Words("ldm", {**KEYS, "config": "yaml"}))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from models.frozen import weight_bytes
 from models.latent.text_to_image import load_text_to_image
 from synth.inversion.latents import noise_scheduler, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
@@ -114,7 +115,7 @@ def plain_drawing(run_folder: Path):
 
 def main() -> int:
     model = load_text_to_image(model_folder())
-    print(f"Model of {model.frozen_bytes() / 4e6:.0f} M parameters, {torch.get_num_threads()} threads")
+    print(f"Model of {weight_bytes(model) / 4e6:.0f} M parameters, {torch.get_num_threads()} threads")
     return compare_all(
         (f"inversion steps/s, batch {BATCH}, {CLASSES * SHOTS} images", plain_search, our_search),
         (f"images/s, DDIM with {SAMPLE_STEPS} guided steps, {DRAWN} at once", plain_drawing, our_drawing),

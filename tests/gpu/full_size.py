@@ -20,7 +20,7 @@ import torch
 from learners.guide.guidance import toward_best_new
 from models.files.diffusers_folder import LDM_SCHEDULE
 from models.files.diffusers_parts import TextToImageParts
-from models.frozen import fixed
+from models.frozen import fixed, weight_bytes
 from models.heads import Head
 from models.latent.control import ControlNetPipeline
 from models.latent.text_to_image import Placement, TextToImage
@@ -159,7 +159,7 @@ def controlnet(bench: Bench) -> None:
         encoder = CLIPTextModel(CLIPTextConfig(**CLIP, **words, vocab_size=len(tokenizer)))
     parts = TextToImageParts(vae, encoder, tokenizer, net, dict(LDM_SCHEDULE), latent_side=64)
     model = ControlNetPipeline(parts, control, Placement(device, torch.bfloat16))
-    print(f"ControlNet: {model.frozen_bytes() / 2**30:.2f} GiB of weights, {side} pixels, {steps} steps")
+    print(f"ControlNet: {weight_bytes(model) / 2**30:.2f} GiB of weights, {side} pixels, {steps} steps")
     for count in batches:
         edges = torch.rand(count, side, side, generator=torch.Generator().manual_seed(0)) < 0.07
         prompts, negative = model.embed(["a photo of dog"] * count), model.embed(["row"])

@@ -64,13 +64,21 @@ def test_a_frozen_copy_neither_learns_nor_follows_the_original():
     assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
 
 
-def test_aligning_gives_new_rows_the_mean_length_of_old_ones():
+@pytest.mark.parametrize(
+    ("norms", "factor"),
+    [
+        ((3.0, 5.0, 1.0, 3.0), 2.0),  # (3 + 5) / (1 + 3)
+        ((1.0, 3.0, 5.0, 11.0), 0.25),  # longer ones are shortened
+    ],
+)
+def test_aligning_gives_new_rows_the_mean_length_of_old_ones(norms, factor):
     net = network(4)
-    net.head.weight.data = torch.tensor([3.0, 5.0, 1.0, 3.0])[:, None] * torch.eye(4, 12)
+    net.head.weight.data = torch.tensor(norms)[:, None] * torch.eye(4, 12)
     net.head.bias.data = torch.arange(4.0)
-    assert net.align_new_weights(2) == 2.0  # (3 + 5) / (1 + 3)
+    assert net.align_new_weights(2) == factor
     for _ in range(2):  # to do it again changes nothing
-        torch.testing.assert_close(net.head.weight.data.diagonal(), torch.tensor([3.0, 5.0, 2.0, 6.0]))
+        expected = torch.tensor([*norms[:2], *(norm * factor for norm in norms[2:])])
+        torch.testing.assert_close(net.head.weight.data.diagonal(), expected)
         torch.testing.assert_close(net.head.bias.data, torch.arange(4.0))
         assert net.align_new_weights(2) == 1.0
 

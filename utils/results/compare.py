@@ -21,13 +21,12 @@ from utils.run.files import atomic_write, in_numeric_order, read_json
 
 REPLAY_MEMORY = ("exemplars", "bank", "source")  # all that a run keeps beside its classifier
 WORDS = ("run", "learner", "source", "data set", "seeds")  # titles of the first columns; numbers follow
-NUMBERS = {  # by their name in csv
-    "final_accuracy": "final acc. (%)", "average_incremental_accuracy": "avg. incremental (%)",
-    "forgetting": "forgetting (pts)", "replay_memory_bytes": "replay memory", "seconds": "time",
-}  # fmt: skip
-FEW_SHOT = {  # of the last session; columns that only few-shot runs have
-    "base": "base (%)", "novel": "novel (%)", "harmonic_mean": "harmonic mean (%)", "performance_drop": "drop (pts)",
-}  # fmt: skip
+# By their name in csv.
+NUMBERS = {"final_accuracy": "final acc. (%)", "average_incremental_accuracy": "avg. incremental (%)",
+           "forgetting": "forgetting (pts)", "replay_memory_bytes": "replay memory", "seconds": "time"}  # fmt: skip
+# Of the last session; columns that only few-shot runs have.
+FEW_SHOT = {"base": "base (%)", "novel": "novel (%)", "harmonic_mean": "harmonic mean (%)",
+            "performance_drop": "drop (pts)"}  # fmt: skip
 WRITTEN_AS = {"replay_memory_bytes": human_bytes, "seconds": human_seconds}  # others: mean ± deviation
 LATEX_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX_WORDS)
@@ -186,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(_compare, parser.parse_args(arguments))
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> None:
     if options.plot and options.plot.suffix.lower() not in SUFFIXES:
         raise RepriseError(f"cannot draw {options.plot}: its name must end in .pdf, .png or .svg")
     rows = find_runs(options.folders)
@@ -197,7 +196,6 @@ def _compare(options: argparse.Namespace) -> int:
         sys.stdout.write(table)
     if options.plot:
         _plot(rows, options.plot)
-    return 0
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:

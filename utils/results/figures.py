@@ -69,10 +69,11 @@ class Chart:
 
     def lines(self) -> list[list[tuple[float, float, float]]]:
         """Return the points of every series as (x, y, percentage)."""
-        return [
-            [(self.across(x), self.down(value), value) for x, value in zip(self.xs, values) if value is not None]
-            for values in self.series.values()
-        ]
+
+        def points(values: Sequence[float | None]) -> list[tuple[float, float, float]]:
+            return [(self.across(x), self.down(value), value) for x, value in zip(self.xs, values) if value is not None]
+
+        return list(map(points, self.series.values()))
 
     def end_labels(self) -> list[tuple[int, str, float, float, float]]:
         """Return (number, name, last value, x, y) of every line from top to bottom, at least a text line apart."""

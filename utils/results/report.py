@@ -21,10 +21,8 @@ from utils.results.panels import Panel
 from utils.run.files import atomic_write
 
 # In the order of the table; other kinds come first. The template has their names.
-MEMORY = (
-    "exemplars", "bank", "source", "edge_maps", "class_embeddings", "generator", "network", "old_branches",
-    "prototypes", "total", "frozen", "all_real_data",
-)  # fmt: skip
+MEMORY = ("exemplars", "bank", "source", "edge_maps", "class_embeddings", "generator", "network", "old_branches",
+          "prototypes", "total", "frozen", "all_real_data")  # fmt: skip
 ALWAYS_SHOWN = {"exemplars", "bank", "source", "network", "total", "frozen", "all_real_data"}  # others only if not 0
 UNITS = ("real", "compressed", "compressed_units", "nominal", "true")
 CURVES = {"top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve", "val top-1": "val_top1_curve"}
@@ -168,12 +166,9 @@ def _seconds(seconds: dict[str, float]) -> list[Column]:
     total = seconds.pop("total", None) or sum(seconds.values()) or 1
     seconds["other"] = max(total - sum(seconds.values()), 0.0)
     shares = [100 * value / total for value in seconds.values()]
-    return [
-        Column("", "phase", [*seconds, "total"]),
-        Column("time", "seconds", [*seconds.values(), total]),
-        Column("% of the total", "n", [*shares, 100.0]),
-        Column("", "bar", [*shares, ""]),
-    ]
+    numbers = [Column("% of the total", "n", [*shares, 100.0]), Column("", "bar", [*shares, ""])]
+    times = Column("time", "seconds", [*seconds.values(), total])
+    return [Column("", "phase", [*seconds, "total"]), times, *numbers]
 
 
 def _pairs(values: dict[str, Any]) -> list[Column]:

@@ -113,29 +113,22 @@ class Results:
         return {
             **self.header,
             "finished": len(matrix) == self.data.num_tasks,
-            "task_sizes": self.data.task_sizes,
-            "class_order": self.data.class_order,
-            "class_names": self.data.class_names,
-            "accuracy_matrix": matrix,
-            "top1_curve": self.curves["cnn_top1"],
-            "top5_curve": self.curves["cnn_top5"],
-            "nme_top1_curve": self.curves.get("nme_top1"),
-            "val_top1_curve": self.curves.get("val_top1"),
+            "task_sizes": self.data.task_sizes, "class_order": self.data.class_order,
+            "class_names": self.data.class_names, "accuracy_matrix": matrix,
+            "top1_curve": self.curves["cnn_top1"], "top5_curve": self.curves["cnn_top5"],
+            "nme_top1_curve": self.curves.get("nme_top1"), "val_top1_curve": self.curves.get("val_top1"),
             "average_incremental_accuracy": fmean(self.curves["cnn_top1"]),  # Rebuffi et al., 2017
             "final_accuracy": self.curves["cnn_top1"][-1],
             "forgetting": metrics.forgetting(matrix),
             "class_forgetting": metrics.class_forgetting(self.class_accuracies),
             "backward_transfer": metrics.backward_transfer(matrix),
-            "per_class_accuracy": accuracies,
-            "train_counts": counts,
-            "test_counts": self.test_counts,
+            "per_class_accuracy": accuracies, "train_counts": counts, "test_counts": self.test_counts,
             "few_shot_indices": self.data.few_shot_indices or None,
             "fscil": self._fscil() if split.kshot else None,
             "long_tail": metrics.many_medium_few(accuracies, counts) if split.imb_factor < 1 else None,
-            "memory_bytes": memory_bytes,
-            "memory_units": memory_units,
+            "memory_bytes": memory_bytes, "memory_units": memory_units,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        }
+        }  # fmt: skip
 
 
 SUMMARISED = ("final_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer")

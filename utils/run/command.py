@@ -16,8 +16,8 @@ def promised_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
 
 
-def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Return what ``run`` returns, or 2 after one message about a mistake that the user can repair.
+def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Return 0 once ``run`` has done its work, or 2 after one message about a mistake that the user can repair.
 
     Ctrl-C and a closed pipe end it without a traceback, and with the codes that shells have for them.
     """
@@ -25,9 +25,9 @@ def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace
         os.environ["HF_HUB_OFFLINE"], args.offline = "1", True
     try:
         with explained_refusal():
-            code = run(args)
+            run(args)
             sys.stdout.flush()  # a closed pipe is noticed here, and not when Python ends
-            return code
+            return 0
     except RepriseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -122,12 +122,10 @@ def read_environment(folder: Path) -> dict[str, Any]:
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """Say what may move the last bits of a run."""
     gpu = {"gpu": torch.cuda.get_device_name(runtime.device)} if runtime.device.type == "cuda" else {}
-    return {
-        "python": platform.python_version(), **{package: version(package) for package in PACKAGES},
-        "machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": str(runtime.device),
-        "threads": torch.get_num_threads(), "precision": "bf16" if runtime.bf16 else "fp32",
-        **gpu,
-    }  # fmt: skip
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES},
+            "machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(),
+            "device": str(runtime.device), "threads": torch.get_num_threads(),
+            "precision": "bf16" if runtime.bf16 else "fp32", **gpu}  # fmt: skip
 
 
 def claim_data(folder: Path, data: DataManager, write: bool = True) -> None:

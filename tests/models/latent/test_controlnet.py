@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.frozen import weight_bytes
 from models.latent.control import check_controlnet, load_controlnet
 from models.latent.text_to_image import Placement
 from tests.support.tiny_controlnet import (
@@ -69,13 +70,13 @@ def test_bf16_weights_halve_the_bytes_and_keep_the_fingerprint_and_nearly_the_im
     half = load_controlnet(*tiny_controlnet_folders(), placement=Placement(dtype=torch.bfloat16), offline=True)
     full, rough = (each.draw(*inputs(each), **SETTINGS) for each in (model, half))
     torch.testing.assert_close(full, rough, rtol=0, atol=0.1)
-    assert half.frozen_bytes() * 2 == model.frozen_bytes()
+    assert weight_bytes(half) * 2 == weight_bytes(model)
     assert half.fingerprint() == model.fingerprint()
 
 
 def test_weights_are_all_those_of_the_files_with_nothing_left_to_train_and_no_dropout(model):
     paths = [path for folder in tiny_controlnet_folders() for path in Path(folder).rglob("*.safetensors")]
-    assert model.frozen_bytes() == sum(value.nbytes for path in paths for value in load_file(path).values())
+    assert weight_bytes(model) == sum(value.nbytes for path in paths for value in load_file(path).values())
     assert not any(value.requires_grad for value in model.parameters())
     assert not any(module.training for module in model.modules())
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from models.frozen import weight_bytes
 from models.latent.small import SmallLDM
 from tests.support.tiny_inversion import tiny_config, tiny_model
 from utils.run.errors import ConfigError, WeightsError
@@ -78,7 +79,7 @@ def test_a_model_comes_back_from_its_folder_with_the_same_bits(tmp_path):
     assert copy.fingerprint() == model.fingerprint() != tiny_model(seed=1).fingerprint()
     assert (copy.schedule, copy.class_names) == (model.schedule, ["first", "second"])
     assert not copy.training and not any(parameter.requires_grad for parameter in copy.parameters())
-    assert copy.frozen_bytes() == sum(value.numel() * 4 for value in model.state_dict().values())
+    assert weight_bytes(copy) == sum(value.numel() * 4 for value in model.state_dict().values())
 
 
 def test_a_folder_without_a_model_is_named_and_weights_that_do_not_fit_are_counted(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from models.frozen import weight_bytes
 from models.latent.small import SmallLDM
 from synth.inversion.latents import encode
 from synth.inversion.small_ldm import SmallLDMSource
@@ -116,7 +117,7 @@ def test_a_saved_source_goes_on_with_the_next_task(whole, tmp_path):
 
 def test_the_model_is_memory_where_it_was_learned_and_frozen_where_it_came_from_elsewhere(borrowed):
     first, other, folder = borrowed
-    size, (memory, frozen) = first.model.frozen_bytes(), weigh(first, folder / "weights")
+    size, (memory, frozen) = weight_bytes(first.model), weigh(first, folder / "weights")
     assert frozen == 0 and memory > size
     memory, frozen = weigh(other, folder / "saved")
     assert frozen == size and memory < 2000

@@ -85,10 +85,9 @@ IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "test_folders": EITHER}
 VIT = {"augmentation": "vit_crop", "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": LARGE_SIDE}
 # Duan et al., arXiv:2311.18266, treat all of their data sets alike.
 AUTO = {"augmentation": "auto_augment", "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": LARGE_SIDE}
-FIRST_CLASSES = Provider(
-    read_first_of_imagenet, "100 of the classes in {folder}",
-    "class folders of all ImageNet in {folder} would do as well", IMAGENET_FOLDERS, parts=("train",),
-)  # fmt: skip
+FIRST_CLASSES = Provider(read_first_of_imagenet, "100 of the classes in {folder}",
+                         "class folders of all ImageNet in {folder} would do as well", IMAGENET_FOLDERS,
+                         parts=("train",))  # fmt: skip
 CUB = Provider(
     read_cub, "CUB-200-2011 and its official split in {folder}",
     "the published archive, unpacked as {folder} with images.txt beside images/, is read as it is",
