@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import Field, SerializeAsAny
 
 from synth import SOURCES, build_source_config
@@ -20,7 +19,7 @@ from utils.run.files import read_json
 from utils.run.folder import CONFIG, DESCRIPTION, read_data, run_manifest
 from utils.run.manifest import MANIFEST, Manifest
 from utils.run.registry import nearest
-from utils.run.words import ALIASES, apply_overrides, flat_keys, parse_json, read_experiment, translate
+from utils.run.words import ALIASES, apply_overrides, flat_keys, parse_json, parse_yaml, read_experiment, translate
 from utils.training.checkpoint import Checkpoints
 from utils.training.run import Run
 
@@ -79,7 +78,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is absent, broken, or holds no object.
     """
     is_yaml = Path(path).suffix in (".yaml", ".yml")
-    keys = read_experiment(path, yaml.safe_load if is_yaml else parse_json)
+    keys = read_experiment(path, parse_yaml if is_yaml else parse_json)
     if is_yaml:
         keys = keys.get("reprise", {"synth": {"name": "ldm", "yaml": str(path)}})
     if not isinstance(keys, dict) or not isinstance(keys.get("synth") or {}, dict):

@@ -19,8 +19,7 @@ def learner_state(learner: Learner) -> tuple[dict[str, dict[str, Tensor]], dict[
         "class_means": {str(label): mean for label, mean in learner.class_means.items()},
     }, {
         **learner.network.layout(), "exemplars": layout, "replay": learner.replay.state_dict(),
-        "holds_backbone": all(module.learned for module in frozen),
-    }  # fmt: skip
+        "holds_backbone": all(module.learned for module in frozen)}  # fmt: skip
 
 
 def restore_learner(learner: Learner, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError, c
 
 from utils.run.errors import ConfigError
 from utils.run.registry import nearest
+from utils.run.words import parse_yaml
 
 # What model.params may say, by section: of which kind or value each named thing is, so that our networks and their
 # noise are those of the original. Sizes and rates must be said. The UNet takes no other keys; elsewhere they change
@@ -60,7 +61,7 @@ def load_yaml(path: str) -> dict[str, Any]:
                 raise ValueError("what *name stands for may be of any size: write it out")
             if depth > DEEPEST:
                 raise ValueError("its sections lie too deep in each other")
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"yaml={path!r} is unreadable ({' '.join(str(error).split())}); see exps/ldm") from error
     if not isinstance(content, dict):

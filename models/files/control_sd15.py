@@ -68,8 +68,7 @@ def _read_text_encoder(checkpoint: Checkpoint, shape: dict[str, torch.Size]) -> 
     network = CLIPTextModel(CLIPTextConfig(  # on the CPU, for the sake of a constant, its position_ids
         vocab_size=vocabulary, hidden_size=width, intermediate_size=shape["feed_forward"][0],
         num_hidden_layers=sum(key.endswith(".layer_norm1.weight") for key in checkpoint.section(CLIP)),
-        num_attention_heads=width // HEAD_WIDTH, max_position_embeddings=shape["positions"][0],
-    ))  # fmt: skip
+        num_attention_heads=width // HEAD_WIDTH, max_position_embeddings=shape["positions"][0]))  # fmt: skip
     # Versions of transformers put the model's own name before its weights, or not; some store the constant too.
     names = {CLIP + key.removeprefix("text_model."): key for key in network.state_dict()}
 

@@ -123,8 +123,10 @@ def _read_network(source: str, kind: str, local: bool = True) -> nn.Module:
             source, local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (SafetensorError, UnpicklingError, *UNREADABLE) as error:
+        pickled = "its .bin is damaged, or reading it could run foreign code"
+        why = pickled if isinstance(error, UnpicklingError) else first_line(error)
         advice = "fetch it again, or save the tensors of its .bin alone, if it holds more"
-        raise WeightsError(f"{source} cannot be read as {kind}: {first_line(error)}; {advice}") from error
+        raise WeightsError(f"{source} cannot be read as {kind}: {why}; {advice}") from error
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if missing or mismatched:
         misshapen = [f"{key} {tuple(there)} instead of {tuple(wanted)}" for key, there, wanted in mismatched]

@@ -97,16 +97,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         given = next((given[key] for key in WRAPPERS if isinstance(given.get(key), dict)), given)
     tensors = {key: value for key, value in given.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
-        what = f"a {type(weights).__name__} {', '.join(map(str, given))[:80]}".strip()
+        kind = "pickled object" if isinstance(weights, PickledObject) else type(weights).__name__
+        what = f"a {kind} {', '.join(map(str, given))[:80]}".strip()
         raise WeightsError(f"{path} holds {what}, not named tensors: where it was made, save a state_dict() alone")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
 
 
-class PickledObject:
-    """Stands for whatever a pickle wants to build that is no tensor; it does nothing and holds nothing."""
+class PickledObject(list):
+    """Stands for whatever a pickle wants to build that is no tensor; it does nothing but hold items."""
 
-    def __new__(cls, *args: Any):
-        return super().__new__(cls)
+    __hash__ = object.__hash__
+
+    def __init__(self, *args: Any):
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -174,7 +177,8 @@ def first_names(keys: list[str]) -> str:
 
 def first_line(error: Exception) -> str:
     """Return what went wrong, without the pages that libraries add to it."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch colours its advice
+    return f"{type(error).__name__}: {plain.strip().partition(chr(10))[0]}"
 
 
 def published_weights(cfg, offline: bool) -> Path:

@@ -56,8 +56,7 @@ class ControlNetPipeline(TextToImage):
         self.pipeline = StableDiffusionControlNetPipeline(
             vae=parts.vae, text_encoder=None, tokenizer=None, unet=parts.unet, controlnet=controlnet,
             scheduler=DDIMScheduler.from_config(parts.schedule | DDIM), safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
+            requires_safety_checker=False)  # fmt: skip
         self.pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -68,8 +67,7 @@ class ControlNetPipeline(TextToImage):
     @torch.no_grad()
     def draw(
         self, edges: Tensor, prompts: Tensor, negative: Tensor, generators: list[Generator],
-        steps: int, guidance: float, strength: float,
-    ) -> Tensor:  # fmt: skip
+        steps: int, guidance: float, strength: float) -> Tensor:  # fmt: skip
         """Draw one image per edge map by DDIM (Song et al., 2021, Eq. 12, eta = 0).
 
         Args:
@@ -123,8 +121,7 @@ def check_controlnet(base: str, controlnet: str | None, offline: bool, tokenizer
 
 def load_controlnet(
     base: str, controlnet: str | None = None, *, tokenizer: str = CLIP_TOKENIZER, placement: Placement = ON_CPU,
-    offline: bool = False,
-) -> ControlNetPipeline:  # fmt: skip
+    offline: bool = False) -> ControlNetPipeline:  # fmt: skip
     """Load a published Stable Diffusion with a ControlNet.
 
     Args:

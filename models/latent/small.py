@@ -88,8 +88,7 @@ class SmallLDM(OwnModel, LatentDiffusion):
             in_channels=self.image_channels, out_channels=self.image_channels, latent_channels=config.latent_channels,
             down_block_types=("DownEncoderBlock2D",) * vae_levels, up_block_types=("UpDecoderBlock2D",) * vae_levels,
             block_out_channels=tuple(config.vae_channels), layers_per_block=1, norm_num_groups=config.norm_num_groups,
-            mid_block_add_attention=False,
-        )  # fmt: skip
+            mid_block_add_attention=False)  # fmt: skip
         levels = range(len(config.block_out_channels))
         unet = build_unet(
             self.latent_shape, config,
@@ -142,5 +141,4 @@ def build_unet(shape: Sequence[int], config: NetworkConfig, down: list[str], **o
         sample_size=shape[1], in_channels=shape[0], out_channels=shape[0],
         block_out_channels=tuple(config.block_out_channels), down_block_types=tuple(down),
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-        layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups, **options,
-    )  # fmt: skip
+        layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups, **options)  # fmt: skip

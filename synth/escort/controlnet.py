@@ -39,8 +39,7 @@ SCRIPTS = {
     "high": (f"{CLASS}, best quality, extremely detailed",
              "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, "
              "worst quality, low quality", 20),
-    "low": (f"{CLASS}, clean, clear, bright, neat", "blurry, dark, messy, dotted", 50),
-}  # fmt: skip
+    "low": (f"{CLASS}, clean, clear, bright, neat", "blurry, dark, messy, dotted", 50)}  # fmt: skip
 
 
 @SOURCES.register("controlnet")

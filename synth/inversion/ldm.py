@@ -46,8 +46,7 @@ class LDM(ClassInversion):
         config = self.config
         return load_text_to_image(
             config.ldm_ckpt, config.yaml, config.tokenizer, image_size=config.image_size, key="ldm_ckpt",
-            placement=Placement.of(self.run.runtime, config.model_precision), offline=promised_offline(),
-        )  # fmt: skip
+            placement=Placement.of(self.run.runtime, config.model_precision), offline=promised_offline())  # fmt: skip
 
     def describe(self) -> str:
         """Say whose model it is, whether it is here, and how long the search and the sampling are."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,18 @@ def _whole_number(digits: str) -> int | float:
 parse_json = partial(json.loads, object_pairs_hook=_each_key_once, parse_int=_whole_number)
 
 
+class Sections(yaml.SafeLoader):
+    """YAML whose keys stand once, and in which 85e-5 is a number, as OmegaConf has it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _each_key_once([(str(key.value), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+Sections.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "+-0123456789")
+parse_yaml = partial(yaml.load, Loader=Sections)
+
+
 def read_experiment(path: str | Path, parse: Callable[[bytes], Any] = parse_json) -> dict[str, Any]:
     """Read the object in an experiment file, of JSON or whatever else ``parse`` takes.
 
@@ -92,7 +105,7 @@ def read_experiment(path: str | Path, parse: Callable[[bytes], Any] = parse_json
         why = " ".join(str(error).split()) + "; save it as UTF-8" * isinstance(error, UnicodeError)
         raise ConfigError(f"cannot read the experiment file {path}: {why}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold keys and values as one JSON object, not a {type(raw).__name__}")
+        raise ConfigError(f"{path} must hold keys and values as one object, not a {type(raw).__name__}")
     return raw
 
 

@@ -252,6 +252,7 @@ def test_what_is_absent_is_said_before_any_weights_are_read(files, change, messa
     ("[" * 3000 + "]" * 3000, "is unreadable .its sections lie too deep"),
     ("model: !!python/object/apply:os.system [exit 1]", "is unreadable .*constructor"),
     ("a: &a [x, x]\nb: [*a, *a]", r"is unreadable .what \*name stands for may be of any size: write it out"),
+    ("model: 3\nmodel: 4", "is unreadable .the key 'model' stands twice"),
     ("just words", "holds a str, not sections"),
     ("- model", "holds a list, not sections"),
     ("model: 3", "model.params.unet_config.params.model_channels is missing"),

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import zipfile
+from collections import deque
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -47,6 +48,10 @@ def test_weights_are_found_inside_a_training_checkpoint(tmp_path, outer, prefix)
     torch.testing.assert_close(read_weights(tmp_path / "last.pth"), WEIGHTS)
 
 
+class Scores(list):
+    """Is filled as it is read."""
+
+
 class Foreign(nn.Linear):
     """Is not there any more when its file is read, and would leave a trace if it were built."""
 
@@ -59,7 +64,7 @@ def test_classes_beside_the_weights_need_not_be_there_and_are_not_run(tmp_path, 
     module.ModelCheckpoint = type("ModelCheckpoint", (Foreign,), {"__module__": module.__name__})
     monkeypatch.setitem(sys.modules, module.__name__, module)
     callbacks = {module.ModelCheckpoint: {"best": Path("last.ckpt")}, "early": module.ModelCheckpoint(1, 1)}
-    scores = {"score": np.float64(0.5), "targets": np.arange(3)}
+    scores = {"score": np.float64(0.5), "targets": np.arange(3), "last": deque([1, 2]), "best": Scores([3])}
     torch.save({"state_dict": WEIGHTS, "callbacks": callbacks, "scores": scores}, tmp_path / "model.ckpt")
     monkeypatch.delitem(sys.modules, module.__name__)
     torch.testing.assert_close(read_weights(tmp_path / "model.ckpt"), WEIGHTS)
@@ -76,7 +81,7 @@ class Shell:
     ([WEIGHTS], "holds a list, not named tensors"),
     ({0: torch.zeros(1), 1: torch.zeros(1)}, "holds a dict 0, 1, not named tensors"),
     ({"epoch": 3}, "holds a dict epoch, not"),
-    (Foreign(1, 1), r"holds a PickledObject, not .* save a state_dict\(\) alone"),
+    (Foreign(1, 1), r"holds a pickled object, not .* save a state_dict\(\) alone"),
     ({"state_dict": WEIGHTS, "code": Shell()}, r"could run foreign code.*torch.save\(torch.load.*'state_dict'"),
 ])  # fmt: skip
 def test_a_file_of_something_else_is_refused_with_what_it_holds(tmp_path, thing, message):

@@ -7,7 +7,7 @@ from learners.run.configure import build_config
 from synth import SOURCES
 from utils.run.config import BaseConfig, RunConfig
 from utils.run.errors import ConfigError
-from utils.run.words import apply_overrides, parse_json, read_experiment, translate
+from utils.run.words import apply_overrides, parse_json, parse_yaml, read_experiment, translate
 
 
 class Example(BaseConfig):
@@ -94,7 +94,7 @@ def test_a_config_cannot_be_changed_and_every_key_has_a_one_line_description():
     ("content", "said"),
     [
         (b'{\n "dataset": "digits",\n "init_cls" 2\n}', r"file\.json: .*line 3 column 13"),
-        (b"[1]", r"file\.json must hold .* one JSON object, not a list"),
+        (b"[1]", r"file\.json must hold .* one object, not a list"),
         (b"", r"file\.json: .*line 1"),
         (b"\xff", r"cannot read .*file\.json"),
         (b'{"a": "\xe4"}', r"file\.json: .*save it as UTF-8"),
@@ -109,6 +109,18 @@ def test_a_file_that_holds_no_object_is_named_with_its_mistake(tmp_path, content
         (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         read_experiment(tmp_path / "file.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("85e-5", 85e-5), ("1e-4", 1e-4), ("-1.5e+3", -1500.0), ("1e", "1e"), ("e5", "e5"), ("5", 5)]
+)
+def test_numbers_of_a_yaml_are_those_that_omegaconf_reads(text, value):
+    assert parse_yaml(f"rate: {text}") == {"rate": value}
+
+
+def test_a_key_that_stands_twice_in_a_yaml_is_named():
+    with pytest.raises(ValueError, match="the key 'sample_steps' stands twice"):
+        parse_yaml("reprise:\n synth: {name: ldm, sample_steps: 5, sample_steps: 9}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])

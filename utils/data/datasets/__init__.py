@@ -55,8 +55,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", offline: bool = False
         name=name.lower() if name.lower() in DATASETS else name, train=train, test=test, class_names=data.class_names,
         image_size=recipe.image_size or data.side or LARGE_SIDE, channels=data.channels, in_memory=bool(data.side),
         mean=recipe.mean, std=recipe.std, augmentation=recipe.augmentation,
-        source=f"{found.source} ({counts})", root=data.root,
-    )  # fmt: skip
+        source=f"{found.source} ({counts})", root=data.root)  # fmt: skip
 
 
 def find_dataset(name: str, data_dir: str | Path = "data") -> Found:

@@ -91,8 +91,7 @@ FIRST_CLASSES = Provider(read_first_of_imagenet, "100 of the classes in {folder}
 CUB = Provider(
     read_cub, "CUB-200-2011 and its official split in {folder}",
     "the published archive, unpacked as {folder} with images.txt beside images/, is read as it is",
-    ("CUB_200_2011",), parts=("train_test_split.txt",),
-)  # fmt: skip
+    ("CUB_200_2011",), parts=("train_test_split.txt",))  # fmt: skip
 FOOD = Provider(
     read_food, "torchvision's Food101 and its official split in {folder}",
     "torchvision's Food101, to be downloaded into {folder} (5 GB)", ("food-101",), ("meta", "images"), fetchable=True,
