@@ -130,6 +130,8 @@ def make_memory(config: RunConfig, data: DataManager, replay: Replay, uses_exemp
     Raises:
         ConfigError: if the replay wants more than there is room for, or more exemplars than a class has images.
     """
+    if replay.replaces_exemplars:
+        return ExemplarMemory(0, 0, config.fixed_memory)
     real, handed = replay.divide(config.memory_per_class if uses_exemplars else None)
     shared = handed or (uses_exemplars and real != config.memory_per_class)
     if shared and uses_exemplars and not config.fixed_memory:

@@ -40,6 +40,7 @@ class Replay:
         trains = source is None or source.config.source_dir is None
         self.pupil = source if trains else StoredSources(source, data)  # what is told to learn
         self.learns = source is not None and source.config.need_syn_imgs
+        self.replaces_exemplars = False  # whether the learner keeps none because of it
 
     @classmethod
     def check(cls, config: RunConfig, source: type[ReplaySource]) -> None:

@@ -179,7 +179,7 @@ def learn(paths: list[Path]) -> Iterator[str]:
     """Learn accepted files with tiny settings on digits, but those of foreign models; yield "" or how each failed."""
     for path in paths:
         config, _ = build_config(read_experiment(path))
-        if config.synth is None or config.synth.name not in ("ldm", "controlnet"):
+        if config.synth is None or config.synth.name not in ("ldm", "d4m", "controlnet"):
             tiny = toy_raw(config.model_name, path.parent, config.synth and config.synth.name, **TINY)
             tiny |= {f"synth.{key}": value for key, value in tiny.pop("synth", {}).items()}
             tiny |= BESIDE if config.synth else {}

@@ -52,7 +52,7 @@ class RenewedBatches(ImageBatches):
                 self._renew(self.draw(position))
             pick = torch.cat([real, len(order) + torch.arange(len(self.replay))])
             mixed = torch.randperm(len(pick), generator=seeding.generator(*key, "mix", epoch, step))
-            pick = self._share(pick[mixed])
+            pick = self.share(pick[mixed])
             augment = seeding.generator(*key, "augment", epoch, step, self.loading.shard[0])
             yield self.batch(self.take(pick, augment), pick)
 

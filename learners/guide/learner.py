@@ -88,7 +88,8 @@ class GUIDE(Learner):
                 raise ValueError("negate_old_grad=true acts with use_old_grad=true alone: set both or none")
             which, scale = "new" if self.use_new_grad else "old", self.scale
             if scale is None and (self.use_old_grad or self.use_new_grad) and self.synth is not None:
-                raise ValueError(f"use_{which}_grad needs classifier_scale_min_{which} or classifier_scale_max_{which}")
+                needed = f"classifier_scale_min_{which} or classifier_scale_max_{which}"
+                raise ValueError(f"model_name={self.model_name!r}: use_{which}_grad needs {needed}, or be false")
             if scale is not None and scale[0] > scale[1]:
                 raise ValueError(f"classifier_scale_min_{which}={scale[0]} is above its max, {scale[1]}")
             if self.synth is not None and not self.synth.need_syn_imgs:

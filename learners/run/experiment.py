@@ -135,12 +135,14 @@ class Experiment:
     def _learn(self, task: Task) -> None:
         names = ", ".join([*task.class_names[:5], "..."][: task.num_new])  # five at most
         log.info("Task %d: learning on %d-%d (%s)", task.index, task.num_old, task.num_seen - 1, names)
+        before = self.run.seconds.get("train", 0.0)
         self.learner.learn_task(task)
+        spent = self.run.seconds.get("train", 0.0) - before
         with self.run.timed("evaluate"):
             seen = range(task.num_seen)
             images, held_out = self.data.test_images(seen), self.data.val_images(seen)
             val = (self.learner.predict(held_out), held_out.labels) if len(held_out) else None
-            self.results.add(task, self.learner.predict(images), images.labels, val)
+            self.results.add(task, self.learner.predict(images), images.labels, val, spent)
 
     def _save(self, task: Task) -> None:
         """Write everything that the next task needs, then the results so far."""

@@ -23,6 +23,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     # Latent diffusion's own DDIM visits 981, 961, ..., 1 and ends at the first alpha_bar, not at 1: another offset or
     # end moves the latents visibly.
     "ddim": ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}),
+    "pndm": ("PNDMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}),
     "dpmpp": ("DPMSolverMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # the default's time steps are no integers
@@ -54,16 +55,20 @@ def sample_scheduler(name: str, schedule: dict[str, Any], steps: int):
     return scheduler
 
 
-def sample_scheduled(model: Model, zt: Tensor, scheduler) -> Tensor:
-    """Follow a scheduler's steps from pure noise to a clean latent.
+def sample_scheduled(model: Model, zt: Tensor, scheduler, first: int | None = None) -> Tensor:
+    """Follow a scheduler's steps to a clean latent.
 
     Args:
         model: what the scheduler's prediction type says, of (zt, t).
-        zt: standard normal, (B, c, h, w).
+        zt: (B, c, h, w): standard normal, or with ``first`` noisy latents as that step takes them.
         scheduler: of diffusers, its time steps set.
+        first: step to begin with, counted from 0, where the noise is not pure (SDEdit, arXiv:2108.01073).
     """
-    zt = zt * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    if first is None:
+        zt = zt * scheduler.init_noise_sigma
+    elif hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    for t in scheduler.timesteps[first or 0 :]:
         time = t if t % 1 else t.long()  # some schedules have steps between two of training
         predicted = model(scheduler.scale_model_input(zt, t), time.expand(len(zt)).to(zt.device))
         zt = scheduler.step(predicted, t, zt).prev_sample

@@ -215,7 +215,7 @@ class ClassInversion(ReplaySource):
         with self.run.runtime.autocast():
             # One by one: in a batch, a class would depend on its neighbours in the last bits, which guidance enlarges.
             contexts = {label: self.context(label) for label in requests.labels.unique().tolist()}
-            draw = partial(self._draw, contexts=contexts, nothing=self.model.context([""]))
+            draw = partial(self._draw, contexts=contexts, nothing=self.nothing())
         return ImageSet.of(torch.stack(self.in_chunks(requests, draw)), requests.labels)
 
     def context(self, label: int) -> Tensor:
@@ -225,14 +225,23 @@ class ClassInversion(ReplaySource):
             return self.model.context([prompt], self.vectors[label][None])
         return self.model.context([prompt.replace(PLACEHOLDER, self.words[label])])
 
+    def nothing(self) -> Tensor:
+        """Return what guidance leads away from, (1, tokens, width): no class."""
+        return self.model.context([""])
+
+    def start(self, requests: Requests, scheduler) -> tuple[Tensor, int | None]:
+        """Return what drawing starts from, (N, c, h, w), and the step that it starts with; see `sample_scheduled`."""
+        return draw_noise(requests.generators(), self.model.latent_shape).to(self.run.device), None
+
     def _draw(self, requests: Requests, contexts: dict[int, Tensor], nothing: Tensor) -> Tensor:
         """Draw one chunk, uint8 (N, C, S, S) on the CPU."""
-        noise = draw_noise(requests.generators(), self.model.latent_shape).to(self.run.device)
         predict = self.run.runtime.autocast()(self.model.predict)
         conditional = partial(predict, context=torch.cat([contexts[label] for label in requests.labels.tolist()]))
         unconditional = partial(predict, context=nothing.expand(len(requests), -1, -1))
         scheduler = sample_scheduler(self.config.scheduler, self.model.schedule, self.config.sample_steps)
-        z0 = sample_scheduled(classifier_free(conditional, unconditional, self.config.guidance), noise, scheduler)
+        zt, first = self.start(requests, scheduler)
+        model = classifier_free(conditional, unconditional, self.config.guidance)
+        z0 = sample_scheduled(model, zt, scheduler, first)
         with self.run.runtime.autocast():
             return to_uint8(self.model.decode(z0)).cpu()
 

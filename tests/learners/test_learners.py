@@ -145,8 +145,8 @@ ONE_STEP = {
 @pytest.mark.parametrize("name", LEARNERS.names())
 def test_no_learner_trains_batch_norm_on_the_one_image_that_is_left(name, tmp_path, monkeypatch):
     monkeypatch.setattr(IncrementalNet, "least_batch", lambda network, side: 2)
-    seen, share = [], ShuffledBatches._share
-    monkeypatch.setattr(ShuffledBatches, "_share", lambda self, pick: seen.append(len(pick)) or share(self, pick))
+    seen, share = [], ShuffledBatches.share
+    monkeypatch.setattr(ShuffledBatches, "share", lambda self, pick: seen.append(len(pick)) or share(self, pick))
     learner = toy_experiment(name, tmp_path, **ONE_STEP).check()
     learner.replay.fit_after = lambda *task: None
     learner.learn_task(next(learner.data.tasks()))  # of twenty images

@@ -30,6 +30,10 @@ TINY_SOURCES = {
         "base": lambda: tiny_controlnet_folders()[0], "controlnet": lambda: tiny_controlnet_folders()[1],
         "short_side": 8, "grid": 8, "sample_steps": 2, "guidance": 2.0, "sample_batch": 4, "syn_per_class": 3,
     },
+    "d4m": {
+        "ldm_ckpt": tiny_ldm_folder, "ipc": 2, "sample_steps": 2, "guidance": 2.0, "sample_batch": 4,
+        "syn_per_class": 3,
+    },
     "ddpm": {
         "block_out_channels": [8, 8], "layers_per_block": 1, "attention_levels": [], "attention_head_dim": 8,
         "norm_num_groups": 4, "first_task_num_steps": 3, "num_steps": 3, "batch_size": 8, "ema_rate": 0.5,
@@ -51,6 +55,7 @@ TINY_SOURCES = {
         "syn_per_class": 3,
     },
 }  # fmt: skip
+TINY_SOURCES["small_d4m"] = {**TINY_SOURCES["small_ldm"], "ipc": 2}
 TINY_GUIDE = {
     "convnet_type": "resnet20", "classifier_init_lr": 0.05, "disjoint_classifier_init_num_steps": 30,
     "disjoint_classifier_num_steps": 4, "classifier_scale_min_new": 1.0, "guid_generation_interval": 3,
@@ -66,6 +71,10 @@ TINY_LEARNERS = {
     "dddr": {"com_round": 2, "local_ep": 1, "lr": 0.02, "scl_hidden": 8, "scl_size": 4},
     "guide": TINY_GUIDE,
     "guide_joint": TINY_GUIDE,
+    "agem": {"memory_batch_size": 8},
+    "distilled": {"epochs": 20},
+    "er": {"memory_batch_size": 8},
+    "task_arithmetic": {"anchor": "first_task"},
     "simplecil": {"pretrain_epochs": 8, "pretrain_batch_size": 8, "init_epoch": 0},
 }  # fmt: skip
 TINY_TRAINING = {"init_epoch": 2, "epochs": 2, "init_lr": 0.05, "lrate": 0.05, "batch_size": 16}
@@ -82,7 +91,7 @@ def interrupt(*call: Any, **keys: Any) -> None:
 
 def without_clock(results: dict[str, Any]) -> dict[str, Any]:
     """Results but for what two runs of the same bits may differ in."""
-    return {key: value for key, value in results.items() if key not in ("seconds", "command")}
+    return {key: value for key, value in results.items() if key not in ("seconds", "train_seconds", "command")}
 
 
 def toy_images(per_class: int, num_classes: int, key: str) -> ImageSet:

@@ -64,7 +64,7 @@ def test_saved_source_generates_the_same_bits_and_its_memory_is_the_bytes_on_dis
     assert copy.fitted_classes == {0, 1, 2, 3} and copy.fingerprint() == source.fingerprint()
     memory, frozen = weigh(source, tmp_path / "saved")
     assert memory == sum(path.stat().st_size for path in (tmp_path / "saved").rglob("*"))
-    assert (frozen > 0) is (name in ("controlnet", "ldm"))  # whose weights came as they are
+    assert (frozen > 0) is (name in ("controlnet", "d4m", "ldm"))  # whose weights came as they are
 
 
 def test_same_seed_fits_the_same_source(source, tmp_path):

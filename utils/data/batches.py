@@ -118,19 +118,23 @@ class ShuffledBatches(Batches):
         whole, rest = divmod(len(self.labels), self.loading.batch_size)
         return whole if whole and (self.loading.drop_last or rest < self.least) else whole + (rest > 0)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        count, size, key, rank = len(self), self.loading.batch_size, self.loading.key, self.loading.shard[0]
-        order = torch.randperm(len(self.labels), generator=seeding.generator(*key, "shuffle", epoch))
+    def picks(self, epoch: int) -> list[Tensor]:
+        """Return which samples each step of an epoch shows, int64 (B,) each, of all processes together."""
+        count, size = len(self), self.loading.batch_size
+        order = torch.randperm(len(self.labels), generator=seeding.generator(*self.loading.key, "shuffle", epoch))
         stop = count * size if self.loading.drop_last else None  # None: the last batch has all that is left
-        picks = order[:stop].tensor_split(tuple(range(size, count * size, size)))[start:count]
-        generators = (seeding.generator(*key, "augment", epoch, step, rank) for step in range(start, count))
-        yield from self.batches(epoch, [self._share(pick) for pick in picks], generators)
+        return list(order[:stop].tensor_split(tuple(range(size, count * size, size)))[:count])
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        picks, key, rank = self.picks(epoch)[start:], self.loading.key, self.loading.shard[0]
+        generators = (seeding.generator(*key, "augment", epoch, step, rank) for step in count(start))
+        yield from self.batches(epoch, [self.share(pick) for pick in picks], generators)
 
     @abstractmethod
     def batches(self, epoch: int, picks: list[Tensor], generators: Iterator[torch.Generator]) -> Iterator[Batch]:
         """Yield a batch for every pick, int64 (B,); each has a generator for its augmentation."""
 
-    def _share(self, pick: Tensor) -> Tensor:
+    def share(self, pick: Tensor) -> Tensor:
         """Return this process's part of a batch; one without enough samples for each process goes to all of them whole.
 
         None then has an empty batch, whose mean would not be a number, and the mean over processes stays that of one.

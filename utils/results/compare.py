@@ -22,12 +22,15 @@ from utils.run.files import atomic_write, in_numeric_order, read_json
 REPLAY_MEMORY = ("exemplars", "bank", "source")  # all that a run keeps beside its classifier
 WORDS = ("run", "learner", "source", "data set", "seeds")  # titles of the first columns; numbers follow
 # By their name in csv.
-NUMBERS = {"final_accuracy": "final acc. (%)", "average_incremental_accuracy": "avg. incremental (%)",
-           "forgetting": "forgetting (pts)", "replay_memory_bytes": "replay memory", "seconds": "time"}  # fmt: skip
+NUMBERS = {"final_accuracy": "final acc. (%)", "task_incremental": "task known (%)",
+           "average_incremental_accuracy": "avg. incremental (%)", "forgetting": "forgetting (pts)",
+           "replay_memory_bytes": "replay memory", "seconds": "time", "training": "training",
+           "time_saved": "saved (%)"}  # fmt: skip
 # Of the last session; columns that only few-shot runs have.
 FEW_SHOT = {"base": "base (%)", "novel": "novel (%)", "harmonic_mean": "harmonic mean (%)",
             "performance_drop": "drop (pts)"}  # fmt: skip
-WRITTEN_AS = {"replay_memory_bytes": human_bytes, "seconds": human_seconds}  # others: mean ± deviation
+# Others: mean ± deviation.
+WRITTEN_AS = {"replay_memory_bytes": human_bytes, "seconds": human_seconds, "training": human_seconds}
 LATEX_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX_WORDS)
 
@@ -60,13 +63,16 @@ class SeedResults(BaseModel, protected_namespaces=()):
     memory_bytes: dict[str, float | None] | None = None
     seconds: dict[str, float | None] | None = None
     fscil: dict[str, list[float | None]] | None = Field(None, description="figures per session")
+    task_incremental_curve: list[float | None] | None = None
+    time_saved: float | None = Field(None, description="% of the training time of the first run in the table")
 
     def numbers(self) -> dict[str, float | None]:
         """Return every number that can be compared, by its name in csv; of few-shot sessions the last one's."""
         memory, seconds, sessions = self.memory_bytes, self.seconds or {}, self.fscil or {}
         replay = None if memory is None else sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
         last = {name: values[-1] for name, values in sessions.items() if values}
-        return dict(self) | last | {"replay_memory_bytes": replay, "seconds": seconds.get("total")}
+        known = {"task_incremental": (self.task_incremental_curve or [None])[-1], "training": seconds.get("train")}
+        return dict(self) | last | known | {"replay_memory_bytes": replay, "seconds": seconds.get("total")}
 
 
 class Row(NamedTuple):
@@ -136,6 +142,10 @@ def find_runs(folders: Sequence[str | Path]) -> list[Row]:
     if not rows:
         places = ", ".join(map(str, folders))
         raise RepriseError(f"no run found in {places}: a run holds config.json and seed_<s> folders")
+    if first := rows[0].spread("training")[0]:
+        for seed in (seed for row in rows for seed in row.finished.values()):
+            spent = seed.numbers()["training"]
+            seed.time_saved = None if spent is None else 100 * (1 - spent / first)
     return rows
 
 

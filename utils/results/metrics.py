@@ -46,6 +46,17 @@ def accuracy_row(scores: Array, labels: Array, task_sizes: Sequence[int]) -> lis
     return row
 
 
+def within_task(scores: Array, labels: Array, task_sizes: Sequence[int]) -> float:
+    """Return the percentage right where each image's task is known: the argmax over the classes of its own task alone.
+
+    Task-incremental accuracy (van de Ven and Tolias, 2019, arXiv:1904.07734); arguments as of `accuracy_row`.
+    """
+    labels, task = torch.as_tensor(labels), torch.arange(len(task_sizes)).repeat_interleave(torch.tensor(task_sizes))
+    foreign = task[labels][:, None] != task  # (N, C)
+    scores = torch.as_tensor(scores)[:, : len(task)].masked_fill(foreign, -torch.inf)
+    return _percent(scores.argmax(dim=1) == labels)
+
+
 def topk(scores: Array, labels: Array, k: int) -> float:
     """Return the percentage of images whose label is among the k largest scores; k is capped at the number of classes.
 

@@ -25,7 +25,8 @@ MEMORY = ("exemplars", "bank", "source", "edge_maps", "class_embeddings", "gener
           "prototypes", "total", "frozen", "all_real_data")  # fmt: skip
 ALWAYS_SHOWN = {"exemplars", "bank", "source", "network", "total", "frozen", "all_real_data"}  # others only if not 0
 UNITS = ("real", "compressed", "compressed_units", "nominal", "true")
-CURVES = {"top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve", "val top-1": "val_top1_curve"}
+CURVES = {"top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_curve", "val top-1": "val_top1_curve",
+          "task known": "task_incremental_curve"}  # fmt: skip
 # A misspelled variable is an error instead of an empty place on the page.
 PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
 PAGES.filters.update(human_bytes=human_bytes, human_seconds=human_seconds, thumbnail=thumbnail)
@@ -86,7 +87,9 @@ def _curves(results: dict[str, Any]) -> tuple[list[Column], Chart | None]:
     curves = {name: results[key] for name, key in CURVES.items() if results[key]}
     seen = list(accumulate(results["task_sizes"] or []))[: max(map(len, curves.values()), default=0)]
     tasks = Column("task", "text", [f"after {task}" for task in range(len(seen))])
-    return _drawn([tasks, Column("classes", "n", seen)], curves, Chart(curves, seen, "classes seen"))
+    trained = Column("training", "seconds", _padded(results["train_seconds"], len(seen)))
+    first = [tasks, Column("classes", "n", seen), *[trained] * bool(results["train_seconds"])]
+    return _drawn(first, curves, Chart(curves, seen, "classes seen"))
 
 
 def _sessions(figures: dict[str, list[float | None]]) -> tuple[list[Column], Chart | None]:

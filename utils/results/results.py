@@ -42,7 +42,10 @@ class Results:
         """Restore what ``state`` returned."""
         vars(self).update({name: state[name] for name in STATE})
 
-    def add(self, task: Task, scores: Scores, labels: Tensor, val: tuple[Scores, Tensor] | None = None) -> None:
+    def add(
+        self, task: Task, scores: Scores, labels: Tensor, val: tuple[Scores, Tensor] | None = None,
+        train_seconds: float = 0.0,
+    ) -> None:  # fmt: skip
         """Take in one task's evaluation and log it in PyCIL's words.
 
         Args:
@@ -50,6 +53,7 @@ class Results:
             scores: of the test images of all seen classes.
             labels: int64 (N,), of the same images.
             val: scores and labels of the held-out training images of all seen classes.
+            train_seconds: that its training took, without the source's, drawing and evaluation.
         """
         sizes = self.data.task_sizes[: task.index + 1]
         predictions = scores["cnn"].argmax(1)
@@ -67,6 +71,9 @@ class Results:
         for kind in scores:
             known = [value for value in self.curves[f"{kind}_top1"] if value is not None]
             log.info("Average Accuracy (%s): %s", kind.upper(), fmean(known))
+        curve = self._extend("task_incremental", metrics.within_task(scores["cnn"], labels, sizes))
+        log.info("Task-incremental curve: %s", curve)
+        self._extend("train_seconds", train_seconds)
         if val is not None:
             curve = self._extend("val_top1", metrics.topk(val[0]["cnn"], val[1], 1))
             log.info("VAL top1 curve: %s", curve)
@@ -117,6 +124,7 @@ class Results:
             "class_names": self.data.class_names, "accuracy_matrix": matrix,
             "top1_curve": self.curves["cnn_top1"], "top5_curve": self.curves["cnn_top5"],
             "nme_top1_curve": self.curves.get("nme_top1"), "val_top1_curve": self.curves.get("val_top1"),
+            "task_incremental_curve": self.curves["task_incremental"], "train_seconds": self.curves["train_seconds"],
             "average_incremental_accuracy": fmean(self.curves["cnn_top1"]),  # Rebuffi et al., 2017
             "final_accuracy": self.curves["cnn_top1"][-1],
             "forgetting": metrics.forgetting(matrix),

@@ -97,8 +97,8 @@ class Progress:
     def __init__(self, module: nn.Module, config: TrainConfig, training: Training, stateful: dict[str, object]):
         self.module, self.config, self.training, self.stateful = module, config, training, stateful
         self.step = 0
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = config.make_optimizer(self.parameters)
+        self.optimizer = config.make_optimizer([value for value in module.parameters() if value.requires_grad])
+        self.parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
         self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
         self.networks = {"module": module} if self.ema is None else {"module": module, "ema": self.ema}
         self.unseen: list[tuple[int, float, dict[str, Tensor]]] = []  # steps, rates and losses, kept on the device

@@ -21,6 +21,7 @@ class TrainConfig:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: float = 0.9  # of SGD
     weight_decay: float = 0.0
+    decay_vectors: bool = True  # else biases and the parameters of norms do not decay
     schedule: Literal["constant", "step", "cosine", "linear"] = "constant"
     milestones: tuple[int, ...] = ()  # epochs after which "step" multiplies the rate by lr_decay
     lr_decay: float = 0.1
@@ -61,4 +62,7 @@ class TrainConfig:
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         sgd = partial(torch.optim.SGD, momentum=self.momentum)
         kind = {"sgd": sgd, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
-        return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=True)
+        vectors = [] if self.decay_vectors else [value for value in parameters if value.ndim < 2]
+        groups = [{"params": [value for value in parameters if self.decay_vectors or value.ndim > 1]}]
+        groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
+        return kind(groups, self.lr, weight_decay=self.weight_decay, fused=True)

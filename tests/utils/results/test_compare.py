@@ -39,6 +39,15 @@ def run(tmp_path):
     return write_run(tmp_path, "cifar_wa", {1: 50.0})
 
 
+def test_training_time_is_compared_with_the_first_run_and_evaluation_does_not_count(tmp_path, capsys):
+    real = write_run(tmp_path, "real", {1: 80.0, 2: 82.0}, seconds={"train": 40.0, "total": 90.0})
+    short = write_run(tmp_path, "short", {1: 70.0}, seconds={"train": 10.0, "total": 80.0})
+    old = write_run(tmp_path, "old", {1: 60.0})  # before trainings were timed
+    rows = csv_of(capsys, real, short, old)
+    assert [row["time_saved_mean"] for row in rows] == ["0.0", "75.0", ""]
+    assert [row["training_mean"] for row in rows] == ["40.0", "10.0", ""]
+
+
 def table_of(capsys, *arguments):
     assert main(arguments) == 0
     return capsys.readouterr().out
@@ -141,7 +150,7 @@ def test_latex_has_booktabs_rules_and_escapes(tmp_path, capsys):
     assert r"cifar\_wa & wa & ddpm" in text and r"$51.00 \pm 1.41$" in text and r"(\%)" in text
     assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert {line.count(" & ") for line in rows} == {9}
+    assert {line.count(" & ") for line in rows} == {12}
 
 
 def test_the_command_line_writes_the_table_to_a_file_without_loading_matplotlib(tmp_path, run):

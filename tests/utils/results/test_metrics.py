@@ -114,3 +114,10 @@ def test_group_averages_weigh_groups_and_not_images():
 )
 def test_classes_are_many_medium_or_few(accuracies, counts, groups):
     assert metrics.many_medium_few(accuracies, counts) == dict(zip(("many", "medium", "few"), groups))
+
+
+def test_where_the_task_is_known_only_its_own_classes_compete():
+    scores = torch.tensor([[1.0, 2, 9], [3, 2, 9], [0, 9, 1], [9, 9, 0]])
+    labels = torch.tensor([1, 1, 2, 2])
+    assert metrics.within_task(scores, labels, [2, 1]) == 75.0  # the second of four is wrong within its own task
+    assert metrics.within_task(scores, labels, [3]) == metrics.topk(scores, labels, 1)

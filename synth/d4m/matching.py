@@ -1,0 +1,221 @@
+"""Training-time matching: a teacher says what it sees in every augmented and mixed image that a student is shown.
+
+Nothing is matched while images are distilled. The labels are made as they are needed or stored by batch, and are the
+same in both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.files.weights import published_weights
+from models.heads import LinearHead
+from models.incremental import IncrementalNet
+from models.options import BackboneOptions
+from models.timm_backbone import build_backbone
+from utils.data.batches import Batch, Batches, ImageBatches
+from utils.data.datasets import Dataset
+from utils.data.images import ImageSet
+from utils.data.transforms import classifier_transform
+from utils.run.command import promised_offline
+from utils.run.errors import BankError, ConfigError
+from utils.run.files import load_tensors, save_tensors
+from utils.run.manifest import Manifest
+from utils.training import seeding
+from utils.training.fit import Training, fit
+from utils.training.runtime import Runtime
+from utils.training.schedule import TrainConfig
+
+
+class Mix(NamedTuple):
+    """How the images of a batch are mixed.
+
+    Attributes:
+        share: lambda, of an image's own pixels, before a box is clipped.
+        partner: int64 (B,), whose pixels it gets.
+        box: top, left, bottom, right in pixels; None: all pixels are blended by ``share``.
+    """
+
+    share: float
+    partner: Tensor
+    box: tuple[int, int, int, int] | None
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Mix images, float (B, C, H, W)."""
+        partners = images[self.partner.to(images.device)]
+        if self.box is None:
+            return self.share * images + (1 - self.share) * partners
+        top, left, bottom, right = self.box
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
+        return mixed
+
+
+def draw_mix(kind: str, alpha: float, shape: torch.Size, key: tuple[int | str, ...]) -> Mix:
+    """Draw one mix for a whole batch.
+
+    CutMix (Yun et al., ICCV 2019, arXiv:1905.04899) or MixUp (Zhang et al., ICLR 2018, arXiv:1710.09412), lambda from
+    Beta(alpha, alpha).
+
+    Args:
+        kind: "cutmix" or "mixup".
+        alpha: > 0.
+        shape: (B, C, H, W).
+        key: random key.
+    """
+    generator = seeding.numpy_generator(*key)
+    share, partner = float(generator.beta(alpha, alpha)), torch.from_numpy(generator.permutation(shape[0]))
+    if kind == "mixup":
+        return Mix(share, partner, None)
+    height, width = shape[2:]
+    # The middle is anywhere, so that a box may reach over the edge, where it is cut off.
+    spans = []
+    for side in (height, width):
+        half, middle = int(side * (1 - share) ** 0.5) // 2, int(generator.integers(side))
+        spans.append((max(middle - half, 0), min(middle + half, side)))
+    (top, bottom), (left, right) = spans
+    return Mix(share, partner, (top, left, bottom, right))
+
+
+class SoftLabels:
+    """A teacher's logits by batch on disk, in half precision, with the rows and the mix that they belong to (FKD).
+
+    Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv:2112.01528. Crops
+    and flips follow from the random key of a batch, so they are not stored again.
+
+    Args:
+        folder: where they lie.
+        identity: the images, their order and their views; JSON.
+    """
+
+    def __init__(self, folder: Path, identity: dict):
+        remedy = "name another synth.soft_labels_dir, or delete the folder"
+        self.folder = Path(folder)
+        self.manifest = Manifest(folder, "soft labels", identity, remedy=remedy, error=BankError)
+
+    def path(self, epoch: int, step: int) -> Path:
+        return self.folder / f"epoch_{epoch}" / f"batch_{step}.safetensors"
+
+    def read(self, epoch: int, step: int) -> dict[str, Tensor] | None:
+        """Return what was stored of a batch; None if nothing was."""
+        path = self.path(epoch, step)
+        return load_tensors(path) if path.exists() else None
+
+    def write(self, epoch: int, step: int, rows: Tensor, mix: Mix | None, logits: Tensor) -> None:
+        """Store a batch: rows and partners int32 (B,), share, box, logits float16 (B, K)."""
+        tensors = {"rows": rows.int(), "logits": logits.half().cpu()}
+        if mix is not None:
+            box = torch.tensor(mix.box or ())
+            tensors |= {"partner": mix.partner.int(), "share": torch.tensor(mix.share), "box": box}
+        save_tensors(self.path(epoch, step), tensors)
+
+
+def check_teacher(name: str, num_classes: int) -> None:
+    """See that timm has a model of this name that knows so many classes, without fetching it.
+
+    Raises:
+        ConfigError: if not.
+    """
+    import timm
+
+    if name not in timm.list_pretrained():
+        raise ConfigError(f"synth.teacher={name!r}: no timm model with a weight tag; or set synth.teacher_epochs")
+    if (known := timm.get_pretrained_cfg(name).num_classes) != num_classes:
+        remedy = "give a teacher of these classes, or train one on the real images with synth.teacher_epochs"
+        raise ConfigError(f"synth.teacher={name!r} knows {known} classes, the data set has {num_classes}: {remedy}")
+
+
+class PublishedTeacher(nn.Module):
+    """A timm model with its own classifier, whose outputs are brought into learning order.
+
+    Args:
+        name: of timm, with weight tag.
+        class_order: original ids in learning order.
+        num_classes: of the data set.
+
+    Raises:
+        ConfigError: if it knows other classes than the data set has.
+    """
+
+    def __init__(self, name: str, class_order: list[int], num_classes: int):
+        import timm
+
+        super().__init__()
+        check_teacher(name, num_classes)
+        file = published_weights(timm.get_pretrained_cfg(name), promised_offline())
+        self.network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
+        self.order = class_order
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[:, self.order]
+
+
+def train_teacher(name: str, images: ImageSet, dataset: Dataset, config: TrainConfig, batch_size: int,
+                  training: Training) -> IncrementalNet:  # fmt: skip
+    """Train a network from scratch on real images of all classes that it is to know; return it frozen."""
+    run, transform = training.run, classifier_transform(dataset)
+    options = BackboneOptions("cifar" if dataset.in_memory else "imagenet", dataset.image_size, pretrained=False)
+    seeding.seed_everything(run.seed, training.task.index, training.purpose)
+    backbone = build_backbone(name, options)
+    teacher = IncrementalNet(backbone, LinearHead(backbone.num_features)).to(run.device)
+    teacher.grow(int(images.labels.max()) + 1, seeding.generator(run.seed, training.task.index, "grow teacher"))
+    loading = run.loading(transform, batch_size, training.task.index, training.purpose, network=teacher)
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        return {"cross_entropy": F.cross_entropy(teacher(batch.images), batch.labels)}
+
+    fit(teacher, ImageBatches(images, None, loading), loss, config, training)
+    return teacher.eval().requires_grad_(False)
+
+
+class SoftBatches(Batches):
+    """Image batches that are mixed, with what a teacher sees in them as soft targets.
+
+    Args:
+        images: batches of augmented images.
+        teacher: maps images to logits (B, K).
+        temperature: softens its logits.
+        mix: "cutmix", "mixup" or "none", and alpha.
+        stored: where labels are kept; None: nowhere.
+        runtime: number format and devices.
+    """
+
+    def __init__(
+        self, images: ImageBatches, teacher: nn.Module, temperature: float, mix: tuple[str, float],
+        stored: SoftLabels | None, runtime: Runtime,
+    ):  # fmt: skip
+        self.images, self.teacher, self.temperature, self.mix = images, teacher, temperature, mix
+        self.stored, self.runtime = stored, runtime
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        key, rank = self.images.loading.key, self.images.loading.shard[0]
+        picks = self.images.picks(epoch)[start:]
+        for step, (batch, pick) in enumerate(zip(self.images.epoch(epoch, start), picks), start):
+            images, mix, (kind, alpha) = batch.images, None, self.mix
+            if kind != "none":
+                mix = draw_mix(kind, alpha, images.shape, (*key, "mix", epoch, step, rank))
+                images = mix.apply(images)
+            logits = self._logits(images, pick, mix, (epoch, step))
+            yield replace(batch, images=images, soft_targets=torch.softmax(logits / self.temperature, dim=1))
+
+    @torch.no_grad()
+    def _logits(self, images: Tensor, pick: Tensor, mix: Mix | None, place: tuple[int, int]) -> Tensor:
+        """Return the teacher's logits, float32 (B, K), rounded to half precision wherever they come from."""
+        known = self.stored.read(*place) if self.stored else None
+        if known is not None:
+            return known["logits"].to(images.device).float()
+        with self.runtime.autocast():
+            logits = self.teacher(images).float().half()
+        if self.stored and self.runtime.is_main:
+            self.stored.write(*place, pick, mix, logits)
+        return logits.float()
