@@ -15,4 +15,8 @@ def build_source_config(raw: Any) -> SourceConfig:
         must = "must be an object with a name, as in --set synth.name=ddpm"
         raise ConfigError(f"synth={shown(raw)}: {must}; one of {', '.join(SOURCES.names())}")
     name = str(raw["name"]).lower()
-    return SOURCES[name].Config.parse({**raw, "name": name}, where="synth.")
+    config = SOURCES[name].Config
+    try:
+        return config.parse({**raw, "name": name}, where="synth.")
+    except ConfigError as error:  # a key may be right and the source another one
+        raise ConfigError(f"{error} (synth.name={name!r})") from error
