@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
+from tabulate import tabulate
 
 from utils.results.figures import human_bytes, human_seconds
 from utils.results.plot import SUFFIXES, Line, plot_lines
@@ -31,8 +32,6 @@ FEW_SHOT = {"base": "base (%)", "novel": "novel (%)", "harmonic_mean": "harmonic
             "performance_drop": "drop (pts)"}  # fmt: skip
 # Others: mean ± deviation.
 WRITTEN_AS = {"replay_memory_bytes": human_bytes, "seconds": human_seconds, "training": human_seconds}
-LATEX_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX_WORDS)
 
 
 class RunFacts(BaseModel, protected_namespaces=()):
@@ -151,22 +150,13 @@ def find_runs(folders: Sequence[str | Path]) -> list[Row]:
 
 def as_text(rows: Sequence[Row]) -> str:
     """Return an aligned table for a terminal."""
-    head, *cells = _cells(rows)
-    widths = [max(map(len, column)) for column in zip(head, *cells)]
-    lines = [
-        "  ".join(f"{cell:{'<' if i < len(WORDS) else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip()
-        for line in (head, ["-" * width for width in widths], *cells)
-    ]
-    return "\n".join([*lines, *_footnotes(rows)]) + "\n"
+    return "\n".join([_table(rows, "simple"), *_footnotes(rows)]) + "\n"
 
 
 def as_latex(rows: Sequence[Row]) -> str:
     """Return a tabular with booktabs' rules."""
-    head, *lines = [" & ".join(map(_latex, line)) + r" \\" for line in _cells(rows)]
-    columns = "l" * len(WORDS) + "r" * len(_numbers(rows))
     notes = [r"% needs \usepackage{booktabs}", *(f"% {note}" for note in _footnotes(rows))]
-    body = [r"\toprule", head, r"\midrule", *lines, r"\bottomrule"]
-    return "\n".join([*notes, rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"]) + "\n"
+    return "\n".join([*notes, _table(rows, "latex_booktabs").replace("±", r"$\pm$")]) + "\n"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -225,20 +215,16 @@ def _numbers(rows: Sequence[Row]) -> dict[str, str]:
     return NUMBERS | (FEW_SHOT if few_shot else {})
 
 
-def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return titles, then a line per run."""
+def _table(rows: Sequence[Row], style: str) -> str:
+    """Return titles and a line per run in one of tabulate's styles."""
     numbers = _numbers(rows)
-    return [[*WORDS, *numbers.values()], *([*row.words, *map(row.text, numbers)] for row in rows)]
+    cells = [[*row.words, *map(row.text, numbers)] for row in rows]
+    sides = ["left"] * len(WORDS) + ["right"] * len(numbers)
+    return tabulate(cells, [*WORDS, *numbers.values()], style, colalign=sides, disable_numparse=True)
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
     return ["* unfinished seed, not in the means"] if any(row.unfinished for row in rows) else []
-
-
-def _latex(cell: str) -> str:
-    if " ± " in cell:
-        return "$" + " ".join(cell.split()).replace("±", r"\pm") + "$"
-    return "--" if cell == "-" else cell.translate(LATEX_ESCAPES)
 
 
 def _read(path: Path, kind: type[BaseModel]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import product
 from statistics import fmean, stdev
 from typing import Any
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from utils.data.manager import DataManager, Task
 from utils.results import metrics
+from utils.run.log import log
 
-log = logging.getLogger("reprise")
 Scores = dict[str, Tensor]  # "cnn" and perhaps "nme", float (N, num_seen), the larger the likelier
 Amounts = dict[str, float]  # by name
 STATE = ("accuracy_matrix", "curves", "class_accuracies", "test_counts")
