@@ -20,11 +20,11 @@ from utils.data.manager import Task
 from utils.run.config import BatchSize, Decay
 from utils.training import seeding
 
-# Mammoth's and Avalanche's names for one number that PyCIL has twice, for the first task and for later ones.
-TWICE = {"lr": ("init_lr", "lrate"), "n_epochs": ("init_epoch", "epochs"), "train_epochs": ("init_epoch", "epochs"),
-         "optim_wd": ("init_weight_decay", "weight_decay")}  # fmt: skip
-ONCE = {"buffer_size": "memory_size", "mem_size": "memory_size", "minibatch_size": "memory_batch_size",
-        "optim_mom": "momentum", "train_mb_size": "batch_size"}  # fmt: skip
+# Mammoth's and Avalanche's names; some stand for a number that PyCIL has twice, for the first task and for later ones.
+WORDS = {"lr": ("init_lr", "lrate"), "n_epochs": ("init_epoch", "epochs"), "train_epochs": ("init_epoch", "epochs"),
+         "optim_wd": ("init_weight_decay", "weight_decay"), "optim_mom": ("momentum",), "buffer_size": ("memory_size",),
+         "mem_size": ("memory_size",), "minibatch_size": ("memory_batch_size",),
+         "train_mb_size": ("batch_size",)}  # fmt: skip
 
 
 class ReservoirBatches(Batches):
@@ -110,9 +110,8 @@ class ER(PyCILLearner):
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
             """Read Mammoth's and Avalanche's names; the file's own keys win."""
-            words = {key: raw[word] for word, keys in TWICE.items() if word in raw for key in keys}
-            words |= {key: raw[word] for word, key in ONCE.items() if word in raw}
-            own = {key: value for key, value in raw.items() if key not in {**TWICE, **ONCE} and value is not None}
+            words = {key: raw[word] for word, keys in WORDS.items() if word in raw for key in keys}
+            own = {key: value for key, value in raw.items() if key not in WORDS and value is not None}
             return words | own
 
     accepts = frozenset({"images"})
@@ -128,7 +127,8 @@ class ER(PyCILLearner):
         stream = self.replay.batches(self.present, ImageSet(), own)
         if config.buffer == "reservoir":
             first, end = len(self.present), len(self.present) + len(kept)
-            pool, size = ImageBatches(self.present + kept, self.past, beside), self._room(task.num_seen)
+            pool = ImageBatches(self.present + kept, self.past, beside)
+            size = self.memory.per_class * task.num_seen if self.memory.fixed else self.memory.size
             always = range(end, end + len(self.past))
             self.stream = ReservoirBatches(stream, pool, range(first, end), always, size, self.num_offered)
             return self.stream
@@ -161,9 +161,6 @@ class ER(PyCILLearner):
     def shares(size: int, num_tasks: int) -> list[int]:
         """Divide places among tasks: 200 among three are 67, 67 and 66."""
         return [size // num_tasks + (index < size % num_tasks) for index in range(num_tasks)]
-
-    def _room(self, num_seen: int) -> int:
-        return self.memory.per_class * num_seen if self.memory.fixed else self.memory.size
 
 
 def targets(batch: Batch) -> Tensor:

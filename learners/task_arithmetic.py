@@ -17,6 +17,7 @@ from utils.data.manager import Task
 from utils.run.carried import Carried
 from utils.run.config import Factor
 from utils.run.errors import ConfigError
+from utils.run.files import flatten, nest
 from utils.run.log import log
 
 Weights = dict[str, Tensor]  # by name
@@ -145,19 +146,12 @@ class TaskArithmetic(PyCILLearner):
     # ------------------------------------------------------------------ keeping
 
     def extra_state(self) -> dict[str, Tensor]:
-        vectors = {
-            f"{index}.{name}": value for index, vector in enumerate(self.vectors) for name, value in vector.items()
-        }
-        return {**{f"theta_0.{name}": value for name, value in self.theta_0.items()}, **vectors}
+        return flatten({"theta_0": self.theta_0, **dict(enumerate(self.vectors))})
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        def part(prefix: str) -> Weights:
-            return {name.removeprefix(prefix): value.to(self.run.device) for name, value in state.items()
-                    if name.startswith(prefix)}  # fmt: skip
-
-        self.theta_0, self.vectors = part("theta_0."), []
-        while vector := part(f"{len(self.vectors)}."):
-            self.vectors.append(vector)
+        parts = nest({name: value.to(self.run.device) for name, value in state.items()})
+        self.theta_0 = parts.pop("theta_0", {})
+        self.vectors = [parts[str(index)] for index in range(len(parts))]
 
     def carried(self) -> list[Carried]:
         """Name first weights and vectors apart."""

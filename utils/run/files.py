@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +148,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed
+
+
+def flatten(nested: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+    """Name what lies in several dictionaries as one file holds it: "<outer name>.<name>"."""
+    return {f"{outer}.{name}": own[name] for outer, own in nested.items() for name in sorted(own)}
+
+
+def nest(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take apart what ``flatten`` named."""
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        outer, _, inner = name.partition(".")
+        nested.setdefault(outer, {})[inner] = value
+    return nested
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from utils.data.batches import Batch, Batches
 from utils.data.manager import Task
 from utils.run.errors import TrainingError
+from utils.run.files import flatten, nest
 from utils.run.log import log
 from utils.training import seeding
 from utils.training.run import Run
@@ -164,9 +164,7 @@ class Progress:
             return
         tensors = {name: network.state_dict() for name, network in self.networks.items()}
         state = {"step": self.step, "json": {}}
-        moments = self.optimizer.state_dict()["state"].items()
-        flat = {f"{index}.{name}": value for index, values in moments for name, value in values.items()}
-        tensors["optimizer"], state["optimizer"] = _split(flat)
+        tensors["optimizer"], state["optimizer"] = _split(flatten(self.optimizer.state_dict()["state"]))
         for name, thing in self.stateful.items():
             tensors[f"of_{name}"], state["json"][name] = _split(thing.state_dict())
         self.checkpoints.save(self.step, tensors, state)
@@ -178,14 +176,12 @@ class Progress:
         self.step, tensors, state = found
         for name, network in self.networks.items():
             network.load_state_dict(tensors[name])
-        moments = defaultdict(dict)
-        for name, value in {**tensors["optimizer"], **state["optimizer"]}.items():
-            index, key = name.split(".", 1)
-            parameter = self.parameters[int(index)]
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                # In the parameter's own memory order: another order takes another kernel, and so other last bits.
-                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
-            moments[int(index)][key] = value
+        moments = {int(i): values for i, values in nest({**tensors["optimizer"], **state["optimizer"]}).items()}
+        for index, values in moments.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == self.parameters[index].shape:
+                    # In the parameter's own memory order: another takes another kernel, and so other last bits.
+                    values[name] = torch.empty_like(self.parameters[index], requires_grad=False).copy_(value)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         for name, thing in self.stateful.items():
             thing.load_state_dict({**tensors[f"of_{name}"], **state["json"][name]})
