@@ -26,7 +26,7 @@ class NetworkConfig(BaseConfig):
 
     def require_side(self, side: int, *keys: str) -> None:
         """Raise ConfigError unless an image can be halved between the levels whose widths these keys list."""
-        halvings = sum(len(getattr(self, key)) - 1 for key in keys)
+        halvings = sum(max(len(getattr(self, key)) - 1, 0) for key in keys)
         if side % 2**halvings:
             levels = " and ".join(f"{len(getattr(self, key))} {key}" for key in keys)
             wanted = f"its side must be a multiple of {2**halvings}, not {side}: give fewer of them"

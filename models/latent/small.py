@@ -20,11 +20,11 @@ class Denoiser(nn.Module):
     """The noise predictor and one vector per class: all that is trained on latents.
 
     Attributes:
-        unet: diffusers' ``UNet2DConditionModel``.
+        unet: diffusers' ``UNet2DConditionModel``; None in a model that only encodes and decodes.
         table: float32 (K, D), a row per class.
     """
 
-    def __init__(self, unet: nn.Module, num_classes: int, vector_size: int):
+    def __init__(self, unet: nn.Module | None, num_classes: int, vector_size: int):
         super().__init__()
         self.unet = unet
         self.table = nn.Parameter(torch.randn(num_classes, vector_size))
@@ -35,7 +35,7 @@ class SmallLDMConfig(NetworkConfig):
 
     vae_channels: list[Width] = Field([16, 32], min_length=1, description="autoencoder's width per level")
     latent_channels: Width = Field(4, description="channels of a latent")
-    block_out_channels: list[Width] = Field([64, 96], min_length=1, description="UNet's width per level")
+    block_out_channels: list[Width] = Field([64, 96], description="UNet's width per level; empty: there is none")
     layers_per_block: int = Field(1, ge=1, le=64, description="residual blocks per level of the UNet")
     attention_levels: list[int] = Field([1], description="levels of the UNet with attention, 0 is the finest")
     num_heads: Width = Field(4, description="attention heads")
@@ -46,12 +46,13 @@ class SmallLDMConfig(NetworkConfig):
 
     def check(self, side: int) -> None:
         """Raise ConfigError if the sizes do not fit each other or images of this side."""
-        self.require_side(side, "vae_channels", "block_out_channels")
         self.require_multiples("vae_channels", of="norm_num_groups")
         self.require_multiples("block_out_channels", of="norm_num_groups")
         self.require_multiples("block_out_channels", of="num_heads")
         self.require_multiples("vector_size", of="num_tokens")
-        self.require_levels("attention_levels", len(self.block_out_channels))
+        self.require_side(side, "vae_channels", "block_out_channels")
+        if levels := len(self.block_out_channels):
+            self.require_levels("attention_levels", levels)
 
 
 class SmallLDM(OwnModel, LatentDiffusion):
@@ -95,7 +96,7 @@ class SmallLDM(OwnModel, LatentDiffusion):
             down=["CrossAttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels],
             cross_attention_dim=config.vector_size // config.num_tokens,
             attention_head_dim=config.num_heads,  # what diffusers calls so is the number of heads
-        )  # fmt: skip
+        ) if levels else None  # fmt: skip
         self.denoiser = Denoiser(unet, len(class_names), config.vector_size)
         self.register_buffer("scale", torch.ones(()))  # latents times this have unit spread
 
@@ -123,6 +124,8 @@ class SmallLDM(OwnModel, LatentDiffusion):
 
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
         device = self.scale.device
+        if self.denoiser.unet is None:
+            raise ConfigError("this model has no UNet, so it decodes latents and denoises none: draw at strength=0")
         return self.denoiser.unet(zt.to(device), t.to(device), context.to(device), return_dict=False)[0].float()
 
 

@@ -31,12 +31,10 @@ def read_prompts(path: str, class_names: list[str]) -> dict[str, str]:
     """
     key = f"synth.label_file_path={path!r}"
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{key}: {error}; give a text file with one prompt per line") from error
     prompts = [line.split("\t")[0].strip() for line in lines]
-    while prompts and not prompts[-1]:
-        prompts.pop()
     if len(prompts) != len(class_names):
         raise ConfigError(f"{key} has {len(prompts)} lines, but there are {len(class_names)} classes: one for each")
     if not all(prompts):

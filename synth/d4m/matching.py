@@ -25,6 +25,7 @@ from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
 from utils.data.transforms import classifier_transform
 from utils.run.command import promised_offline
+from utils.run.config import SourceConfig
 from utils.run.errors import BankError, ConfigError
 from utils.run.files import load_tensors, save_tensors
 from utils.run.manifest import Manifest
@@ -85,7 +86,7 @@ def draw_mix(kind: str, alpha: float, shape: torch.Size, key: tuple[int | str, .
 
 
 class SoftLabels:
-    """A teacher's logits by batch on disk, in half precision, with the rows and the mix that they belong to (FKD).
+    """A teacher's logits on disk, in half precision, by batch and process, with rows and mix that they belong to (FKD).
 
     Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv:2112.01528. Crops
     and flips follow from the random key of a batch, so they are not stored again.
@@ -100,21 +101,36 @@ class SoftLabels:
         self.folder = Path(folder)
         self.manifest = Manifest(folder, "soft labels", identity, remedy=remedy, error=BankError)
 
-    def path(self, epoch: int, step: int) -> Path:
-        return self.folder / f"epoch_{epoch}" / f"batch_{step}.safetensors"
+    def path(self, place: tuple[int, int, int]) -> Path:
+        epoch, step, rank = place
+        return self.folder / f"epoch_{epoch}" / f"batch_{step}{f'_rank_{rank}' if rank else ''}.safetensors"
 
-    def read(self, epoch: int, step: int) -> dict[str, Tensor] | None:
-        """Return what was stored of a batch; None if nothing was."""
-        path = self.path(epoch, step)
-        return load_tensors(path) if path.exists() else None
+    def read(self, place: tuple[int, int, int], shown: dict[str, Tensor]) -> Tensor | None:
+        """Return the logits that were stored of a batch, float16 (B, K); None if none were.
 
-    def write(self, epoch: int, step: int, rows: Tensor, mix: Mix | None, logits: Tensor) -> None:
-        """Store a batch: rows and partners int32 (B,), share, box, logits float16 (B, K)."""
-        tensors = {"rows": rows.int(), "logits": logits.half().cpu()}
-        if mix is not None:
-            box = torch.tensor(mix.box or ())
-            tensors |= {"partner": mix.partner.int(), "share": torch.tensor(mix.share), "box": box}
-        save_tensors(self.path(epoch, step), tensors)
+        Raises:
+            BankError: if they belong to other images or another mix than those that are shown.
+        """
+        if not (path := self.path(place)).exists():
+            return None
+        stored = load_tensors(path)
+        logits = stored.pop("logits")
+        if stored.keys() != shown.keys() or any(not torch.equal(stored[name], shown[name]) for name in shown):
+            why = "are of other images or another mix than those shown now, as another torch may draw them"
+            raise BankError(f"the soft labels in {str(path)!r} {why}: {self.manifest.remedy}")
+        return logits
+
+    def write(self, place: tuple[int, int, int], shown: dict[str, Tensor], logits: Tensor) -> None:
+        """Store the logits of a batch, float16 (B, K), with what is shown in it."""
+        save_tensors(self.path(place), {**shown, "logits": logits.cpu()})
+
+
+def shown_batch(rows: Tensor, mix: Mix | None) -> dict[str, Tensor]:
+    """Say in tensors what a batch shows: its rows, int32 (B,), and how they are mixed."""
+    if mix is None:
+        return {"rows": rows.int()}
+    box = torch.tensor(mix.box or (), dtype=torch.int32)
+    return {"rows": rows.int(), "partner": mix.partner.int(), "share": torch.tensor(mix.share), "box": box}
 
 
 def check_teacher(name: str, num_classes: int) -> None:
@@ -157,21 +173,28 @@ class PublishedTeacher(nn.Module):
         return self.network(images)[:, self.order]
 
 
-def train_teacher(name: str, images: ImageSet, dataset: Dataset, config: TrainConfig, batch_size: int,
-                  training: Training) -> IncrementalNet:  # fmt: skip
-    """Train a network from scratch on real images of all classes that it is to know; return it frozen."""
+def train_teacher(config: SourceConfig, images: ImageSet, dataset: Dataset, training: Training) -> IncrementalNet:
+    """Train a network from scratch on real images of all classes that it is to know; return it frozen.
+
+    Args:
+        config: has the keys teacher, teacher_lr, teacher_epochs and teacher_batch_size.
+        images: of the classes.
+        dataset: how they are augmented.
+        training: run, task and purpose.
+    """
     run, transform = training.run, classifier_transform(dataset)
     options = BackboneOptions("cifar" if dataset.in_memory else "imagenet", dataset.image_size, pretrained=False)
     seeding.seed_everything(run.seed, training.task.index, training.purpose)
-    backbone = build_backbone(name, options)
+    backbone = build_backbone(config.teacher, options)
     teacher = IncrementalNet(backbone, LinearHead(backbone.num_features)).to(run.device)
     teacher.grow(int(images.labels.max()) + 1, seeding.generator(run.seed, training.task.index, "grow teacher"))
-    loading = run.loading(transform, batch_size, training.task.index, training.purpose, network=teacher)
+    loading = run.loading(transform, config.teacher_batch_size, training.task.index, training.purpose, network=teacher)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(teacher(batch.images), batch.labels)}
 
-    fit(teacher, ImageBatches(images, None, loading), loss, config, training)
+    schedule = TrainConfig(config.teacher_lr, config.teacher_epochs, schedule="cosine", weight_decay=5e-4)
+    fit(teacher, ImageBatches(images, None, loading), loss, schedule, training)
     return teacher.eval().requires_grad_(False)
 
 
@@ -199,23 +222,23 @@ class SoftBatches(Batches):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         key, rank = self.images.loading.key, self.images.loading.shard[0]
-        picks = self.images.picks(epoch)[start:]
+        picks = map(self.images.share, self.images.picks(epoch)[start:])
         for step, (batch, pick) in enumerate(zip(self.images.epoch(epoch, start), picks), start):
             images, mix, (kind, alpha) = batch.images, None, self.mix
             if kind != "none":
                 mix = draw_mix(kind, alpha, images.shape, (*key, "mix", epoch, step, rank))
                 images = mix.apply(images)
-            logits = self._logits(images, pick, mix, (epoch, step))
+            logits = self._logits(images, shown_batch(pick, mix), (epoch, step, rank))
             yield replace(batch, images=images, soft_targets=torch.softmax(logits / self.temperature, dim=1))
 
     @torch.no_grad()
-    def _logits(self, images: Tensor, pick: Tensor, mix: Mix | None, place: tuple[int, int]) -> Tensor:
+    def _logits(self, images: Tensor, shown: dict[str, Tensor], place: tuple[int, int, int]) -> Tensor:
         """Return the teacher's logits, float32 (B, K), rounded to half precision wherever they come from."""
-        known = self.stored.read(*place) if self.stored else None
+        known = self.stored.read(place, shown) if self.stored else None
         if known is not None:
-            return known["logits"].to(images.device).float()
+            return known.to(images.device).float()
         with self.runtime.autocast():
             logits = self.teacher(images).float().half()
-        if self.stored and self.runtime.is_main:
-            self.stored.write(*place, pick, mix, logits)
+        if self.stored:
+            self.stored.write(place, shown, logits)
         return logits.float()

@@ -23,7 +23,6 @@ from utils.run.files import file_hash
 from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Training
-from utils.training.schedule import TrainConfig
 
 
 class Distilled(Stored):
@@ -67,9 +66,7 @@ class Distilled(Stored):
         if config.teacher_epochs == 0:
             order = data.class_order[: task.num_seen]
             return PublishedTeacher(config.teacher, order, data.dataset.num_classes).to(self.run.device)
-        schedule = TrainConfig(config.teacher_lr, config.teacher_epochs, schedule="cosine", weight_decay=5e-4)
-        shown, training = real + self.past(task), Training(self.run, task, "teacher")
-        return train_teacher(config.teacher, shown, data.dataset, schedule, config.teacher_batch_size, training)
+        return train_teacher(config, real + self.past(task), data.dataset, Training(self.run, task, "teacher"))
 
     def batches(self, present: Samples, past: Samples, loading: Loading) -> Batches:
         batches = super().batches(present, past, loading)
@@ -85,6 +82,7 @@ class Distilled(Stored):
         config = self.config
         identity = {
             "images": hash_images(shown), "key": list(loading.key), "batch_size": loading.batch_size,
+            "processes": loading.shard[1],
             "teacher": seeding.hash_tensors(self.teacher.state_dict()), "mix": [config.mix, config.mix_alpha],
         }  # fmt: skip
         folder = Path(config.soft_labels_dir or self.folder / "soft_labels") / f"task_{loading.key[1]}"

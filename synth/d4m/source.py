@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from synth import SOURCES
@@ -23,9 +23,9 @@ from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import stack_images
 from utils.run.carried import Carried
-from utils.run.config import BaseConfig, BatchSize, Factor, Place, Rate, Side, SourceConfig
+from utils.run.config import BaseConfig, BatchSize, Factor, Place, Rate, Side, SourceConfig, Width
 from utils.run.errors import ConfigError
-from utils.run.files import load_tensors, save_tensors
+from utils.run.files import flatten, load_tensors, nest, save_tensors
 from utils.run.log import log
 from utils.training import seeding
 
@@ -77,6 +77,11 @@ class Distilling:
         saved_size: Side | None = Field(None, description="side that drawn images are brought to; null: none")
         export_json: bool = Field(False, description="also write the prototypes as D4M does, beside the safetensors")
 
+        @property
+        def expand(self) -> int | None:
+            """What `cluster` is to know of chunks."""
+            return self.km_expand if self.kmeans == "one_pass" else None
+
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
             raw = super().translate(raw)
@@ -99,24 +104,20 @@ class Distilling:
         super().fit_before(task, images)
         checkpoints = self.run.checkpoints(f"fit_{task.index}_prototypes")
         done, tensors, _ = checkpoints.load_newest(log) or (task.num_old, {"prototypes": {}}, {})
-        self.prototypes |= unpack(tensors["prototypes"])
+        self._take(tensors["prototypes"])
         for label in range(done, task.num_seen):
             self.prototypes[label] = self.learn(label, images.select([label]))
             if self.run.runtime.is_main:
                 own = {label: self.prototypes[label] for label in range(task.num_old, label + 1)}
-                checkpoints.save(label + 1, {"prototypes": pack(own)}, {})
-
-    @property
-    def expand(self) -> int | None:
-        """Return what `cluster` is to know of chunks."""
-        return self.config.km_expand if self.config.kmeans == "one_pass" else None
+                checkpoints.save(label + 1, {"prototypes": flatten(own)}, {})
 
     def require_images(self, name: str, count: int) -> None:
         """Raise ConfigError if a class has fewer images than its prototypes need."""
+        expand = self.config.expand
         try:
-            chunk_size(count, self.config.ipc, self.expand)
+            chunk_size(count, self.config.ipc, expand)
         except ConfigError as error:
-            remedy = "lower synth.km_expand or synth.ipc, or set kmeans=full" if self.expand else "lower synth.ipc"
+            remedy = "lower synth.km_expand or synth.ipc, or set kmeans=full" if expand else "lower synth.ipc"
             raise ConfigError(f"class {name!r} has {error}: {remedy}") from error
 
     def learn(self, label: int, images: ImageSet) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ class Distilling:
         latents = mean[order]
         if config.posterior == "sample":
             latents = latents + std[order] * torch.randn(latents.shape, generator=generator)
-        found = cluster(latents, config.ipc, seeding.derive(self.run.seed, label, "k-means") % 2**32, self.expand)
+        found = cluster(latents, config.ipc, seeding.derive(self.run.seed, label, "k-means") % 2**32, config.expand)
         counts, spread = found.counts.tolist(), found.spread
         log.info("Prototypes of %s: counts %d to %d, spread %.3f to %.3f of %.3f", name, min(counts), max(counts),
                  spread.min(), spread.max(), latents.std())  # fmt: skip
@@ -161,7 +162,7 @@ class Distilling:
     def save(self, directory: Path) -> None:
         """Write what the model needs, and the prototypes."""
         super().save(directory)
-        save_tensors(directory / PROTOTYPES, pack(self.prototypes))
+        save_tensors(directory / PROTOTYPES, flatten(self.prototypes))
         if self.config.export_json and self.prototypes:
             name = f"{self.dataset.name}-ipc{self.config.ipc}-kmexpand{self.config.km_expand}.json"
             centres = {self.words[label]: own["centres"] for label, own in self.prototypes.items()}
@@ -170,11 +171,14 @@ class Distilling:
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
         super().load(directory)
-        self.prototypes = unpack(load_tensors(directory / PROTOTYPES))
+        self._take(load_tensors(directory / PROTOTYPES))
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        self.prototypes |= {int(label): own for label, own in nest(tensors).items()}
 
     def fingerprint(self) -> str:
         """Hash the model and the prototypes."""
-        hashes = f"{super().fingerprint()} {seeding.hash_tensors(pack(self.prototypes))}"
+        hashes = f"{super().fingerprint()} {seeding.hash_tensors(flatten(dict(sorted(self.prototypes.items()))))}"
         return hashlib.sha256(hashes.encode()).hexdigest()
 
     def carried(self) -> list[Carried]:
@@ -184,8 +188,8 @@ class Distilling:
     def describe(self) -> str:
         """Say how many prototypes there are and how far from them the images are."""
         config = self.config
-        chunks = f" in one pass over chunks of {config.km_expand * config.ipc}" * (config.kmeans == "one_pass")
-        what = f"{config.ipc} prototypes per class by k-means{chunks}, drawn with strength {config.strength:g}"
+        kmeans = f"k-means in one pass, {config.expand} per prototype at once" if config.expand else "k-means"
+        what = f"{config.ipc} prototypes per class by {kmeans}, drawn with strength {config.strength:g}"
         return f"{what}; {super().describe()}"
 
 
@@ -229,22 +233,22 @@ class D4M(Distilling, LDM):
 
 @SOURCES.register("small_d4m")
 class SmallD4M(Distilling, SmallLDMSource):
-    """The same with our own small latent diffusion model, learned on the first task; a vector stands for each class."""
+    """The same with our own small latent diffusion model, learned on the first task; a vector stands for each class.
+
+    At strength 0 prototypes are only decoded: without a UNet (``block_out_channels: []``) none is learned or kept.
+    """
 
     class Config(Distilling.Config, SmallLDMSource.Config):
-        pass
+        block_out_channels: list[Width] = Field([64, 96], description="UNet's width per level; [] at strength 0: none")
 
+        @model_validator(mode="after")
+        def _draws(self):
+            if self.strength and not self.block_out_channels:
+                raise ValueError(f"synth.strength={self.strength:g} needs a UNet: give synth.block_out_channels widths")
+            return self
 
-def pack(prototypes: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Name the tensors of all classes, as a file holds them."""
-    return {f"{label}.{name}": value for label, own in sorted(prototypes.items())
-            for name, value in sorted(own.items())}  # fmt: skip
-
-
-def unpack(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Take apart what ``pack`` named."""
-    prototypes: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        label, kind = name.split(".")
-        prototypes.setdefault(int(label), {})[kind] = value
-    return prototypes
+    def invert(self, task: Task, classes: list[int], images: ImageSet) -> None:
+        """Search a vector for each class, unless no UNet is there to read it."""
+        if self.model.denoiser.unet is not None:
+            return super().invert(task, classes, images)
+        self.vectors |= dict.fromkeys(classes, self.model.initial_vector("").cpu())

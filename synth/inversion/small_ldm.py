@@ -22,7 +22,7 @@ from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import DiffusionTransform
 from utils.run.carried import Carried
-from utils.run.config import BatchSize, Factor, Rate, Side
+from utils.run.config import BatchSize, Factor, Rate, Side, Width
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import Hooks, Training
@@ -40,6 +40,7 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
     network = SmallLDM
 
     class Config(OwnGenerator.Config, SmallLDMConfig, ClassInversion.Config):
+        block_out_channels: list[Width] = Field([64, 96], min_length=1, description="UNet's width per level")
         sample_batch: BatchSize = Field(128, description="images drawn at once")
         samples_per_class: int = Field(1000, ge=1, description="images shown per class in the search, in whole batches")
         inversion_lr: Rate = Field(0.1, description="AdamW's rate in the search; vectors here are long")
@@ -92,8 +93,9 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
         moments = encode(model, images, self.flip, config.sample_batch, run, f"task {task.index} encode")
         mean, std = moments.chunk(2, dim=2)
         model.scale.fill_(1 / (mean.var() + std.square().mean()).sqrt().item())  # sampled latents get unit spread
-        loading = run.loading(None, config.unet_batch_size, task.index, "unet")
-        self._train_denoiser(model, task, LatentBatches(moments * model.scale.cpu(), images.labels, loading))
+        if model.denoiser.unet is not None:
+            loading = run.loading(None, config.unet_batch_size, task.index, "unet")
+            self._train_denoiser(model, task, LatentBatches(moments * model.scale.cpu(), images.labels, loading))
         self.use(model.freeze())
 
     def _train_autoencoder(self, model: SmallLDM, task: Task, images: ImageSet) -> None:
@@ -142,4 +144,5 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
 
     def training_steps(self) -> str:
         """Say how long the two parts are trained."""
-        return f"{self.config.vae_steps} steps of autoencoder and {self.config.unet_steps} of UNet"
+        unet = f" and {self.config.unet_steps} of UNet" if self.config.block_out_channels else ", no UNet"
+        return f"{self.config.vae_steps} steps of autoencoder{unet}"

@@ -6,16 +6,20 @@ import pytest
 import torch
 
 from learners.er import ER
+from models.frozen import weight_bytes
 from synth.d4m.files import read_prompts, read_prototypes, write_prototypes
+from synth.d4m.matching import SoftBatches, SoftLabels
 from synth.drawing import ImageFolder
 from synth.inversion.latents import sample_scheduler
 from synth.requests import Requests
 from tests.support.sources import fitted, make_source
 from tests.support.tiny_ldm import tiny_stable_diffusion
 from tests.support.toy import toy_dataset, toy_experiment, toy_images
-from utils.data.batches import Batch
+from utils.data.batches import Batch, ImageBatches, Loading
 from utils.data.manager import DataManager, Split
+from utils.data.transforms import classifier_transform
 from utils.run.errors import BankError, ConfigError
+from utils.run.files import load_tensors, save_tensors
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
@@ -209,6 +213,26 @@ def test_prototypes_are_also_written_and_read_as_d4m_does(tmp_path):
     assert torch.equal(again.generate(requests).parts[0].images, source.generate(requests).parts[0].images)
 
 
+def test_decoding_alone_needs_no_unet(tmp_path):
+    whole = fitted("small_d4m", tmp_path / "whole", 2, strength=0)
+    source = fitted("small_d4m", tmp_path / "plain", 2, strength=0, block_out_channels=[])
+    requests = Requests.of_classes([0, 1, 2], 2, ("decoded",))
+    drawn = source.generate(requests).parts[0].images
+    assert torch.equal(drawn, whole.generate(requests).parts[0].images)
+    assert weight_bytes(source.model) < weight_bytes(whole.model) and "no UNet" in source.describe()
+    (tmp_path / "saved").mkdir()
+    source.save(tmp_path / "saved")
+    again = make_source("small_d4m", tmp_path / "again", strength=0, block_out_channels=[])
+    again.load(tmp_path / "saved")
+    assert again.fingerprint() == source.fingerprint() and torch.equal(again.generate(requests).parts[0].images, drawn)
+    with pytest.raises(ConfigError, match=r"synth\.strength=0\.7 needs a UNet: give synth\.block_out_channels"):
+        make_source("small_d4m", tmp_path / "strong", strength=0.7, block_out_channels=[])
+    strong = make_source("small_d4m", tmp_path / "taken", strength=0.7, weights=str(tmp_path / "saved"))
+    strong.prototypes, strong.vectors, strong.fitted_classes = source.prototypes, source.vectors, {0, 1, 2}
+    with pytest.raises(ConfigError, match=r"this model has no UNet.*draw at strength=0"):
+        strong.generate(requests)
+
+
 # ---------------------------------------------------------------------- streams and memories
 
 
@@ -281,6 +305,32 @@ def test_soft_labels_of_other_images_are_refused(tmp_path):
     student(tmp_path / "one", "stored", **kept).learn_all()
     with pytest.raises(BankError, match=r"images.*soft_labels_dir"):
         student(tmp_path / "two", "stored", strength=0.3, **kept).learn_all()
+
+
+def test_soft_labels_of_another_order_of_the_same_images_are_refused(tmp_path):
+    kept = {"soft_labels_dir": str(tmp_path / "labels")}
+    student(tmp_path / "one", "stored", **kept).learn_all()
+    path = tmp_path / "labels" / "task_0" / "epoch_1" / "batch_1.safetensors"
+    stored = load_tensors(path)
+    save_tensors(path, {**stored, "rows": stored["rows"].flip(0)})  # as if another torch had shuffled them
+    with pytest.raises(BankError, match=r"epoch_1/batch_1.*other images or another mix.*soft_labels_dir"):
+        student(tmp_path / "two", "stored", **kept).learn_all()
+
+
+def test_every_process_stores_the_labels_of_its_own_share(tmp_path):
+    stored, transform = SoftLabels(tmp_path, {}), classifier_transform(toy_dataset())
+
+    def soft_targets(rank, teacher):
+        loading = Loading(transform, 4, (0, 0, "student"), torch.device("cpu"), shard=(rank, 2))
+        images = ImageBatches(toy_images(2, 2, "train"), None, loading)
+        (batch,) = SoftBatches(images, teacher, 4.0, ("cutmix", 1.0), stored, Runtime(["cpu"])).epoch(0)
+        return batch.soft_targets
+
+    first = [soft_targets(rank, lambda images: images.flatten(1)) for rank in (0, 1)]
+    assert {path.name for path in tmp_path.glob("epoch_0/*")} == {"batch_0.safetensors", "batch_0_rank_1.safetensors"}
+    assert not torch.equal(*first)
+    for rank in (0, 1):
+        assert torch.equal(soft_targets(rank, lambda images: pytest.fail("they are stored")), first[rank])
 
 
 def test_soft_labels_are_for_the_learner_that_softens_its_own_outputs(tmp_path):
