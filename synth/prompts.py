@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import suppress
 from functools import cache
 
@@ -27,6 +28,8 @@ TRAIN_TEMPLATES = (*_PAIRS, *[f"{view} {PLACEHOLDER}" for view in _VIEWS] * 3)
 def class_words(class_names: list[str], table: str | None, verbatim: bool = False) -> list[str]:
     """Find words for every class: of the table where it has the name, else those that the name stands for.
 
+    Where ImageNet has two classes of one word, such as the crane that is a bird, WordNet's definition follows it.
+
     Args:
         class_names: as the data set's folders are called.
         table: path of a JSON object, folder name -> words; None: there is none.
@@ -36,14 +39,16 @@ def class_words(class_names: list[str], table: str | None, verbatim: bool = Fals
         ConfigError: if the table is absent, is not such an object, or has none of the names.
     """
     words = {} if table is None else _read_table(table, class_names)
-    return [words.get(name, name if verbatim else _say(name)) for name in class_names]
+    found = [words.get(name, name if verbatim else _say(name)) for name in class_names]
+    twice = {word for word, count in Counter(found).items() if count > 1}
+    return [_say(name, True) if word in twice and name not in words else word for name, word in zip(class_names, found)]
 
 
-def _say(name: str) -> str:
+def _say(name: str, defined: bool = False) -> str:
     if not re.fullmatch(r"n\d{8}", name):
         return name.replace("_", " ")
     with suppress(KeyError):
-        return _wordnet().label_name_to_description(name)
+        return _wordnet().label_name_to_description(name, detailed=defined).replace(": ", ", ", 1)
     return name
 
 

@@ -98,12 +98,11 @@ class SoftLabels:
 
     def __init__(self, folder: Path, identity: dict):
         remedy = "name another synth.soft_labels_dir, or delete the folder"
-        self.folder = Path(folder)
         self.manifest = Manifest(folder, "soft labels", identity, remedy=remedy, error=BankError)
 
     def path(self, place: tuple[int, int, int]) -> Path:
         epoch, step, rank = place
-        return self.folder / f"epoch_{epoch}" / f"batch_{step}{f'_rank_{rank}' if rank else ''}.safetensors"
+        return self.manifest.folder / f"epoch_{epoch}" / f"batch_{step}{f'_rank_{rank}' if rank else ''}.safetensors"
 
     def read(self, place: tuple[int, int, int], shown: dict[str, Tensor]) -> Tensor | None:
         """Return the logits that were stored of a batch, float16 (B, K); None if none were.
@@ -198,6 +197,18 @@ def train_teacher(config: SourceConfig, images: ImageSet, dataset: Dataset, trai
     return teacher.eval().requires_grad_(False)
 
 
+def keep_top(targets: Tensor, count: int | None) -> Tensor:
+    """Keep the largest probabilities of each row and divide the rest evenly (FKD, marginal smoothing with top-K).
+
+    Args:
+        targets: (B, K), rows that sum to 1.
+        count: how many are kept; None, K or more: all.
+    """
+    kept, places = targets.topk(min(count or targets.shape[1], targets.shape[1]), dim=1)
+    rest = (1 - kept.sum(1, keepdim=True)) / max(targets.shape[1] - kept.shape[1], 1)
+    return rest.expand_as(targets).scatter(1, places, kept)
+
+
 class SoftBatches(Batches):
     """Image batches that are mixed, with what a teacher sees in them as soft targets.
 
@@ -205,16 +216,14 @@ class SoftBatches(Batches):
         images: batches of augmented images.
         teacher: maps images to logits (B, K).
         temperature: softens its logits.
-        mix: "cutmix", "mixup" or "none", and alpha.
+        config: has the keys mix, mix_alpha and keep_topk.
         stored: where labels are kept; None: nowhere.
         runtime: number format and devices.
     """
 
-    def __init__(
-        self, images: ImageBatches, teacher: nn.Module, temperature: float, mix: tuple[str, float],
-        stored: SoftLabels | None, runtime: Runtime,
-    ):  # fmt: skip
-        self.images, self.teacher, self.temperature, self.mix = images, teacher, temperature, mix
+    def __init__(self, images: ImageBatches, teacher: nn.Module, temperature: float, config: SourceConfig,
+                 stored: SoftLabels | None, runtime: Runtime):  # fmt: skip
+        self.images, self.teacher, self.temperature, self.config = images, teacher, temperature, config
         self.stored, self.runtime = stored, runtime
 
     def __len__(self) -> int:
@@ -224,12 +233,13 @@ class SoftBatches(Batches):
         key, rank = self.images.loading.key, self.images.loading.shard[0]
         picks = map(self.images.share, self.images.picks(epoch)[start:])
         for step, (batch, pick) in enumerate(zip(self.images.epoch(epoch, start), picks), start):
-            images, mix, (kind, alpha) = batch.images, None, self.mix
-            if kind != "none":
-                mix = draw_mix(kind, alpha, images.shape, (*key, "mix", epoch, step, rank))
+            images, mix, config = batch.images, None, self.config
+            if config.mix != "none":
+                mix = draw_mix(config.mix, config.mix_alpha, images.shape, (*key, "mix", epoch, step, rank))
                 images = mix.apply(images)
             logits = self._logits(images, shown_batch(pick, mix), (epoch, step, rank))
-            yield replace(batch, images=images, soft_targets=torch.softmax(logits / self.temperature, dim=1))
+            targets = keep_top(torch.softmax(logits / self.temperature, dim=1), config.keep_topk)
+            yield replace(batch, images=images, soft_targets=targets)
 
     @torch.no_grad()
     def _logits(self, images: Tensor, shown: dict[str, Tensor], place: tuple[int, int, int]) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from synth.base import ReplaySource
 from synth.d4m.matching import PublishedTeacher, SoftBatches, SoftLabels, check_teacher, train_teacher
@@ -19,7 +19,6 @@ from utils.data.manager import Task
 from utils.run.carried import Carried
 from utils.run.config import RunConfig
 from utils.run.errors import ConfigError
-from utils.run.files import file_hash
 from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Training
@@ -72,8 +71,8 @@ class Distilled(Stored):
         batches = super().batches(present, past, loading)
         if self.config.soft_labels == "none":
             return batches
-        return SoftBatches(batches, self.teacher, self.run_config.T, (self.config.mix, self.config.mix_alpha),
-                           self._stored(present + past, loading), self.run.runtime)  # fmt: skip
+        stored = self._stored(present + past, loading)
+        return SoftBatches(batches, self.teacher, self.run_config.T, self.config, stored, self.run.runtime)
 
     def _stored(self, shown: ImageSet, loading: Loading) -> SoftLabels | None:
         """Return where the labels of these images are kept, claimed for them."""
@@ -125,10 +124,8 @@ class Distilled(Stored):
 
 
 def hash_images(images: ImageSet) -> str:
-    """Compute the SHA-256 over labels and pixels or files, in their order."""
+    """Compute the SHA-256 over labels and pixels, in their order."""
     digest = hashlib.sha256(images.labels.numpy())
-    for part in images.parts:
-        in_memory = isinstance(part.images, Tensor)
-        for piece in [seeding.hash_tensors({"": part.images})] if in_memory else map(file_hash, map(Path, part.images)):
-            digest.update(piece.encode())
+    for row in range(len(images)):
+        digest.update(images.image(row).contiguous().numpy())
     return digest.hexdigest()

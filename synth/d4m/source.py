@@ -46,7 +46,7 @@ class Distilling:
         # What is done with the images shapes neither them nor what is learned for them.
         using: ClassVar[set[str]] = {
             "stream", "memory", "export_json", "soft_labels", "soft_labels_dir", "teacher", "teacher_epochs",
-            "teacher_lr", "teacher_batch_size", "mix", "mix_alpha",
+            "teacher_lr", "teacher_batch_size", "mix", "mix_alpha", "keep_topk",
         }  # fmt: skip
         elsewhere: ClassVar[set[str]] = SourceConfig.elsewhere | using
         drawing: ClassVar[set[str]] = ClassInversion.Config.drawing | using | {"strength"}
@@ -74,6 +74,7 @@ class Distilling:
         teacher_batch_size: BatchSize = Field(128, description="images per step of it")
         mix: Literal["cutmix", "mixup", "none"] = Field("cutmix", description="of the images with soft labels")
         mix_alpha: float = Field(1.0, gt=0, le=100, description="lambda is drawn from Beta(alpha, alpha)")
+        keep_topk: int | None = Field(None, ge=1, description="probabilities kept of a soft label; null: all")
         saved_size: Side | None = Field(None, description="side that drawn images are brought to; null: none")
         export_json: bool = Field(False, description="also write the prototypes as D4M does, beside the safetensors")
 
@@ -226,9 +227,8 @@ class D4M(Distilling, LDM):
         LDM.fit_before(self, task, images)
         prompts = [self.words[label] for label in task.classes]
         read = read_prototypes(self.config.prototypes, prompts, self.model.latent_shape)
-        for label, centres in zip(task.classes, read):
-            zeros = torch.zeros(len(centres))
-            self.prototypes[label] = {"centres": centres, "counts": zeros.long(), "spread": zeros}
+        unknown = {"counts": torch.zeros(0, dtype=torch.int64), "spread": torch.zeros(0)}  # D4M writes neither
+        self.prototypes |= {label: {"centres": own, **unknown} for label, own in zip(task.classes, read)}
 
 
 @SOURCES.register("small_d4m")

@@ -13,9 +13,12 @@ from learners.distilled import matching_loss
 from learners.memory import reservoir_slots
 from learners.task_arithmetic import add, move, subtract, ties
 from models.latent.contract import NOISE
-from synth.d4m.matching import Mix, draw_mix
+from synth.d4m.matching import Mix, draw_mix, keep_top
 from synth.d4m.prototypes import cluster
 from synth.inversion.latents import sample_scheduled, sample_scheduler
+from tests.support.toy import toy_experiment
+from utils.data.batches import Batch
+from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.schedule import TrainConfig
@@ -254,9 +257,39 @@ def test_box_of_cutmix_has_the_share_of_the_area_that_lambda_leaves():
             assert bottom - top == right - left == side // 2 * 2
 
 
+def test_largest_probabilities_stay_and_the_rest_is_divided_evenly():
+    targets = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]])
+    smoothed = torch.tensor([[0.5, 0.3, 0.2 / 3, 0.2 / 3, 0.2 / 3]])
+    torch.testing.assert_close(keep_top(targets, 2), smoothed)
+    torch.testing.assert_close(keep_top(targets.flip(1), 2), smoothed.flip(1))
+    assert all(torch.equal(keep_top(targets, count), targets) for count in (None, 5, 9))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (375, 500)])
+def test_a_crop_and_a_flip_come_back_from_the_key_of_their_batch(size):
+    pixels = torch.randint(0, 256, (1, 3, *size), generator=seeding.generator("photo"), dtype=torch.uint8)
+    transform = ClassifierTransform(AUGMENTATIONS["imagenet"], 32, (0.0,) * 3, (1.0,) * 3, in_memory=False)
+
+    def view(seed):
+        cropped = transform.load_train(pixels[0], seeding.generator("crop", seed))
+        return transform.train(cropped[None], seeding.generator("flip", seed))
+
+    views = [view(seed) for seed in range(200)]
+    assert all(torch.equal(view(seed), seen) for seed, seen in enumerate(views))
+    assert not any(torch.equal(seen, views[0]) for seen in views[1:])
+
+
 # ---------------------------------------------------------------------- experience replay
 
 
-def test_every_image_of_a_step_counts_the_same():
-    current, remembered = torch.full((10,), 2.0), torch.full((30,), 1.0)
-    assert float(torch.cat([current, remembered]).mean()) == 1.25
+def test_every_image_of_a_step_counts_the_same(tmp_path):
+    learner = toy_experiment("er", tmp_path, limit_tasks=1, init_epoch=1).check()
+    learner.network.forward = lambda images: images  # logits of the images' own, for the losses 2 and 1
+    rows = [torch.tensor([[0.0, math.log(math.exp(loss) - 1)]]) for loss in (2, 1)]
+    current, remembered = (
+        Batch(row.repeat(count, 1), torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool))
+        for row, count in zip(rows, (10, 30))
+    )
+    current.replay = remembered
+    loss = learner.compute_loss(current, learner.data.task(0))["cross_entropy"]
+    assert float(loss) == pytest.approx(1.25)

@@ -116,13 +116,10 @@ def read_run(folder: Path) -> Row | None:
     finished = {seed: each for seed, each in results.items() if 0 < len(each.task_sizes) <= len(each.accuracy_matrix)}
     first = next(iter(finished.values()), None)
     unfinished = [seed for seed in paths if seed not in finished]
-    words = [
-        folder.resolve().name,
-        (config.model_name or "-") + (" (upper bound)" if first and first.upper_bound else ""),
-        (config.synth or {}).get("name", "-"),
-        (first and first.dataset) or config.dataset or "-",
-        ", ".join([*finished, *(f"{seed}*" for seed in unfinished)]),
-    ]
+    learner = (config.model_name or "-") + " (upper bound)" * bool(first and first.upper_bound)
+    source, dataset = (config.synth or {}).get("name", "-"), (first and first.dataset) or config.dataset or "-"
+    shown = ", ".join([*finished, *(f"{seed}*" for seed in unfinished)])
+    words = [folder.resolve().name, learner, source, dataset, shown]
     return Row(words, finished, unfinished)
 
 

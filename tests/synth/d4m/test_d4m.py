@@ -1,6 +1,7 @@
 """Distilling by Stable Diffusion and by our own model: prompts, prototypes, streams, soft labels."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from synth.inversion.latents import sample_scheduler
 from synth.requests import Requests
 from tests.support.sources import fitted, make_source
 from tests.support.tiny_ldm import tiny_stable_diffusion
-from tests.support.toy import toy_dataset, toy_experiment, toy_images
-from utils.data.batches import Batch, ImageBatches, Loading
+from tests.support.toy import tiny_source, toy_dataset, toy_experiment, toy_images
+from utils.data.batches import ImageBatches, Loading
+from utils.data.images import ImageSet
 from utils.data.manager import DataManager, Split
 from utils.data.transforms import classifier_transform
 from utils.run.errors import BankError, ConfigError
@@ -257,18 +259,14 @@ def test_distilled_images_stand_for_the_present_the_past_or_both(stream, memory,
     assert bool(experiment.learner.replay.source.fitted_classes) is (stream != "subset")
 
 
-def test_er_mixes_every_image_of_a_step_alike(tmp_path):
-    learner = toy_experiment("er", tmp_path, limit_tasks=1, init_epoch=1).check()
-    learner.grow_network(learner.data.task(0))
-    learner.network.forward = lambda images: images  # logits of the images' own
-    sure, unsure = torch.tensor([[9.0, 0]]), torch.tensor([[0.0, 0]])
-    zeros = torch.zeros(10, dtype=torch.int64), torch.zeros(30, dtype=torch.int64)
-    batch = Batch(sure.repeat(10, 1), zeros[0], zeros[0] > 0)
-    beside = Batch(unsure.repeat(30, 1), zeros[1], zeros[1] > 0)
-    batch.replay = beside
-    own, other = (float(torch.nn.functional.cross_entropy(x, zeros[0][:1])) for x in (sure, unsure))
-    loss = learner.compute_loss(batch, learner.data.task(0))["cross_entropy"]
-    assert float(loss) == pytest.approx((10 * own + 30 * other) / 40)
+def test_images_of_a_task_bear_the_numbers_of_its_own_classes(tmp_path):
+    """Class 2t and 2t + 1 in task t; the position within the task would be 0 and 1 in every task."""
+    synth = {**tiny_source("small_d4m"), "stream": "distilled", "ipc": 2, "syn_per_class": 2}
+    experiment = toy_experiment("er", tmp_path, synth=synth, init_epoch=1, epochs=1)
+    experiment.learn_all()
+    replay, data = experiment.learner.replay, experiment.data
+    for index in range(data.num_tasks):
+        assert replay.present(data.task(index), ImageSet()).labels.tolist() == [2 * index] * 2 + [2 * index + 1] * 2
 
 
 @pytest.mark.parametrize(
@@ -282,11 +280,9 @@ def test_balanced_memory_gives_every_task_the_same_room(tasks, shares):
 
 
 def student(folder, soft_labels, **keys):
-    synth = {"name": "small_d4m", "stream": "distilled", "soft_labels": soft_labels, "teacher": "resnet20",
-             "teacher_epochs": 1, "teacher_batch_size": 16, "ipc": 2, **keys}  # fmt: skip
-    from tests.support.toy import TINY_SOURCES
-
-    synth = {**TINY_SOURCES["small_d4m"], **synth}
+    synth = {"stream": "distilled", "soft_labels": soft_labels, "teacher": "resnet20", "teacher_epochs": 1,
+             "teacher_batch_size": 16, "ipc": 2, **keys}  # fmt: skip
+    synth = {**tiny_source("small_d4m"), **synth}
     return toy_experiment("distilled", folder, None, synth=synth, init_cls=6, increment=6, epochs=2, batch_size=8)
 
 
@@ -323,7 +319,8 @@ def test_every_process_stores_the_labels_of_its_own_share(tmp_path):
     def soft_targets(rank, teacher):
         loading = Loading(transform, 4, (0, 0, "student"), torch.device("cpu"), shard=(rank, 2))
         images = ImageBatches(toy_images(2, 2, "train"), None, loading)
-        (batch,) = SoftBatches(images, teacher, 4.0, ("cutmix", 1.0), stored, Runtime(["cpu"])).epoch(0)
+        config = SimpleNamespace(mix="cutmix", mix_alpha=1.0, keep_topk=None)
+        (batch,) = SoftBatches(images, teacher, 4.0, config, stored, Runtime(["cpu"])).epoch(0)
         return batch.soft_targets
 
     first = [soft_targets(rank, lambda images: images.flatten(1)) for rank in (0, 1)]

@@ -68,6 +68,8 @@ def test_names_are_words_and_ids_of_imagenet_what_they_stand_for():
     names = ["guinea_pig", "n01443537", "n99999999"]
     assert class_words(names, None) == ["guinea pig", "goldfish, Carassius auratus", "n99999999"]
     assert class_words(names, None, verbatim=True) == names
+    both = class_words(["n02012849", "n03126707"], None)  # ImageNet's 134 and 517 are two cranes
+    assert both[0].startswith("crane, ") and "bird" in both[0] and "lifts" in both[1]
 
 
 def test_latents_are_the_moments_of_images_and_mirror_images_whatever_the_chunk(tmp_path):

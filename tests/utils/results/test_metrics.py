@@ -37,6 +37,12 @@ def test_topk_agrees_with_sorting_and_is_capped_at_the_number_of_classes():
         assert metrics.topk(scores, labels, k) == pytest.approx(100 * sum(hits) / 40)
 
 
+def test_accuracy_forgetting_and_backward_transfer_come_from_the_matrix():
+    matrix = [[90.0], [60.0, 80.0], [50.0, 70.0, 85.0]]
+    assert sum(matrix[-1]) / 3 == pytest.approx(68.333, abs=1e-3)
+    assert (metrics.backward_transfer(matrix), metrics.forgetting(matrix)) == (-25.0, 25.0)
+
+
 NAN = float("nan")
 
 
