@@ -106,7 +106,13 @@ KINDS = {
     "guided": ("guide", "ddpm", {}),
     "features": ("finetune", "gaussians", {}),
     "distilled": ("finetune", "means", {}),
-}
+    "stream": ("er", "small_d4m", {"stream": "distilled", "memory": "stream"}),
+    "vectors": ("task_arithmetic", "small_d4m", {"stream": "both"}),
+    "labels": (
+        "distilled", "small_d4m", {"stream": "distilled", "soft_labels": "stored", "teacher": "resnet20",
+                                   "teacher_epochs": 2, "teacher_batch_size": 8},
+    ),
+}  # fmt: skip
 
 
 def toy_run(kind: str, folder: Path, drawn: Path) -> Experiment:
