@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ class AGEM(ER):
     """Steps along the gradient nearest to the new images' own that does not raise the loss on remembered ones.
 
     Chaudhry et al., "Efficient Lifelong Learning with A-GEM", ICLR 2019, arXiv:1812.00420, Eq. 11, with its 13 images
-    per class. ``buffer: reservoir`` is Mammoth's A-GEM-R. The constraint is one on the gradient: with momentum the step
-    itself may still raise that loss.
+    per class. ``buffer: reservoir`` with ``memory_size`` is Mammoth's A-GEM-R. The constraint is one on the gradient:
+    with momentum the step itself may still raise that loss.
     """
 
     class Config(ER.Config):
@@ -33,6 +33,12 @@ class AGEM(ER):
         memory_per_class: PerClass = Field(13, description="images remembered per class, where fixed_memory is true")
         fixed_memory: bool = Field(True, description="true: a fixed number per class; false: a fixed total")
         buffer: Literal["reservoir", "balanced"] = Field("balanced", description="see `er`")
+
+        @classmethod
+        def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+            """Read a total alone, such as Mammoth's buffer_size, as what is meant."""
+            own = super().translate(raw)
+            return {"fixed_memory": own.get("memory_size") is None or own.get("memory_per_class") is not None, **own}
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(self.network(batch.images), targets(batch))}

@@ -18,13 +18,15 @@ from utils.data.batches import Batch, Batches, ImageBatches, PairedBatches, Shuf
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.run.config import BatchSize, Decay
+from utils.run.words import put_once
 from utils.training import seeding
 
-# Mammoth's and Avalanche's names; some stand for a number that PyCIL has twice, for the first task and for later ones.
+# Mammoth's and Avalanche's names; some stand for a number that is here twice: for the first task and for later ones,
+# or for new images and remembered ones.
 WORDS = {"lr": ("init_lr", "lrate"), "n_epochs": ("init_epoch", "epochs"), "train_epochs": ("init_epoch", "epochs"),
          "optim_wd": ("init_weight_decay", "weight_decay"), "optim_mom": ("momentum",), "buffer_size": ("memory_size",),
          "mem_size": ("memory_size",), "minibatch_size": ("memory_batch_size",),
-         "train_mb_size": ("batch_size",)}  # fmt: skip
+         "train_mb_size": ("batch_size", "memory_batch_size")}  # fmt: skip
 
 
 class ReservoirBatches(Batches):
@@ -104,16 +106,23 @@ class ER(PyCILLearner):
         memory_size: int = Field(200, ge=0, description="images remembered in all")
         buffer: Literal["reservoir", "balanced"] = Field(
             "reservoir", description="reservoir: of all images shown, in every step; balanced: equal random shares of "
-            "the tasks, after each; with fixed_memory, memory_per_class for each class of a task"
+            "the tasks, after each; with fixed_memory, memory_per_class random ones of each class"
         )  # fmt: skip
 
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
-            """Read Mammoth's and Avalanche's names; the file's own keys win."""
-            words = {key: raw[word] for word, keys in WORDS.items() if word in raw for key in keys}
-            own = {key: value for key, value in raw.items() if key not in WORDS and value is not None}
-            return words | own
+            """Read Mammoth's and Avalanche's names.
 
+            Raises:
+                ConfigError: if one of ours beside them says otherwise.
+            """
+            own = {key: value for key, value in raw.items() if key not in WORDS}
+            for word in WORDS.keys() & raw.keys():
+                for key in WORDS[word]:
+                    put_once(own, key, raw[word], f"{word}={raw[word]!r}", key)
+            return own
+
+    shares_first_task = False  # it may remember in the first task already
     accepts = frozenset({"images"})
     uses_exemplars = True
     num_offered = 0  # images that the reservoir was offered so far
@@ -123,7 +132,8 @@ class ER(PyCILLearner):
         """Put a batch of what is remembered, and of replay, beside each batch of the stream."""
         config, kept = self.config, self.memory.images
         own = self.run.loading(self.transform, config.batch_size, task.index, "train", network=self.network)
-        beside = self.run.loading(self.transform, config.memory_batch_size, task.index, "memory")
+        alone = None if config.buffer == "reservoir" else self.network  # sees a batch of memory without others
+        beside = self.run.loading(self.transform, config.memory_batch_size, task.index, "memory", network=alone)
         stream = self.replay.batches(self.present, ImageSet(), own)
         if config.buffer == "reservoir":
             first, end = len(self.present), len(self.present) + len(kept)
@@ -147,15 +157,14 @@ class ER(PyCILLearner):
             self.memory.images = (self.present + self.memory.images).take(self.stream.held)
             self.num_offered = self.stream.offered
             return
-        num_tasks = task.index + 1
-        shares = self.shares(self.memory.size, num_tasks)
-        if self.memory.fixed:
-            shares = [self.memory.per_class * self.data.task(index).num_new for index in range(num_tasks)]
-        order = torch.randperm(len(self.present), generator=seeding.generator(self.run.seed, task.index, "memory"))
-        groups = [self.memory.images.select(self.data.task(index).classes) for index in range(task.index)]
-        groups.append(self.present.take(order))  # what lies first stays longest
-        kept = (group.take(range(min(share, len(group)))) for group, share in zip(groups, shares))
-        self.memory.images = sum(kept, ImageSet())
+        fixed, memory, num_tasks = self.memory.fixed, self.memory, task.index + 1
+        shares = [memory.per_class] * task.num_seen if fixed else self.shares(memory.size, num_tasks)
+        tasks = [self.data.task(index).classes for index in range(num_tasks)]
+        held, kept = memory.images + self.present, ImageSet()
+        for index, classes in enumerate([[label] for label in range(task.num_seen)] if fixed else tasks):
+            group, key = held.select(classes), (self.run.seed, task.index, "memory", index)
+            kept = kept + group.take(torch.randperm(len(group), generator=seeding.generator(*key))[: shares[index]])
+        memory.images = kept
 
     @staticmethod
     def shares(size: int, num_tasks: int) -> list[int]:

@@ -48,12 +48,13 @@ class PyCILLearner(Learner):
         lrate_decay: float = Field(0.1, gt=0, le=1, description="factor at milestones")
         weight_decay: Decay = Field(2e-4, description="weight decay of later tasks")
 
-    # Set by whoever runs it: the first task's training is cross-entropy alone, so it may be another learner's.
+    shares_first_task = True  # its training is cross-entropy alone, so it may be another learner's
+    # Set by whoever runs it.
     first_training: Callable[[Task, Callable[[Task], None]], None] | None = None
 
     def train(self, task: Task) -> None:
         """Train; the first task may also be taken from another run (`init_from`)."""
-        if task.index == 0 and self.first_training is not None:
+        if task.index == 0 and self.shares_first_task and self.first_training is not None:
             return self.first_training(task, super().train)
         super().train(task)
 

@@ -40,7 +40,8 @@ def ties(vectors: list[Weights], keep: float) -> Weights:
         vectors: of T tasks.
         keep: share of each vector's entries that is kept, those of the largest magnitude.
     """
-    flat = torch.stack([torch.cat([value.flatten() for value in vector.values()]) for vector in vectors])  # (T, P)
+    # By name: one that was read from a file has its entries in another order than one of the network.
+    flat = torch.stack([torch.cat([vector[name].flatten() for name in vectors[0]]) for vector in vectors])  # (T, P)
     count = max(1, round(keep * flat.shape[1]))
     smallest = flat.abs().kthvalue(flat.shape[1] - count + 1, dim=1, keepdim=True).values
     flat = flat.where(flat.abs() >= smallest, torch.zeros_like(flat))
@@ -72,13 +73,16 @@ class TaskArithmetic(PyCILLearner):
         merge: Literal["sum", "average", "ties"] = Field("sum", description="how task vectors become one")
         scaling: Factor | Literal["val"] = Field(0.25, description="lambda; val: the best of 0 to 1 on val_share")
         ties_keep: float = Field(0.2, gt=0, le=1, description="share of a vector that ties keeps, its largest entries")
-        own_classes: bool = Field(True, description="train each task among its own classes; false: among all seen ones")
+        own_classes: bool = Field(
+            True, description="train a task without replay among its own classes; false: all seen"
+        )
         reestimate_bn: bool = Field(True, description="BatchNorm's statistics anew for the merged network")
 
     def __init__(self, config, data, run, replay):
         super().__init__(config, data, run, replay)
-        if config.scaling == "val" and config.val_share == 0 and config.merge != "average":
-            raise ConfigError("scaling='val' chooses lambda on held-out images: set val_share, or give a number")
+        if config.scaling == "val" and config.merge != "average" and not len(data.val_images(data.task(0).classes)):
+            why = f"val_share={config.val_share:g} holds no image of the first task out: raise it, or give a number"
+            raise ConfigError(f"scaling='val' chooses lambda on held-out images, and {why}")
         self.theta_0: Weights = {}
         self.vectors: list[Weights] = []
 
@@ -94,7 +98,7 @@ class TaskArithmetic(PyCILLearner):
         logits, targets = self.network(batch.images), batch.labels
         if batch.soft_targets is not None:
             targets = F.pad(batch.soft_targets, (0, task.num_seen - batch.soft_targets.shape[1]))
-        if self.config.own_classes and not batch.is_replay.any():
+        if self.config.own_classes and not len(self.past):
             logits = logits[:, task.num_old :]
             targets = targets - task.num_old if batch.soft_targets is None else targets[:, task.num_old :]
         return {"cross_entropy": F.cross_entropy(logits, targets)}
@@ -116,7 +120,10 @@ class TaskArithmetic(PyCILLearner):
         moved = {name: value.detach().clone() for name, value in self.network.backbone.named_parameters()}
         self.vectors.append(subtract(moved, self.theta_0))
         scaling = 1 / len(self.vectors) if self.config.merge == "average" else self.config.scaling
-        self._merge(self._choose(task) if scaling == "val" else scaling)
+        if scaling == "val":
+            with self.run.timed("evaluate"):
+                scaling = self._choose(task)
+        self._merge(scaling)
 
     # ------------------------------------------------------------------ merging
 

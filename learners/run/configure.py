@@ -6,7 +6,6 @@ from typing import Any
 
 from learners import LEARNERS
 from learners.base import Learner
-from learners.pycil import PyCILLearner
 from synth import SOURCES, build_source_config
 from synth.replay import replay_kind
 from utils.run.config import RunConfig, SourceConfig
@@ -42,8 +41,8 @@ def build_config(raw: dict[str, Any], overrides: list[str] = ()) -> tuple[RunCon
     if used.get("synth") is not None:
         used["synth"] = build_source_config(used["synth"])
     config = learner.Config.build(used)
-    if config.init_from is not None and not issubclass(learner, PyCILLearner):
-        able = ", ".join(name for name in names if issubclass(LEARNERS[name], PyCILLearner))
+    if config.init_from is not None and not getattr(learner, "shares_first_task", False):
+        able = ", ".join(name for name in names if getattr(LEARNERS[name], "shares_first_task", False))
         why = f"the learner {config.model_name!r} trains the first task in its own way"
         remedy = f"leave the key out, or choose model_name={able}"
         raise ConfigError(f"init_from={config.init_from!r}: {why} and cannot start from another's weights; {remedy}")

@@ -76,7 +76,7 @@ def require_initial(learner: Learner) -> Manifest:
 def recipe_of(learner: Learner) -> dict[str, Any]:
     """List everything that the weights after the first task depend on, but for the machine."""
     config, data, task = learner.config, learner.data, learner.data.task(0)
-    options, transform = asdict(backbone_options(config, data.dataset)), learner.transform
+    options = asdict(backbone_options(config, data.dataset))
     weights = options.pop("weights")  # its place says nothing, and neither does `offline`
     del options["offline"]
     return {
@@ -86,11 +86,7 @@ def recipe_of(learner: Learner) -> dict[str, Any]:
         "convnet_type": config.convnet_type,
         "backbone": {**options, "weights": None if weights is None else file_hash(weights)},
         "head": learner.head, "training": asdict(learner.train_config(task)), "batch_size": config.batch_size,
-        "augmentation": {
-            **asdict(transform.augmentation), "size": transform.size, "resize": transform.resize,
-            "mean": transform.mean.tolist(), "std": transform.std.tolist(),
-        },
-        "synth": learner.replay.first_task_settings(),
+        "augmentation": learner.transform.describe(), "synth": learner.replay.first_task_settings(),
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from utils.training.checkpoint import Checkpoints
 
 # Lines of every results.json, whether there is something of them or not.
 LINES = ("exemplars", "bank", "edge_maps", "class_embeddings", "generator", "network", "old_branches", "prototypes")
+APART = ("source", "total", "frozen", "all_real_data")  # sums, and what is no memory
 
 
 def carried(learner: Learner) -> list[Carried]:
@@ -96,7 +97,9 @@ def unit_bytes(data: DataManager) -> float:
 
 def describe(memory: dict[str, int], units: dict[str, float]) -> str:
     """Write one line for the log."""
-    parts = ", ".join(f"{name.replace('_', ' ')} {memory[name]}" for name in LINES if memory[name])
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {count}" for name, count in memory.items() if count and name not in APART
+    )
     exemplars = f"{units['real']} real and {units['compressed']} compressed exemplars"
     counted = f"{units['nominal']:.2f} units nominally, {units['true']:.2f} in bytes"
     return f"Memory: {memory['total']} bytes ({parts}); {exemplars}, {counted}"
@@ -157,7 +160,8 @@ def keep_to_budget(learner: Learner, index: int) -> None:
     if dropped:
         words = ", ".join(f"{count} {name}" for name, count in dropped.items())
         log.info("Memory budget: dropped %s; %d bytes before, %d after", words, before["total"], memory["total"])
-    _require(learner, {name: memory[name] for name in LINES}, f"after task {index} there remain")
+    kept = {name: count for name, count in memory.items() if name not in APART}
+    _require(learner, kept, f"after task {index} there remain")
 
 
 def _foresee(learner: Learner) -> dict[str, int]:

@@ -33,13 +33,9 @@ SHOWN = {"unet": UNET + "out.2.weight", "vae": VAE + "post_quant_conv.weight", "
          "positions": TEXT + "pos_emb.emb.weight", "queries": TEXT + "attn_layers.layers.0.1.to_q.weight",
          "feed_forward": TEXT + "attn_layers.layers.1.1.net.0.0.weight"}  # fmt: skip
 # A key that gives another kind of model away.
-FOREIGN = {
-    TEXT + "text_model.": "Stable Diffusion 1.x",
-    "cond_stage_model.model.": "Stable Diffusion 2.x",
-    "conditioner.embedders.": "Stable Diffusion XL",
-    "denoise_fn.": "a diffusion model in pixels",
-    "unet.": "a model in the names of diffusers",
-}
+FOREIGN = {TEXT + "text_model.": "Stable Diffusion 1.x", "cond_stage_model.model.": "Stable Diffusion 2.x",
+           "conditioner.embedders.": "Stable Diffusion XL", "denoise_fn.": "a diffusion model in pixels",
+           "unet.": "a model in the names of diffusers"}  # fmt: skip
 # CompVis' names of the text encoder's layers to those of LDMBertEncoder. Even blocks (0.) are attention, odd ones (1.)
 # feed-forward.
 TEXT_NAMES = {"token_emb": "embed_tokens", "pos_emb.emb": "embed_positions", "norm": "layer_norm",

@@ -90,7 +90,7 @@ def read_prototypes(path: str, prompts: list[str], shape: tuple[int, int, int]) 
         if centres.shape[1:] != shape:
             why = f"shape {tuple(centres.shape[1:])}, latents of this model {shape}"
             raise ConfigError(f"{key}: prototypes of {prompt!r} have the {why}: of another autoencoder or image size")
-        if centres.std() > 3:  # scaled latents spread by about 1, and their means by less
+        if not centres.std() <= 3:  # scaled latents spread by about 1, and their means by less
             remedy = "multiply them by the autoencoder's scaling factor (0.18215 of Stable Diffusion)"
             why = f"spread by {centres.std():.1f}, scaled latents by about 1"
             raise ConfigError(f"{key}: prototypes of {prompt!r} {why}: {remedy}")

@@ -19,7 +19,7 @@ from models.files.weights import published_weights
 from models.heads import LinearHead
 from models.incremental import IncrementalNet
 from models.options import BackboneOptions
-from models.timm_backbone import build_backbone
+from models.timm_backbone import build_backbone, check_backbone_name
 from utils.data.batches import Batch, Batches, ImageBatches
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
@@ -132,19 +132,30 @@ def shown_batch(rows: Tensor, mix: Mix | None) -> dict[str, Tensor]:
     return {"rows": rows.int(), "partner": mix.partner.int(), "share": torch.tensor(mix.share), "box": box}
 
 
-def check_teacher(name: str, num_classes: int) -> None:
-    """See that timm has a model of this name that knows so many classes, without fetching it.
+def check_teacher(config: SourceConfig, dataset: Dataset) -> None:
+    """See that there is such a teacher, without fetching it; a published one must see as a student sees.
+
+    Args:
+        config: has the keys teacher and teacher_epochs.
+        dataset: whose images are shown.
 
     Raises:
         ConfigError: if not.
     """
     import timm
 
-    if name not in timm.list_pretrained():
-        raise ConfigError(f"synth.teacher={name!r}: no timm model with a weight tag; or set synth.teacher_epochs")
-    if (known := timm.get_pretrained_cfg(name).num_classes) != num_classes:
-        remedy = "give a teacher of these classes, or train one on the real images with synth.teacher_epochs"
-        raise ConfigError(f"synth.teacher={name!r} knows {known} classes, the data set has {num_classes}: {remedy}")
+    name = f"synth.teacher={config.teacher!r}"
+    if config.teacher_epochs:
+        try:
+            return check_backbone_name(config.teacher, BackboneOptions(pretrained=False))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    if config.teacher not in timm.list_pretrained():
+        raise ConfigError(f"{name}: no timm model with a weight tag; or set synth.teacher_epochs")
+    cfg, here = timm.get_pretrained_cfg(config.teacher), (dataset.num_classes, *dataset.mean, *dataset.std)
+    if (known := (cfg.num_classes, *cfg.mean, *cfg.std)) != here:
+        remedy = "give one of these images, or train one on the real images with synth.teacher_epochs"
+        raise ConfigError(f"{name} has classes, mean and std {known}, the data set {here}: {remedy}")
 
 
 class PublishedTeacher(nn.Module):
@@ -153,17 +164,12 @@ class PublishedTeacher(nn.Module):
     Args:
         name: of timm, with weight tag.
         class_order: original ids in learning order.
-        num_classes: of the data set.
-
-    Raises:
-        ConfigError: if it knows other classes than the data set has.
     """
 
-    def __init__(self, name: str, class_order: list[int], num_classes: int):
+    def __init__(self, name: str, class_order: list[int]):
         import timm
 
         super().__init__()
-        check_teacher(name, num_classes)
         file = published_weights(timm.get_pretrained_cfg(name), promised_offline())
         self.network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
         self.order = class_order
@@ -172,17 +178,19 @@ class PublishedTeacher(nn.Module):
         return self.network(images)[:, self.order]
 
 
-def train_teacher(config: SourceConfig, images: ImageSet, dataset: Dataset, training: Training) -> IncrementalNet:
+def train_teacher(config: SourceConfig, stem: str, images: ImageSet, dataset: Dataset, training: Training) -> nn.Module:
     """Train a network from scratch on real images of all classes that it is to know; return it frozen.
 
     Args:
-        config: has the keys teacher, teacher_lr, teacher_epochs and teacher_batch_size.
+        config: has the keys of a teacher.
+        stem: of the student; see `RunConfig`.
         images: of the classes.
         dataset: how they are augmented.
         training: run, task and purpose.
     """
     run, transform = training.run, classifier_transform(dataset)
-    options = BackboneOptions("cifar" if dataset.in_memory else "imagenet", dataset.image_size, pretrained=False)
+    stem = ("cifar" if dataset.in_memory else "imagenet") if stem == "auto" else stem
+    options = BackboneOptions(stem, dataset.image_size, pretrained=False)
     seeding.seed_everything(run.seed, training.task.index, training.purpose)
     backbone = build_backbone(config.teacher, options)
     teacher = IncrementalNet(backbone, LinearHead(backbone.num_features)).to(run.device)
@@ -192,7 +200,8 @@ def train_teacher(config: SourceConfig, images: ImageSet, dataset: Dataset, trai
     def loss(batch: Batch) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(teacher(batch.images), batch.labels)}
 
-    schedule = TrainConfig(config.teacher_lr, config.teacher_epochs, schedule="cosine", weight_decay=5e-4)
+    decay = config.teacher_weight_decay
+    schedule = TrainConfig(config.teacher_lr, config.teacher_epochs, schedule="cosine", weight_decay=decay)
     fit(teacher, ImageBatches(images, None, loading), loss, schedule, training)
     return teacher.eval().requires_grad_(False)
 

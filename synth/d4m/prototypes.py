@@ -16,7 +16,7 @@ class Prototypes(NamedTuple):
 
     Attributes:
         centres: float32 (K, ...), of the shape of a latent.
-        counts: int64 (K,), images that each was made of.
+        counts: int64 (K,), images that each was made of; in one pass, where centres may be reassigned, k-means' own.
         spread: float32 (K,), root mean square distance of these images from it, per value of a latent.
     """
 
@@ -51,11 +51,13 @@ def cluster(latents: Tensor, num_centres: int, seed: int, km_expand: int | None 
         ConfigError: if there are too few latents.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
 
     chunk = chunk_size(len(latents), num_centres, km_expand)
     if km_expand is None:
         rows = latents.flatten(1).numpy()
-        means = KMeans(num_centres, n_init=1, random_state=seed).fit(rows)
+        with threadpool_limits(1, "openmp"):  # several threads add up in the order in which they end
+            means = KMeans(num_centres, n_init=1, random_state=seed).fit(rows)
         labels, counts = means.labels_, np.bincount(means.labels_, minlength=num_centres)
     else:
         # In float64, as half precision becomes in the reference; all other settings are scikit-learn's own.

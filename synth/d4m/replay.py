@@ -49,8 +49,8 @@ class Distilled(Stored):
         super().require()
         for name, count in zip(self.data.class_names, self.data.class_counts) if self.learns else ():
             self.source.require_images(name, count)
-        if self.config.soft_labels != "none" and self.config.teacher_epochs == 0:
-            check_teacher(self.config.teacher, self.data.dataset.num_classes)
+        if self.config.soft_labels != "none":
+            check_teacher(self.config, self.data.dataset)
 
     def fit_before(self, task: Task, real: ImageSet) -> None:
         """Let the source learn; then make the teacher, if there is one, who also sees what stands for old classes."""
@@ -63,9 +63,9 @@ class Distilled(Stored):
     def _make_teacher(self, task: Task, real: ImageSet) -> nn.Module:
         config, data = self.config, self.data
         if config.teacher_epochs == 0:
-            order = data.class_order[: task.num_seen]
-            return PublishedTeacher(config.teacher, order, data.dataset.num_classes).to(self.run.device)
-        return train_teacher(config, real + self.past(task), data.dataset, Training(self.run, task, "teacher"))
+            return PublishedTeacher(config.teacher, data.class_order[: task.num_seen]).to(self.run.device)
+        training, stem = Training(self.run, task, "teacher"), self.run_config.stem
+        return train_teacher(config, stem, real + self.past(task), data.dataset, training)
 
     def batches(self, present: Samples, past: Samples, loading: Loading) -> Batches:
         batches = super().batches(present, past, loading)
@@ -79,12 +79,13 @@ class Distilled(Stored):
         if self.config.soft_labels != "stored":
             return None
         config = self.config
+        seed, index, _ = loading.key
         identity = {
-            "images": hash_images(shown), "key": list(loading.key), "batch_size": loading.batch_size,
-            "processes": loading.shard[1],
+            "images": hash_images(shown), "views": loading.transform.describe(), "key": list(loading.key),
+            "batch_size": loading.batch_size, "processes": loading.shard[1],
             "teacher": seeding.hash_tensors(self.teacher.state_dict()), "mix": [config.mix, config.mix_alpha],
         }  # fmt: skip
-        folder = Path(config.soft_labels_dir or self.folder / "soft_labels") / f"task_{loading.key[1]}"
+        folder = Path(config.soft_labels_dir or self.folder / "soft_labels") / f"seed_{seed}_task_{index}"
         stored = SoftLabels(folder, identity)
         with self.run.runtime.accelerator.main_process_first():
             stored.manifest.claim(write=self.run.runtime.is_main)
@@ -109,7 +110,8 @@ class Distilled(Stored):
         return super().past(task) if self.shows_old else ImageSet()
 
     def expected(self) -> int:
-        return super().expected() if self.learns else 0
+        """Count all classes, for what stands for the present is drawn too."""
+        return sum(map(self.bank.per_class, range(self.data.num_classes))) if self.learns else 0
 
     def first_task_settings(self) -> dict[str, Any]:
         """Say what the first task is trained on, where it is not the real images."""

@@ -23,7 +23,7 @@ from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import stack_images
 from utils.run.carried import Carried
-from utils.run.config import BaseConfig, BatchSize, Factor, Place, Rate, Side, SourceConfig, Width
+from utils.run.config import BaseConfig, BatchSize, Decay, Factor, Place, Rate, Side, SourceConfig, Width
 from utils.run.errors import ConfigError
 from utils.run.files import flatten, load_tensors, nest, save_tensors
 from utils.run.log import log
@@ -33,7 +33,7 @@ PROTOTYPES = "prototypes.safetensors"  # of every class: centres, counts, spread
 
 
 class Distilling:
-    """What D4M adds to a latent diffusion model; it stands before that source.
+    """What D4M adds to a latent diffusion model; a subclass names it before that source.
 
     Su et al., "D4M: Dataset Distillation via Disentangled Diffusion Model", CVPR 2024, arXiv:2407.15138, whose names
     the keys have. Every image becomes a latent, k-means finds ``ipc`` centres of those of a class, and each, noised
@@ -43,20 +43,18 @@ class Distilling:
     usual_replay = Distilled
 
     class Config(BaseConfig):
-        # What is done with the images shapes neither them nor what is learned for them.
-        using: ClassVar[set[str]] = {
-            "stream", "memory", "export_json", "soft_labels", "soft_labels_dir", "teacher", "teacher_epochs",
-            "teacher_lr", "teacher_batch_size", "mix", "mix_alpha", "keep_topk",
-        }  # fmt: skip
+        # These keys change neither the images nor what is learned for them.
+        using: ClassVar[set[str]] = {"stream", "memory", "export_json", "soft_labels", "soft_labels_dir", "teacher",
+                                     "teacher_epochs", "teacher_lr", "teacher_weight_decay", "teacher_batch_size",
+                                     "mix", "mix_alpha", "keep_topk"}  # fmt: skip
         elsewhere: ClassVar[set[str]] = SourceConfig.elsewhere | using
-        drawing: ClassVar[set[str]] = ClassInversion.Config.drawing | using | {"strength"}
+        drawing: ClassVar[set[str]] = ClassInversion.Config.drawing | using | {"strength", "saved_size"}
 
         stream: Literal["real", "distilled", "both", "subset"] = Field(
             "real", description="what the new classes are learned from; subset: ipc real images of each, by chance"
         )
         memory: Literal["distilled", "stream"] = Field(
-            "distilled",
-            description="for old classes: distilled images in the place of exemplars, or what the learner keeps",
+            "distilled", description="for old classes: distilled images for exemplars, or what the learner keeps"
         )
         ipc: int = Field(10, ge=1, le=10_000, description="prototypes per class; images too, without syn_per_class")
         kmeans: Literal["full", "one_pass"] = Field("full", description="until it stands, or D4M's pass over chunks")
@@ -64,13 +62,12 @@ class Distilling:
         posterior: Literal["mean", "sample"] = Field("mean", description="which latent of an image is clustered")
         strength: float = Field(0.7, ge=0, le=1, description="share of the steps that a noised prototype goes through")
         scheduler: Literal["ddim", "pndm", "dpmpp", "unipc", "euler"] = Field("ddim", description="pndm: D4M's own")
-        soft_labels: Literal["none", "online", "stored"] = Field(
-            "none", description="what a teacher sees, for the learner `distilled`: computed in every step, or once"
-        )
+        soft_labels: Literal["none", "online", "stored"] = Field("none", description="a teacher's, for `distilled`")
         soft_labels_dir: Place | None = Field(None, description="folder of stored ones; null: beside the images")
         teacher: str = Field("resnet18", description="a backbone to train on real images, or a timm model with its tag")
         teacher_epochs: int = Field(200, ge=0, description="its epochs; 0: a published model with its own classes")
         teacher_lr: Rate = Field(0.1, description="SGD's rate for it, with cosine decay")
+        teacher_weight_decay: Decay = Field(5e-4, description="SGD's for it")
         teacher_batch_size: BatchSize = Field(128, description="images per step of it")
         mix: Literal["cutmix", "mixup", "none"] = Field("cutmix", description="of the images with soft labels")
         mix_alpha: float = Field(1.0, gt=0, le=100, description="lambda is drawn from Beta(alpha, alpha)")
@@ -88,7 +85,8 @@ class Distilling:
             raw = super().translate(raw)
             words = {"guidance": raw["guidance_scale"]} if "guidance_scale" in raw else {}
             images = raw.get("ipc") or cls.model_fields["ipc"].default
-            return {"syn_per_class": images, **words, **{key: raw[key] for key in raw if key != "guidance_scale"}}
+            own = {key: value for key, value in raw.items() if key != "guidance_scale" and value is not None}
+            return {"syn_per_class": images, **words, **own}
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -102,15 +100,16 @@ class Distilling:
         Raises:
             ConfigError: if a class has fewer images than it takes.
         """
+        self.watcher = None  # whoever watches the model learn would see images without prototypes
         super().fit_before(task, images)
-        checkpoints = self.run.checkpoints(f"fit_{task.index}_prototypes")
-        done, tensors, _ = checkpoints.load_newest(log) or (task.num_old, {"prototypes": {}}, {})
-        self._take(tensors["prototypes"])
-        for label in range(done, task.num_seen):
+        for label in task.classes:
+            checkpoints = self.run.checkpoints(f"fit_{task.index}_prototypes_{label}")
+            if (found := checkpoints.load_newest(log)) is not None:
+                self._take(found[1]["prototypes"])
+                continue
             self.prototypes[label] = self.learn(label, images.select([label]))
             if self.run.runtime.is_main:
-                own = {label: self.prototypes[label] for label in range(task.num_old, label + 1)}
-                checkpoints.save(label + 1, {"prototypes": flatten(own)}, {})
+                checkpoints.save(1, {"prototypes": flatten({label: self.prototypes[label]})}, {})
 
     def require_images(self, name: str, count: int) -> None:
         """Raise ConfigError if a class has fewer images than its prototypes need."""
@@ -198,8 +197,8 @@ class Distilling:
 class D4M(Distilling, LDM):
     """Prototypes of a class's latents, drawn by Stable Diffusion under the class's name (D4M).
 
-    Su et al., CVPR 2024, arXiv:2407.15138, with its settings. ``scheduler: pndm`` begins, as in D4M, one step late: the
-    slice of its steps leaves out the one that it warms up with.
+    Su et al., CVPR 2024, arXiv:2407.15138; exps/d4m_*.json have its settings. ``scheduler: pndm`` begins, as in D4M,
+    one step late: the slice of its steps leaves out the one that it warms up with.
     """
 
     class Config(Distilling.Config, LDM.Config):
@@ -216,6 +215,10 @@ class D4M(Distilling, LDM):
         if config.label_file_path is not None:
             prompts = read_prompts(config.label_file_path, dataset.class_names)
             self.words = [prompts[name] for name in class_names]
+
+    def require_images(self, name: str, count: int) -> None:
+        if self.config.prototypes is None:
+            super().require_images(name, count)
 
     def nothing(self) -> Tensor:
         return self.model.context([self.config.negative_prompt])

@@ -115,10 +115,13 @@ KINDS = {
 }  # fmt: skip
 
 
+KEYS = {"vectors": {"merge": "ties"}}  # of learners
+
+
 def toy_run(kind: str, folder: Path, drawn: Path) -> Experiment:
     """A run of a few seconds with one kind of replay; `drawn` holds images for the one that only takes them."""
     learner, source, settings = KINDS[kind]
-    keys = {"checkpoint_every": 2, "epochs": 6}
+    keys = {"checkpoint_every": 2, "epochs": 6, **KEYS.get(kind, {})}
     if settings:
         keys["synth"] = {**tiny_source(source), **settings}
     if kind == "given":

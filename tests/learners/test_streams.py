@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from learners.task_arithmetic import TaskArithmetic
-from tests.support.toy import toy_experiment
+from learners.task_arithmetic import TaskArithmetic, ties
+from tests.support.toy import tiny_source, toy_experiment, toy_images
 from utils.run.errors import ConfigError
 
 
@@ -51,6 +51,31 @@ def test_agem_keeps_a_fixed_number_of_every_class_unless_it_fills_a_reservoir(tm
     assert len(run("agem", tmp_path / "r", buffer="reservoir", fixed_memory=False)[1].memory.images) == 12
 
 
+def test_a_balanced_memory_is_drawn_from_all_classes_of_a_distilled_stream(tmp_path):
+    """Drawn images come in a part per class; a random order of them all must not begin with the first one's."""
+    synth = {**tiny_source("small_d4m"), "stream": "distilled", "memory": "stream", "ipc": 6, "syn_per_class": 6}
+    for name, keys in (("agem", {"memory_per_class": 3}), ("er", {"buffer": "balanced", "memory_size": 18})):
+        memory = run(name, tmp_path / name, synth=synth, **keys)[1].memory.images
+        counts = memory.counts(6).tolist()
+        assert counts == [3] * 6 if name == "agem" else (min(counts) > 0 and sum(counts) == 18)
+
+
+def test_a_last_image_alone_in_a_batch_of_memory_joins_the_one_before(tmp_path):
+    experiment = toy_experiment("agem", tmp_path, limit_tasks=2, memory_batch_size=3, batch_size=4)
+    learner = experiment.check()
+    learner.memory.images, learner.present = toy_images(5, 2, "remembered"), toy_images(6, 2, "new")
+    learner.network.least_batch = lambda size: 2
+    batches = learner.batches(experiment.data.task(1)).replay
+    assert [len(batch) for batch in batches.epoch(0)] == [3, 3, 4]
+
+
+def test_first_task_of_a_stream_is_no_other_learners(tmp_path):
+    run("er", tmp_path / "er")
+    assert not list(tmp_path.glob("er/**/initial"))
+    with pytest.raises(ConfigError, match="the learner 'er' trains the first task in its own way"):
+        toy_experiment("er", tmp_path, init_from=str(tmp_path / "er"))
+
+
 def test_generated_images_are_remembered_beside_the_reservoir_and_never_leave_it(tmp_path):
     experiment = toy_experiment("er", tmp_path, "ddpm", limit_tasks=2, memory_size=0, init_epoch=1, epochs=1)
     seen, learner_class = [], type(experiment.check())
@@ -74,6 +99,11 @@ def test_words_of_mammoth_and_avalanche_mean_what_they_mean_there(word, tmp_path
     assert (config.memory_size, config.memory_batch_size, config.momentum) == (9, 5, 0.5)
     assert (config.init_lr, config.lrate, config.init_epoch, config.epochs) == (0.03, 0.03, 3, 3)
     assert (config.init_weight_decay, config.weight_decay) == (0.1, 0.1)
+    with pytest.raises(ConfigError, match=rf"{word}=9 and memory_size=5 are one key: keep one of them"):
+        toy_experiment("er", tmp_path, memory_size=5, **{word: 9})
+    total = toy_experiment("agem", tmp_path / "total", **{"memory_size": None, "memory_per_class": None, word: 9})
+    fixed = toy_experiment("agem", tmp_path / "fixed", memory_per_class=3)
+    assert (total.config.fixed_memory, fixed.config.fixed_memory) == (False, True)
 
 
 # ---------------------------------------------------------------------- task arithmetic
@@ -104,6 +134,19 @@ def test_statistics_of_batch_norm_are_measured_anew_and_not_added(tmp_path):
     assert any(not torch.equal(buffers[name], learner.theta_0[name]) for name in means)
 
 
+def test_ties_pairs_entries_by_their_names():
+    one, other = ({"b": torch.tensor([3.0, sign]), "a": sign * torch.tensor([0.5])} for sign in (-1, 1))
+    merged, again = ties([one, other], 0.7), ties([one, dict(sorted(other.items()))], 0.7)  # as a file gives it back
+    assert all(torch.equal(value, again[name]) for name, value in merged.items())
+
+
+def test_a_budget_counts_task_vectors(tmp_path):
+    with pytest.raises(ConfigError, match=r"memory_budget_mb=.*task_vectors \d+"):
+        whole = run("task_arithmetic", tmp_path / "whole", anchor="first_task", reestimate_bn=False)[0]["memory_bytes"]
+        budget = (whole["total"] - whole["task_vectors"] / 2) / 1e6
+        run("task_arithmetic", tmp_path / "b", anchor="first_task", reestimate_bn=False, memory_budget_mb=budget)
+
+
 def test_averaging_is_a_sum_over_the_number_of_tasks_and_every_class_keeps_its_own_row(tmp_path):
     _, average, weights = merged(tmp_path / "average", merge="average")
     _, half, same = merged(tmp_path / "half", scaling=0.5)
@@ -117,5 +160,6 @@ def test_scaling_is_chosen_on_images_that_were_held_out(tmp_path, monkeypatch):
     monkeypatch.setattr(TaskArithmetic, "_merge", lambda self, scaling: tried.append(scaling) or merge(self, scaling))
     merged(tmp_path, scaling="val", val_share=0.2)
     assert tried[:21] == [step / 20 for step in range(21)] and tried[21] in tried[:21] and len(tried) == 44
-    with pytest.raises(ConfigError, match="scaling='val' chooses lambda on held-out images: set val_share"):
-        merged(tmp_path / "none", scaling="val")
+    for share in (0, 0.001):  # of ten images, none
+        with pytest.raises(ConfigError, match=rf"scaling='val' .*val_share={share} holds no image .* raise it"):
+            merged(tmp_path / str(share), scaling="val", val_share=share)

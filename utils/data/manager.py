@@ -125,13 +125,8 @@ class DataManager:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be equal where a run is resumed: classes, counts, and a hash of the training images."""
-        return {
-            "dataset": self.dataset.name,
-            "class_order": self.class_order,
-            "class_names": self.class_names,
-            "counts": self.class_counts,
-            "images": self._hash_contents(),
-        }
+        return {"dataset": self.dataset.name, "class_order": self.class_order, "class_names": self.class_names,
+                "counts": self.class_counts, "images": self._hash_contents()}  # fmt: skip
 
     @cached_property
     def all_real_bytes(self) -> int:

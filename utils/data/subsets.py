@@ -82,14 +82,9 @@ def long_tail_indices(labels: Tensor, num_classes: int, imb_factor: float, kind:
     return torch.from_numpy(np.concatenate(kept))
 
 
-def few_shot_indices(
-    labels: Tensor,
-    sessions: Sequence[Sequence[int]],
-    kshot: int,
-    seed: int,
-    draw: Literal["own", "reference"] = "own",
-    class_names: Sequence[str] | None = None,
-) -> dict[int, list[int]]:
+def few_shot_indices(labels: Tensor, sessions: Sequence[Sequence[int]], kshot: int, seed: int,
+                     draw: Literal["own", "reference"] = "own",
+                     class_names: Sequence[str] | None = None) -> dict[int, list[int]]:  # fmt: skip
     """Draw K images for each class of the sessions after the first.
 
     Args:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision.transforms.v2.functional as F
@@ -130,6 +130,11 @@ class ClassifierTransform:
         self.augmentation, self.size, self.resize, self.whole_batch = augmentation, size, resize, in_memory
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
         self._crops_batches = in_memory and augmentation.crop_scale is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what shapes its views, as JSON has it."""
+        return {**asdict(self.augmentation), "size": self.size, "resize": self.resize,
+                "mean": self.mean.tolist(), "std": self.std.tolist()}  # fmt: skip
 
     def keep(self, pixels: Tensor, training: bool) -> Tensor:
         """Bring uint8 (..., C, H, W) to the size that small images, and replay beside them, are kept at."""

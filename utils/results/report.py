@@ -66,20 +66,14 @@ def write_report(
     """
     results = defaultdict(lambda: None, results)
     page = PAGES.get_template("report.html.j2").render(
-        results=results,
-        curves=_curves(results),
-        lost=_lost(results),
-        sessions=results["fscil"] and _sessions(results["fscil"]),
-        long_tail=_long_tail(results["long_tail"] or {}),
-        classes=_classes(results),
+        results=results, curves=_curves(results), lost=_lost(results), classes=_classes(results),
+        sessions=results["fscil"] and _sessions(results["fscil"]), long_tail=_long_tail(results["long_tail"] or {}),
         gallery=[row for row in gallery if row.real or row.synthetic],
         panels=[(*key, list(group)) for key, group in groupby(panels, lambda panel: (panel.title, panel.note))],
-        memory=_memory(results["memory_bytes"] or {}),
-        units=_units(results["memory_units"] or {}),
+        memory=_memory(results["memory_bytes"] or {}), units=_units(results["memory_units"] or {}),
         seconds=results["seconds"] and _seconds(dict(results["seconds"])),
-        environment=_pairs(environment or results["environment"] or {}),
-        config=_pairs(_flat(config)),
-    )
+        environment=_pairs(environment or results["environment"] or {}), config=_pairs(_flat(config)),
+    )  # fmt: skip
     atomic_write(path, page + "\n")
 
 
@@ -116,10 +110,8 @@ def _lost(results: dict[str, Any]) -> list[Column]:
         Column("classes", "text", [f"{first}–{last}" if last > first else f"{first}" for first, last in classes]),
         Column("when new", "n", [row[-1] for row in matrix[:-1]]),
         Column("best", "n", [end + points for end, points in zip(final, lost)]),
-        Column("at the end", "n", final),
-        Column("lost", "n", lost),
-        Column("", "change", lost),
-    ]
+        Column("at the end", "n", final), Column("lost", "n", lost), Column("", "change", lost),
+    ]  # fmt: skip
 
 
 def _long_tail(groups: dict[str, float | None]) -> list[Column]:
@@ -137,9 +129,8 @@ def _classes(results: dict[str, Any]) -> list[Column]:
         Column("task", "text", _padded(tasks, count)),
         Column("train", "n", _padded(results["train_counts"], count)),
         Column("test", "n", _padded(results["test_counts"], count)),
-        Column("accuracy (%)", "n", accuracies),
-        Column("", "bar", accuracies),
-    ]
+        Column("accuracy (%)", "n", accuracies), Column("", "bar", accuracies),
+    ]  # fmt: skip
     return [column for column in columns if any(cell is not None for cell in column.values)]
 
 
@@ -149,8 +140,7 @@ def _memory(counts: dict[str, int | None]) -> list[Column]:
     largest = max((count for key, count in memory.items() if key != "frozen"), default=0) or 1
     real = memory.get("all_real_data")
     return [
-        Column("", "memory", list(memory)),
-        Column("size", "bytes", list(memory.values())),
+        Column("", "memory", list(memory)), Column("size", "bytes", list(memory.values())),
         Column("of all real data", "share", [100 * count / real if real else None for count in memory.values()]),
         Column("", "bar", [100 * count / largest for count in memory.values()]),
     ] if memory else []  # fmt: skip

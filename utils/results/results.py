@@ -41,10 +41,8 @@ class Results:
         """Restore what ``state`` returned."""
         vars(self).update({name: state[name] for name in STATE})
 
-    def add(
-        self, task: Task, scores: Scores, labels: Tensor, val: tuple[Scores, Tensor] | None = None,
-        train_seconds: float = 0.0,
-    ) -> None:  # fmt: skip
+    def add(self, task: Task, scores: Scores, labels: Tensor, val: tuple[Scores, Tensor] | None = None,
+            train_seconds: float = 0.0) -> None:  # fmt: skip
         """Take in one task's evaluation and log it in PyCIL's words.
 
         Args:

@@ -193,10 +193,8 @@ def _split(values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {name: value for name, value in values.items() if name not in tensors}
 
 
-def fit(
-    module: nn.Module, batches: Batches, loss_fn: LossFunction, config: TrainConfig, training: Training,
-    hooks: Hooks = Hooks(),
-) -> nn.Module | None:  # fmt: skip
+def fit(module: nn.Module, batches: Batches, loss_fn: LossFunction, config: TrainConfig, training: Training,
+        hooks: Hooks = Hooks()) -> nn.Module | None:  # fmt: skip
     """Train a module, from its newest checkpoint if this training was cut off.
 
     Every step reseeds the global random generators from (seed, task, purpose, step), so a loss may draw from them.

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from learners import LEARNERS
 from learners.base import Learner
-from learners.pycil import PyCILLearner
 from learners.run.configure import build_config
 from learners.run.initial import recipe_of
 from learners.run.state import learner_state
@@ -20,7 +19,7 @@ from tests.support.toy import toy_dataset, toy_experiment, toy_raw, without_cloc
 from utils.data.batches import Batch
 from utils.run.errors import CheckpointError, ConfigError
 
-SHARING = [name for name in LEARNERS.names() if issubclass(LEARNERS[name], PyCILLearner)]
+SHARING = [name for name in LEARNERS.names() if getattr(LEARNERS[name], "shares_first_task", False)]
 
 
 def run_of(learner, folder, **keys):

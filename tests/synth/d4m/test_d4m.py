@@ -89,6 +89,7 @@ def test_prototypes_come_back_from_d4ms_json(tmp_path):
         ({"apple": [[[[0.0, 1.0]]]]}, r"shape \(1, 1, 2\), latents of this model \(1, 1, 1\)"),  # another autoencoder
         ({"apple": [[[[9.0]]], [[[-9.0]]]]}, "multiply them by the autoencoder's scaling factor"),  # not scaled
         ({"apple": "cherry"}, "holds no numbers"),
+        ({"apple": [[[[float("nan")]]], [[[0.5]]]]}, "spread by nan"),
     ],
 )
 def test_prototypes_of_another_model_are_refused(content, message, tmp_path):
@@ -210,6 +211,7 @@ def test_prototypes_are_also_written_and_read_as_d4m_does(tmp_path):
     source.save(tmp_path / "saved")
     path = tmp_path / "saved" / "toy-ipc2-kmexpand10.json"
     again = make_source("d4m", tmp_path / "again", prototypes=str(path))
+    again.require_images("row 0", 1)  # nothing is clustered, so few images will do
     again.fit_before(DataManager(toy_dataset(), Split(2, 2)).task(0), toy_images(1, 2, "none"))
     requests = Requests.of_classes([0, 1], 2, ("json",))
     assert torch.equal(again.generate(requests).parts[0].images, source.generate(requests).parts[0].images)
@@ -279,6 +281,12 @@ def test_balanced_memory_gives_every_task_the_same_room(tasks, shares):
 # ---------------------------------------------------------------------- soft labels
 
 
+def with_keys(experiment, **keys):
+    """The same experiment with other keys of the learner."""
+    config = experiment.config.model_copy(update=keys)
+    return type(experiment)(config, "toy", 7, toy_dataset(), experiment.runtime)
+
+
 def student(folder, soft_labels, **keys):
     synth = {"stream": "distilled", "soft_labels": soft_labels, "teacher": "resnet20", "teacher_epochs": 1,
              "teacher_batch_size": 16, "ipc": 2, **keys}  # fmt: skip
@@ -292,7 +300,7 @@ def test_stored_soft_labels_are_those_that_a_teacher_gives_on_the_way(tmp_path):
     assert first["accuracy_matrix"] == second["accuracy_matrix"]
     for a, b in zip(online.learner.network.state_dict().values(), stored.learner.network.state_dict().values()):
         assert torch.equal(a, b)
-    folder = tmp_path / "stored" / "outputs" / "syn_image_toy_seed7" / "soft_labels" / "task_0"
+    folder = tmp_path / "stored" / "outputs" / "syn_image_toy_seed7" / "soft_labels" / "seed_7_task_0"
     assert len(list(folder.glob("epoch_*/batch_*.safetensors"))) == 2 * 3  # 18 images in eights
 
 
@@ -301,12 +309,15 @@ def test_soft_labels_of_other_images_are_refused(tmp_path):
     student(tmp_path / "one", "stored", **kept).learn_all()
     with pytest.raises(BankError, match=r"images.*soft_labels_dir"):
         student(tmp_path / "two", "stored", strength=0.3, **kept).learn_all()
+    other = student(tmp_path / "three", "stored", **kept)
+    with pytest.raises(BankError, match=r"views.*soft_labels_dir"):  # crops of another size
+        with_keys(other, augmentation="resized_crop").learn_all()
 
 
 def test_soft_labels_of_another_order_of_the_same_images_are_refused(tmp_path):
     kept = {"soft_labels_dir": str(tmp_path / "labels")}
     student(tmp_path / "one", "stored", **kept).learn_all()
-    path = tmp_path / "labels" / "task_0" / "epoch_1" / "batch_1.safetensors"
+    path = tmp_path / "labels" / "seed_7_task_0" / "epoch_1" / "batch_1.safetensors"
     stored = load_tensors(path)
     save_tensors(path, {**stored, "rows": stored["rows"].flip(0)})  # as if another torch had shuffled them
     with pytest.raises(BankError, match=r"epoch_1/batch_1.*other images or another mix.*soft_labels_dir"):
@@ -338,13 +349,32 @@ def test_soft_labels_are_for_the_learner_that_softens_its_own_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18.tv_in1k", "knows 1000 classes, the data set has 6"),
+        ("resnet18.tv_in1k", r"classes, mean and std \(1000, 0.485, .*, the data set \(6, 0.2"),
         ("resnet18", "no timm model with a weight tag"),
     ],
 )
 def test_a_published_teacher_of_other_classes_is_refused_before_anything_is_learned(name, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         student(tmp_path, "online", teacher=name, teacher_epochs=0).check()
+    with pytest.raises(ConfigError, match=r"synth\.teacher='resnet999'.*unknown backbone"):
+        student(tmp_path / "absent", "online", teacher="resnet999").check()
+
+
+def test_a_null_number_of_images_means_one_of_every_prototype(tmp_path):
+    assert student(tmp_path, "none", ipc=7, syn_per_class=None).config.synth.syn_per_class == 7
+
+
+def test_a_plan_counts_what_stands_for_the_present(tmp_path):
+    assert student(tmp_path, "none").check().replay.expected() == 6 * 3
+
+
+def test_whoever_watches_the_model_learn_sees_no_images_without_prototypes(tmp_path):
+    source = make_source("small_d4m", tmp_path)
+    source.watcher = lambda epoch: source.generate(Requests.of_classes([0], 1, ("look",)))
+    data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
+    data.advance(task := data.task(0))
+    source.fit_before(task, data.train_images(task))
+    assert source.fitted_classes == {0, 1}
 
 
 def test_too_few_images_for_the_prototypes_are_said_before_anything_is_learned(tmp_path):
