@@ -33,9 +33,9 @@ def matching_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor
 class DistilledStudent(Learner):
     """Trains a new network by training-time matching (D4M, Su et al., CVPR 2024, arXiv:2407.15138, section 3.3).
 
-    With ``init_cls`` all classes it is the test of a distilled data set: a student, a test on real images. Where the
-    source gives no soft labels, its loss is cross-entropy, so that real images or a random subset of them can be
-    compared under the same schedule.
+    With ``init_cls`` all classes it measures what a distilled data set is worth: a student learns from it and is tested
+    on real images. Where the source gives no soft labels, its loss is cross-entropy, so that real images or a random
+    subset of them can be compared under the same schedule.
     """
 
     class Config(RunConfig):
