@@ -117,7 +117,7 @@ class ER(PyCILLearner):
                 ConfigError: if one of ours beside them says otherwise.
             """
             own = {key: value for key, value in raw.items() if key not in WORDS}
-            for word in WORDS.keys() & raw.keys():
+            for word in (word for word in WORDS if raw.get(word) is not None):
                 for key in WORDS[word]:
                     put_once(own, key, raw[word], f"{word}={raw[word]!r}", key)
             return own
