@@ -81,7 +81,7 @@ def test_a_chain_of_ifs_over_names_is_found(code, lines):
     ("code", "words"),
     [
         ("# as ESCORT does\nclass GuideSource: ...", ["ESCORT", "Guide"]),
-        ("guidance, guided, guides, raspberry = grasp(imagenet100_escort)", []),
+        ("guidance, guided, guides, raspberry = grasp(imagenet100_autoaugment)", []),
         ('raise ConfigError("set dddr_keys")', ["dddr"]),
     ],
 )

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.data import ImageNetInfo
+from torch.utils.data import BatchSampler, RandomSampler
 
 from learners.er import ER
 from models.frozen import weight_bytes
 from synth.d4m.files import read_prompts, read_prototypes, write_prototypes
-from synth.d4m.matching import SoftBatches, SoftLabels
+from synth.d4m.matching import SoftBatches, SoftLabels, shown_batch
 from synth.drawing import ImageFolder
 from synth.inversion.latents import sample_scheduler
+from synth.prompts import class_words
 from synth.requests import Requests
 from tests.support.sources import fitted, make_source
 from tests.support.tiny_ldm import tiny_stable_diffusion
@@ -67,6 +70,33 @@ def test_a_line_is_the_prompt_of_the_class_of_its_number(text, tmp_path):
 def test_a_label_file_that_does_not_fit_the_classes_is_refused(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read_prompts(label_file(tmp_path, text), NAMES)
+
+
+CIFAR100_NAMES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm"""
+
+
+def test_every_class_of_cifar100_gets_the_prompt_of_its_own_line(tmp_path):
+    classes = CIFAR100_NAMES.split()
+    lines = [f"a photo of a {name.replace('_', ' ')}" for name in classes]
+    assert list(read_prompts(label_file(tmp_path, "\n".join(lines)), classes).items()) == list(zip(classes, lines))
+    names = [name.replace("_", " ") for name in classes]
+    assert list(read_prompts(label_file(tmp_path, "\n".join(names)), classes).values()) == names
+    with pytest.raises(ConfigError, match=r"99 lines name another class: line 1 'beaver' \| class 'apple'"):
+        # D4M's own begins with the aquatic mammals; here the last class alone stays where it belongs.
+        read_prompts(label_file(tmp_path, "\n".join([*names[4:99], *names[:4], names[99]])), classes)
+
+
+def test_the_135th_line_of_imagenets_is_a_bird_and_not_a_machine(tmp_path):
+    wnids = ImageNetInfo().label_names()
+    prompts = read_prompts(label_file(tmp_path, "\n".join(class_words(wnids, None))), wnids)
+    assert "bird" in prompts["n02012849"] and wnids[134] == "n02012849" and "bird" not in prompts["n03126707"]
 
 
 def test_absent_label_file_is_named(tmp_path):
@@ -155,6 +185,20 @@ def test_below_one_step_the_prototypes_themselves_are_decoded(stable, monkeypatc
     torch.testing.assert_close(drawn.float(), expected, rtol=0, atol=1)
 
 
+@pytest.mark.parametrize(("guidance", "passes"), [(1.0, 1), (8.0, 2)])
+def test_an_image_passes_the_unet_once_a_step_where_nothing_guides_it(guidance, passes, stable, monkeypatch):
+    source, rows = stable[1], []
+    monkeypatch.setattr(source, "config", source.config.model_copy(update={"guidance": guidance}))
+    predict = type(source.model).predict
+    monkeypatch.setattr(
+        type(source.model),
+        "predict",
+        lambda self, zt, *rest, **words: rows.append(len(zt)) or predict(self, zt, *rest, **words),
+    )
+    source.generate(Requests.of_classes([0, 1], 2, ("passes",)))
+    assert sum(rows) == 36 * 4 * passes  # PNDM takes 36 of 50 steps at strength 0.7
+
+
 def test_copies_take_the_prototypes_in_turn_under_noise_of_their_own(stable):
     source = stable[1]
     scheduler = sample_scheduler("pndm", source.model.schedule, 50)
@@ -172,6 +216,18 @@ def test_every_image_counts_in_one_prototype(tmp_path):
     source = fitted("small_d4m", tmp_path, ipc=3)
     for own in source.prototypes.values():
         assert own["counts"].sum() == 10 and len(own["centres"]) == 3 and (own["spread"] >= 0).all()
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_latents_of_a_second_run_are_equal(posterior, tmp_path):
+    first, second = (fitted("d4m", tmp_path / name, posterior=posterior, ipc=10) for name in "ab")
+    for label, own in first.prototypes.items():  # as many prototypes as images: they are the latents
+        assert torch.equal(own["centres"], second.prototypes[label]["centres"])
+
+
+def test_sampled_latents_are_not_the_means(tmp_path):
+    mean, sample = (fitted("d4m", tmp_path / kind, posterior=kind) for kind in ("mean", "sample"))
+    assert mean.fingerprint() != sample.fingerprint()
 
 
 def test_a_class_with_fewer_images_than_prototypes_is_named(tmp_path):
@@ -339,6 +395,23 @@ def test_every_process_stores_the_labels_of_its_own_share(tmp_path):
     assert not torch.equal(*first)
     for rank in (0, 1):
         assert torch.equal(soft_targets(rank, lambda images: pytest.fail("they are stored")), first[rank])
+
+
+def test_soft_labels_come_back_in_the_order_of_the_references_sampler_and_in_no_other(tmp_path):
+    """Ten images in fours, seed 42, one generator for all epochs (FKD)."""
+    stored = SoftLabels(tmp_path, {})
+    sampler = RandomSampler(range(10), generator=torch.Generator().manual_seed(42))
+    epochs = [[shown_batch(torch.tensor(rows), None) for rows in BatchSampler(sampler, 4, False)] for _ in range(2)]
+    assert [int(shown["rows"][0]) for shown in epochs[0]] == [2, 4, 3]
+    places = [(epoch, step, 0) for epoch in range(2) for step in range(3)]
+    for epoch, step, rank in places:
+        shown = epochs[epoch][step]
+        stored.write((epoch, step, rank), shown, shown["rows"][:, None].half())
+    for epoch, step, rank in places:
+        shown = epochs[epoch][step]
+        assert stored.read((epoch, step, rank), shown).flatten().tolist() == shown["rows"].tolist()
+        with pytest.raises(BankError, match="other images or another mix"):
+            stored.read((epoch, step, rank), epochs[1 - epoch][step])
 
 
 def test_soft_labels_are_for_the_learner_that_softens_its_own_outputs(tmp_path):

@@ -268,9 +268,11 @@ def test_cub_is_read_with_its_official_split_as_published(tmp_path):
     assert "official split" in dataset.source and "2 training and 2 test images" in dataset.source
 
 
-@pytest.mark.parametrize("name", ["food101", "Caltech256", "PLACES100", "imagenet100_escort"])
+@pytest.mark.parametrize("name", ["food101", "Caltech256", "PLACES100", "imagenet100_autoaugment"])
 def test_auto_augmented_data_sets_share_one_transform_and_find_the_folders_of_the_original(tmp_path, name):
-    original = {"food101": "Food101", "PLACES100": "Places100", "imagenet100_escort": "ImageNet100"}.get(name, name)
+    original = {"food101": "Food101", "PLACES100": "Places100", "imagenet100_autoaugment": "ImageNet100"}.get(
+        name, name
+    )
     write_folders(tmp_path / original, images=[("RGB", (80, 60)), ("L", (70, 90))])
     dataset = load_dataset(name, tmp_path, offline=True)
     assert dataset.name == name.lower() and not dataset.in_memory

@@ -102,7 +102,7 @@ for name, recipe in {
     "tiny_imagenet": DatasetRecipe("imagenet", image_size=64, folders=TINY_FOLDERS, **IMAGENET),
     "imagenet100": DatasetRecipe("imagenet", image_size=LARGE_SIDE, **IMAGENET | FIRST),
     "imagenet100_64": DatasetRecipe("none", HALF, HALF, None, ("imagenet100",), view=squash_and_crop, **FIRST),
-    "imagenet100_escort": DatasetRecipe(folders=("imagenet100", "ImageNet100"), **AUTO, **FIRST),
+    "imagenet100_autoaugment": DatasetRecipe(folders=("imagenet100", "ImageNet100"), **AUTO, **FIRST),
     "imagenet1000": DatasetRecipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
     "imagenetr": DatasetRecipe(folders=("imagenet-r",), test_folders=EITHER, **VIT),
     "cub": DatasetRecipe(folders=("cub200",), **VIT),
