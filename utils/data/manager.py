@@ -87,6 +87,8 @@ class DataManager:
         task_sizes: new classes of each of the ``num_tasks`` tasks; they sum to ``num_classes``.
         class_order: original class ids in the order of learning; ``class_names`` are theirs.
         class_counts: training images per class in learning order, after every subset.
+        long_tailed: whether the data set's largest class has ten times the images of its smallest, or ``imb_factor``
+            makes some rare.
         few_shot_indices: by class, positions of its few shots within its images in the data set.
 
     Raises:
@@ -109,6 +111,8 @@ class DataManager:
         self._current = -1  # the task that is being learned
         self.few_shot_indices: dict[int, list[int]] = {}
 
+        counts = dataset.train.counts(dataset.num_classes)
+        self.long_tailed = split.imb_factor < 1 or bool(counts.max() >= 10 * counts.min())
         rank = torch.tensor(order).argsort()  # original id -> place in the order of learning
         self._test = dataset.test.relabelled(rank[dataset.test.labels]).select(range(self.num_classes))
         train = dataset.train.relabelled(rank[dataset.train.labels])

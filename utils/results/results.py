@@ -130,7 +130,7 @@ class Results:
             "per_class_accuracy": accuracies, "train_counts": counts, "test_counts": self.test_counts,
             "few_shot_indices": self.data.few_shot_indices or None,
             "fscil": self._fscil() if split.kshot else None,
-            "long_tail": metrics.many_medium_few(accuracies, counts) if split.imb_factor < 1 else None,
+            "long_tail": metrics.many_medium_few(accuracies, counts) if self.data.long_tailed else None,
             "memory_bytes": memory_bytes, "memory_units": memory_units,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
         }  # fmt: skip

@@ -95,6 +95,13 @@ def test_the_long_tail_follows_the_original_classes():
     assert by_original == long_tail_counts(500, 5, 0.1) == [100, 56, 31, 17, 10]
 
 
+def test_a_tail_is_long_by_its_factor_or_by_nature_and_not_by_few_shots():
+    rare = torch.tensor([0] * 20 + [1] * 2 + [2, 3, 4] * 20)
+    natural = toy_dataset(train=ImageSet.of(torch.zeros(len(rare), 1, 2, 2, dtype=torch.uint8), rare))
+    assert manager(natural).long_tailed and manager(toy_dataset(per_class=100), imb_factor=0.5).long_tailed
+    assert not manager().long_tailed and not manager(toy_dataset(per_class=100), kshot=2).long_tailed
+
+
 def test_impossible_settings_are_refused_at_construction():
     with pytest.raises(ConfigError, match="init_cls=6, but toy has only 5 classes: use a value from 1 to 5"):
         manager(init_cls=6)

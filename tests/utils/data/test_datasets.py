@@ -268,6 +268,54 @@ def test_cub_is_read_with_its_official_split_as_published(tmp_path):
     assert "official split" in dataset.source and "2 training and 2 test images" in dataset.source
 
 
+LISTS = {
+    "imagenet_lt": ("imagenet", "ImageNet_LT_train.txt", "ImageNet_LT_test.txt"),
+    "inaturalist2018": ("iNaturalist18", "iNaturalist18_train.txt", "iNaturalist18_val.txt"),
+}
+
+
+def write_lists(data_dir, name, train="b/0 1\na/0 0\nb/1 1\n", test="a/2 0\nb/2 1\n"):
+    """Two classes, of which the second comes first in the list."""
+    folder, *lists = (data_dir / LISTS[name][0], *LISTS[name][1:])
+    for split, (path, text) in zip(("train", "val"), zip(lists, (train, test))):
+        for line in (lines := [f"{split}/{line}".replace(" ", ".jpg ") for line in text.split("\n") if line]):
+            write_image(folder / line.partition(" ")[0], size=(70, 80), level=100 if "/a/" in line else 200)
+        (folder / path).write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_long_tails_are_read_by_their_published_lists(name, tmp_path):
+    folder = write_lists(tmp_path, name)
+    if name == "imagenet_lt":  # listed as in one folder, but sorted into those of the classes
+        (folder / LISTS[name][2]).write_text("val/2.jpg 0\nval/3.jpg 1\n")
+        (folder / "val" / "b" / "2.jpg").rename(folder / "val" / "b" / "3.jpg")
+    write_image(folder / "train" / "a" / "9.jpg", size=(70, 80))  # balanced data has more than the list names
+    dataset = load_dataset(name, tmp_path, offline=True)
+    assert dataset.class_names == ["a", "b"] and dataset.train.labels.bincount().tolist() == [1, 2]
+    assert [round(dataset.train.image(i).float().mean().item(), -1) for i in range(3)] == [100, 200, 200]
+    assert dataset.test.labels.tolist() == [0, 1] and "published lists" in dataset.source
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train": "a/0 0\nb/0 2\n"}, "do not number the same folders from 0 on"),
+        ({"test": "a/2 0\n"}, "do not number the same folders from 0 on"),
+        ({"train": "a/0 0\nb/0 1 1\n"}, r"ImageNet_LT_train\.txt, line 2: not an id and a value"),
+    ],
+)
+def test_lists_that_leave_out_a_class_are_refused(changed, message, tmp_path):
+    write_lists(tmp_path, "imagenet_lt", **changed)
+    with pytest.raises(DataError, match=message):
+        load_dataset("imagenet_lt", tmp_path)
+
+
+def test_absent_lists_are_named_with_their_place(tmp_path):
+    with pytest.raises(DataError, match=r"ImageNet_LT_train\.txt and ImageNet_LT_test\.txt beside the images"):
+        load_dataset("imagenet_lt", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["food101", "Caltech256", "PLACES100", "imagenet100_autoaugment"])
 def test_auto_augmented_data_sets_share_one_transform_and_find_the_folders_of_the_original(tmp_path, name):
     original = {"food101": "Food101", "PLACES100": "Places100", "imagenet100_autoaugment": "ImageNet100"}.get(

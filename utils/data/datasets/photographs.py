@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,38 @@ def read_cub(folder: Path, offline: bool) -> LoadedData:
             raise ValueError(f"the tables of {folder} give no split or no class for image {image}, {path}")
         files[name].append(str(folder / "images" / path))
     return read_files(train, test, folder)
+
+
+def read_lists(folder: Path, offline: bool, train: str, test: str) -> LoadedData:
+    """Read a data set from its published lists, lines of an image below ``folder`` and the number of its class.
+
+    A class is called as the folder of its first training image; numbers follow the lists.
+
+    Args:
+        train, test: names of the lists in ``folder``.
+
+    Raises:
+        ValueError: if a line is of another form, if the numbers leave one out, or if a class has no image in a list.
+    """
+    rows = [list(_read_table(folder / name).items()) for name in (train, test)]
+    numbers = {number: Path(path).parent.name for path, number in reversed(rows[0])}
+    order = [str(number) for number in range(len(numbers))]
+    if any({number for _, number in split} != {*order} for split in rows) or len({*numbers.values()}) < len(order):
+        raise ValueError(f"{folder / train} and {test} do not number the same folders from 0 on")
+    splits = [{numbers[number]: [] for number in order} for _ in rows]
+    for files, split in zip(splits, rows):
+        for path, number in split:
+            place, name = folder / path, numbers[number]
+            # ImageNet's val comes in one folder, but most sort it into those of the classes.
+            files[name].append(str(place if place.exists() else place.parent / name / place.name))
+    return read_files(*splits, folder)
+
+
+def listed(lists: tuple[str, str], folders: tuple[str, ...]) -> Provider:
+    """Return the provider of a data set that is published as a list for each split."""
+    said, missing = f"the published lists {' and '.join(lists)} in {{folder}}", "put the published lists"
+    remedy = f"{missing} {' and '.join(lists)} beside the images that they name, into {{folder}}"
+    return Provider(partial(read_lists, train=lists[0], test=lists[1]), said, remedy, folders, parts=lists)
 
 
 def read_food(folder: Path, offline: bool) -> LoadedData:
@@ -96,6 +129,8 @@ FOOD = Provider(
     read_food, "torchvision's Food101 and its official split in {folder}",
     "torchvision's Food101, to be downloaded into {folder} (5 GB)", ("food-101",), ("meta", "images"), fetchable=True,
 )  # fmt: skip
+IMAGENET_LT = listed(("ImageNet_LT_train.txt", "ImageNet_LT_test.txt"), IMAGENET_FOLDERS)  # of one tree with ImageNet
+INAT = listed(("iNaturalist18_train.txt", "iNaturalist18_val.txt"), ("iNaturalist18", "inat2018"))
 FIRST = {"test_folders": EITHER, "provider": FIRST_CLASSES}
 
 for name, recipe in {
@@ -104,6 +139,8 @@ for name, recipe in {
     "imagenet100_64": DatasetRecipe("none", HALF, HALF, None, ("imagenet100",), view=squash_and_crop, **FIRST),
     "imagenet100_autoaugment": DatasetRecipe(folders=("imagenet100", "ImageNet100"), **AUTO, **FIRST),
     "imagenet1000": DatasetRecipe("imagenet_jitter", image_size=LARGE_SIDE, folders=IMAGENET_FOLDERS, **IMAGENET),
+    "imagenet_lt": DatasetRecipe("imagenet_jitter", image_size=LARGE_SIDE, provider=IMAGENET_LT, **IMAGENET),
+    "inaturalist2018": DatasetRecipe("imagenet_jitter", image_size=LARGE_SIDE, provider=INAT, **IMAGENET),
     "imagenetr": DatasetRecipe(folders=("imagenet-r",), test_folders=EITHER, **VIT),
     "cub": DatasetRecipe(folders=("cub200",), **VIT),
     "cub_official": DatasetRecipe(provider=CUB, **VIT),
