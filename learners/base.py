@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learners.backbones import backbone_options
 from learners.memory import handed_exemplars, keep_exemplars, make_memory
 from models.heads import HEADS
 from models.incremental import IncrementalNet
+from models.options import backbone_options
 from models.timm_backbone import build_backbone
 from synth.replay import Replay
 from utils.data.batches import TOO_SMALL, Batch, Batches, test_batches

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from learners.backbones import backbone_options
 from learners.base import Learner
 from models.frozen import Frozen, weight_bytes
 from models.heads import CosineHead, Head, LinearHead
 from models.incremental import IncrementalNet
+from models.options import backbone_options
 from models.timm_backbone import build_backbone, has_weights
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet

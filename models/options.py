@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from utils.data.datasets import Dataset
+from utils.run.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,18 @@ class BackboneOptions:
     def wants_published(self) -> bool:
         """Whether a timm model starts from published weights, and not from a local file or at random."""
         return self.pretrained and self.weights is None
+
+
+def weight_options(config: RunConfig) -> BackboneOptions:
+    """Return where the backbone's weights come from, as far as the config alone can say."""
+    return BackboneOptions(pretrained=config.pretrained, weights=config.backbone_weights, offline=config.offline,
+                           args=config.backbone_args)  # fmt: skip
+
+
+def backbone_options(config: RunConfig, dataset: Dataset) -> BackboneOptions:
+    """Return how the backbone of a run is built; the stem follows PyCIL where the config leaves it open."""
+    stem = config.stem
+    if stem == "auto":
+        of_photographs = "imagenet" if config.init_cls == config.increment else "imagenet_small"
+        stem = "cifar" if dataset.in_memory else of_photographs
+    return replace(weight_options(config), stem=stem, image_size=dataset.image_size)

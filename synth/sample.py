@@ -157,15 +157,20 @@ def start(args: argparse.Namespace) -> None:
     log.info("The images lie in %s", folder)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
-    parser = command_parser("sample", __doc__)
-    parser.add_argument("--ckpt", required=True, help="fitted source, checkpoint of a run or published model")
-    parser.add_argument("--config", help="experiment file or YAML")
+def add_flags(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
+    """Add the flags that say what is drawn from which source; ``is_required``: whether there must be one."""
+    parser.add_argument("--ckpt", required=is_required, help="fitted source, checkpoint of a run or published model")
+    parser.add_argument("--config", "--flagfile", help="experiment file, YAML, or flagfile of absl")
     parser.add_argument("--output_dir", default="outputs/syn_images", help="of the images (default: %(default)s)")
     parser.add_argument("--num_samples", type=int, default=10, help="images per class (default: %(default)s)")
     parser.add_argument("--cond_class", help="ids in learning order or names, with commas (default: all fitted ones)")
     parser.add_argument("--embeddings", metavar="FILE", help=f"{EMBEDDINGS} for a published model")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
+    parser = command_parser("sample", __doc__)
+    add_flags(parser)
     return exit_code(start, parser.parse_args(argv))
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from learners import LEARNERS
-from learners.backbones import weight_options
 from learners.base import Learner
 from learners.pycil import PyCILLearner
 from learners.run.initial import require_initial, train_or_take
 from learners.run.ledger import check_budget, count_bytes, count_units, describe, fill_of, keep_to_budget
+from learners.run.quality import replay_quality
 from learners.run.state import learner_state, restore_learner
 from models.files.weights import what_is_missing
+from models.options import weight_options
 from models.timm_backbone import check_backbone_name
 from synth import SOURCES
 from synth.replay import replay_kind
@@ -79,6 +80,7 @@ class Experiment:
         self, config: RunConfig, name: str, seed: int, dataset: Dataset, runtime: Runtime, unused: Sequence[str] = ()
     ):
         self.config, self.name, self.seed, self.runtime, self.unused = config, name, seed, runtime, unused
+        self.dataset = dataset  # for the evaluator, once all is learned
         self.data = cut_tasks(config, seed, dataset, LEARNERS[config.model_name].upper_bound)
         self.folder = Path(config.output_dir) / name / config.seed_tag(seed)
         workers, every = config.num_workers, config.checkpoint_every
@@ -124,6 +126,7 @@ class Experiment:
                 with self.run.timed("other"):
                     self._learn(task)
                     keep_to_budget(self.learner, task.index)
+                    self._measure_replay(task)
                 self._save(task)
             if self.runtime.is_main:  # once more: after the last checkpoint, a kill may have come before this
                 self.run.forget_fits()
@@ -143,6 +146,13 @@ class Experiment:
             images, held_out = self.data.test_images(seen), self.data.val_images(seen)
             val = (self.learner.predict(held_out), held_out.labels) if len(held_out) else None
             self.results.add(task, self.learner.predict(images), images.labels, val, spent)
+
+    def _measure_replay(self, task: Task) -> None:
+        """Judge what was replayed, where the config asks for it and no task comes after this one."""
+        if self.config.evaluate_replay and task.num_seen == self.data.num_classes:
+            with self.run.timed("evaluate"):
+                rows = self.results.class_accuracies
+                self.results.replay_quality = replay_quality(self.learner, self.dataset, rows)
 
     def _save(self, task: Task) -> None:
         """Write everything that the next task needs, then the results so far."""

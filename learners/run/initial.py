@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from learners.backbones import backbone_options
 from learners.base import Learner
+from models.options import backbone_options
 from utils.data.manager import Task
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.files import file_hash, load_tensors, save_tensors, whole_folder

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from learners import LEARNERS
-from learners.backbones import backbone_options
 from learners.base import Learner
 from learners.run.experiment import Experiment, missing_weights
 from learners.run.ledger import describe_budget, unit_bytes
 from models import BACKBONES
+from models.options import backbone_options
 from synth import SOURCES
 from utils.data.datasets import DATASETS, find_dataset, load_dataset
 from utils.run.config import RunConfig

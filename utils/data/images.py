@@ -5,6 +5,7 @@ Features, float32 (N, D), are the other kind of samples that a replay source may
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -245,6 +246,21 @@ class ImageSet(Samples):
             return size, {name: column.shape[1:] for name, column in part.columns.items()}
 
         return ImageSet(_joined(list(parts)) for _, parts in groupby(self.parts, kind))
+
+    def contents_hash(self, root: str | None) -> str:
+        """Hash all images in their order: labels and pixels, or labels, paths below ``root`` and sizes of files."""
+        digest = hashlib.sha256(self.labels.numpy())
+        for part in self.parts:
+            if isinstance(part.images, Tensor):
+                digest.update(f"{tuple(part.images.shape)}".encode())
+                digest.update(part.images.contiguous().numpy())
+            else:
+                # Sizes instead of bytes: reading every photograph would take minutes. Paths begin below the data set's
+                # own folder, which may be moved.
+                folder = f"{root}{os.sep}"
+                files = [f"{path.removeprefix(folder)}\t{os.path.getsize(path)}" for path in part.images]
+                digest.update("\n".join(files).encode())
+        return digest.hexdigest()
 
     def image(self, position: int) -> Tensor:
         """Return one image, uint8 (C, H, W)."""

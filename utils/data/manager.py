@@ -5,8 +5,6 @@ Real images of past tasks are sealed: a learner that wants them needs exemplars 
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -130,7 +128,7 @@ class DataManager:
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be equal where a run is resumed: classes, counts, and a hash of the training images."""
         return {"dataset": self.dataset.name, "class_order": self.class_order, "class_names": self.class_names,
-                "counts": self.class_counts, "images": self._hash_contents()}  # fmt: skip
+                "counts": self.class_counts, "images": self._train.contents_hash(self.dataset.root)}  # fmt: skip
 
     @cached_property
     def all_real_bytes(self) -> int:
@@ -204,7 +202,8 @@ class DataManager:
         seed = split.order_seed if split.run_seed is None else split.run_seed
         if split.imb_factor < 1:
             # By original ids: the tail is the same whatever the order of learning.
-            kept = subsets.long_tail_indices(originals, self.dataset.num_classes, split.imb_factor, split.imb_type)
+            num_classes, names = self.dataset.num_classes, self.dataset.class_names
+            kept = subsets.long_tail_indices(originals, num_classes, split.imb_factor, split.imb_type, names)
         kept = kept[labels[kept] < self.num_classes]
         fit, held_out = subsets.split_validation(labels[kept], split.val_share, seed)
         kept, held_out = kept[fit], kept[held_out]
@@ -217,21 +216,6 @@ class DataManager:
             of_class = (labels == label).nonzero().flatten()  # ascending
             self.few_shot_indices[label] = torch.searchsorted(of_class, chosen).tolist()
         return torch.cat([kept[own < self.task_sizes[0]], *shots.values()]), held_out
-
-    def _hash_contents(self) -> str:
-        """Hash all training images in their order: labels and pixels, or labels, paths and sizes of files."""
-        digest = hashlib.sha256(self._train.labels.numpy())
-        folder = f"{self.dataset.root}{os.sep}"
-        for part in self._train.parts:
-            if isinstance(part.images, Tensor):
-                digest.update(f"{tuple(part.images.shape)}".encode())
-                digest.update(part.images.contiguous().numpy())
-            else:
-                # Sizes instead of bytes: reading every photograph would take minutes. Paths begin below the data set's
-                # own folder, which may be moved.
-                files = [f"{path.removeprefix(folder)}\t{os.path.getsize(path)}" for path in part.images]
-                digest.update("\n".join(files).encode())
-        return digest.hexdigest()
 
     def _require_current(self, task: Task) -> None:
         if task.index > self._current:

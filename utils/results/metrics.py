@@ -138,9 +138,14 @@ def class_forgetting(rows: Sequence[Sequence[float | None]]) -> float:
         rows: accuracy per class after every task, each row as long as the classes seen by then; None (a class
             without test images) is left out.
     """
+    return fmean([lost for lost in forgetting_per_class(rows) if lost is not None] or [0.0])
+
+
+def forgetting_per_class(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Return the loss of every class of earlier tasks, as `class_forgetting` has it; None where nothing is known."""
     old = islice(zip_longest(*rows), len(rows[-2:][0]))  # a tuple over tasks per class; None before it was learned
     known = ([value for value in values if value is not None] for values in old)
-    return fmean([max(values) - values[-1] for values in known if values] or [0.0])
+    return [max(values) - values[-1] if values else None for values in known]
 
 
 def backward_transfer(matrix: Matrix) -> float:
@@ -214,8 +219,13 @@ def many_medium_few(accuracies: Sequence[float | None], counts: Sequence[int]) -
     groups: dict[str, list[float]] = {"many": [], "medium": [], "few": []}
     for accuracy, count in zip(accuracies, counts):
         if accuracy is not None:
-            groups["many" if count > 100 else "few" if count < 20 else "medium"].append(accuracy)
+            groups[frequency_group(count)].append(accuracy)
     return {name: _mean(members) for name, members in groups.items()}
+
+
+def frequency_group(count: int) -> str:
+    """Return the group of a class with so many training images; see `many_medium_few`."""
+    return "many" if count > 100 else "few" if count < 20 else "medium"
 
 
 def spans(sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from utils.results.figures import Chart, human_bytes, human_seconds
 from utils.results.gallery import GalleryRow, thumbnail
 from utils.results.metrics import FSCIL, forgetting_per_task, spans
 from utils.results.panels import Panel
+from utils.results.quality import HEAD, measure_rows, part_rows
 from utils.run.files import atomic_write
 
 # In the order of the table; other kinds come first. The template has their names.
@@ -68,6 +69,7 @@ def write_report(
     page = PAGES.get_template("report.html.j2").render(
         results=results, curves=_curves(results), lost=_lost(results), classes=_classes(results),
         sessions=results["fscil"] and _sessions(results["fscil"]), long_tail=_long_tail(results["long_tail"] or {}),
+        quality=_quality(results["replay_quality"] or {}),
         gallery=[row for row in gallery if row.real or row.synthetic],
         panels=[(*key, list(group)) for key, group in groupby(panels, lambda panel: (panel.title, panel.note))],
         memory=_memory(results["memory_bytes"] or {}), units=_units(results["memory_units"] or {}),
@@ -117,6 +119,22 @@ def _lost(results: dict[str, Any]) -> list[Column]:
 def _long_tail(groups: dict[str, float | None]) -> list[Column]:
     names = [f"{name} training images per class" for name in groups]
     return names and [Column("", "text", names), Column("accuracy (%)", "n", list(groups.values()))]
+
+
+def _quality(quality: dict[str, Any]) -> list[list[Column]]:
+    """A table of all measures, one of groups, one of classes."""
+    if "overall" not in quality:
+        return []
+    head, rows = part_rows({row["name"]: row["measures"] for row in quality["per_class"]})
+    lost = Column("forgetting (pts)", "n", [row["forgetting"] for row in quality["per_class"]])
+    tables = [_columns(HEAD, measure_rows(quality["overall"])), _columns(*part_rows(quality["groups"]))]
+    return [columns for columns in (*tables, [*_columns(head, rows), lost]) if columns[0].values]
+
+
+def _columns(head: Sequence[str], rows: list[list[str]]) -> list[Column]:
+    """Columns of a table of texts, of which those between the first and the last words are numbers."""
+    kinds = ["text", *["n"] * (len(head) - 1)]
+    return [Column(title, kind, [row[place] for row in rows]) for place, (title, kind) in enumerate(zip(head, kinds))]
 
 
 def _classes(results: dict[str, Any]) -> list[Column]:

@@ -15,7 +15,7 @@ from utils.run.log import log
 
 Scores = dict[str, Tensor]  # "cnn" and perhaps "nme", float (N, num_seen), the larger the likelier
 Amounts = dict[str, float]  # by name
-STATE = ("accuracy_matrix", "curves", "class_accuracies", "test_counts")
+STATE = ("accuracy_matrix", "curves", "class_accuracies", "test_counts", "replay_quality")
 
 
 class Results:
@@ -32,6 +32,7 @@ class Results:
         self.curves: dict[str, list[float | None]] = {}
         self.class_accuracies: list[list[float | None]] = []  # a row per task, over the classes seen by then
         self.test_counts: list[int] = []
+        self.replay_quality: dict[str, Any] | None = None  # of the whole run, where it is asked for
 
     def state(self) -> dict[str, Any]:
         """Return what restores a half-finished run's numbers, for JSON."""
@@ -39,7 +40,7 @@ class Results:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what ``state`` returned."""
-        vars(self).update({name: state[name] for name in STATE})
+        vars(self).update({name: state[name] for name in STATE if name in state})
 
     def add(self, task: Task, scores: Scores, labels: Tensor, val: tuple[Scores, Tensor] | None = None,
             train_seconds: float = 0.0) -> None:  # fmt: skip
@@ -131,6 +132,7 @@ class Results:
             "few_shot_indices": self.data.few_shot_indices or None,
             "fscil": self._fscil() if split.kshot else None,
             "long_tail": metrics.many_medium_few(accuracies, counts) if self.data.long_tailed else None,
+            "replay_quality": self.replay_quality,
             "memory_bytes": memory_bytes, "memory_units": memory_units,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
         }  # fmt: skip

@@ -14,14 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from utils.run.errors import ConfigError
 from utils.run.registry import nearest, shown
 
 # Two settings that differ only in these are the same experiment; of a source_dir, each may hold other weights.
 NOT_IDENTITY = ("seed", "device", "num_workers", "data_dir", "output_dir", "offline", "checkpoint_every", "init_from",
-                "log_with", "synth.keep_sources")  # fmt: skip
+                "log_with", "evaluate_replay", "synth.keep_sources")  # fmt: skip
 NUMBERS = {bool, int, float}
 
 # Kinds of values that many keys have. Bounded is what would fail long after the start; what only takes long is not.
@@ -230,6 +230,13 @@ class RunConfig(BaseConfig):
     replay_resize: Literal["bicubic", "bilinear", "nearest"] = Field("bicubic", description="of images in memory")
 
     synth: SerializeAsAny[SourceConfig] | None = Field(None, description="the replay source and its keys")
+    evaluate_replay: bool = Field(False, description="at the end, measure what was replayed: `synth.evaluate`")
+
+    @model_validator(mode="after")
+    def _require_replay(self) -> RunConfig:
+        if self.evaluate_replay and self.synth is None:
+            raise ValueError("evaluate_replay=true, but nothing is replayed: add synth, or leave the key out")
+        return self
 
     @property
     def data_name(self) -> str:

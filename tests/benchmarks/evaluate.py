@@ -1,0 +1,56 @@
+"""Whether the measures of `synth.evaluate` follow a generator as it learns: `python -m tests.benchmarks.evaluate`.
+
+A class-conditional DDPM on digits, after 50, 150, 400 and 1,200 steps, seen by a classifier that was trained on all
+real digits. The rate is constant, so a shorter training is the beginning of the longer ones. Some minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import main
+from synth import evaluate, train
+from utils.run.files import read_json
+
+STEPS = (50, 150, 400, 1200)
+SHOWN = ("FD", "KD", "precision", "recall", "F_8", "F_1/8", "IS", "nearest", "CAS")
+ONE_TASK = ["--set", "init_cls=10", "--set", "increment=10"]
+CONFIG = str(Path(__file__).parents[2] / "exps" / "digits.json")
+
+
+def measure(folder: Path, steps: int, cas_epochs: int) -> dict:
+    """Train so many steps, draw 70 images per class, and measure them."""
+    fitted = folder / f"{steps}_steps"
+    keys = {"first_task_num_steps": steps, "lr_schedule": "constant"}
+    flags = [word for key, value in keys.items() for word in ("--set", f"synth.{key}={value}")]
+    require(train.main(["--config", CONFIG, *ONE_TASK, *flags, "--ckpt_save_dir", str(fitted)]))
+    drawn, judge = folder / f"{steps}_images", folder / "judge"
+    require(evaluate.main(["--ckpt", str(fitted), "--output_dir", str(drawn), "--num_samples", "70", "--extractor",
+                           str(judge), "--cas_epochs", str(cas_epochs)]))  # fmt: skip
+    return read_json(drawn / evaluate.MEASURES, "")["overall"]
+
+
+def require(code: int) -> None:
+    if code:
+        sys.exit(code)
+
+
+def run(folder: Path, cas_epochs: int) -> None:
+    """Print a row per length of training."""
+    flags = ["--set", "model_name=finetune", "--set", "synth=null", "--set", f"output_dir={folder}"]
+    require(main.main(["--config", CONFIG, "--name", "judge", *ONE_TASK, *flags]))
+    found = {steps: measure(folder, steps, cas_epochs) for steps in STEPS}
+    print("steps", *SHOWN, sep="\t")
+    for steps, measures in found.items():
+        print(steps, *(f"{measures[name]['value'] or float('nan'):.4g}" for name in SHOWN), sep="\t")
+    print("real", *(f"{measures[name]['real'] or float('nan'):.4g}" for name in SHOWN), sep="\t")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/evaluate"))
+    parser.add_argument("--cas_epochs", type=int, default=30)
+    arguments = parser.parse_args()
+    run(arguments.folder, arguments.cas_epochs)
