@@ -17,7 +17,8 @@ from typing import Any
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__)
     digits = Path(__file__).parent / "exps" / "digits.json"  # wherever the command is given
-    parser.add_argument("--config", default=digits, help="experiment file (default: exps/digits.json)")
+    help_text = "experiment file, or flagfile of absl (default: exps/digits.json)"
+    parser.add_argument("--config", "--flagfile", default=digits, help=help_text)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a key; may be given many times; dots reach into synth")  # fmt: skip
     parser.add_argument("--name", help="name of the run (default: prefix and file name, with a hash for overrides)")

@@ -69,6 +69,11 @@ class ReplaySource(ABC):
             encoder: the trained classifier.
         """
 
+    @property
+    def learns_after(self) -> bool:
+        """Whether it learns once the classifier has trained, so that nothing of a last task is asked of it."""
+        return type(self).fit_after is not ReplaySource.fit_after
+
     @abstractmethod
     def generate(self, requests: Requests) -> Samples:
         """Make one sample per request, in their order; see `Requests` for what makes it reproducible.

@@ -19,7 +19,7 @@ from utils.run.files import read_json
 from utils.run.folder import CONFIG, DESCRIPTION, read_data, run_manifest
 from utils.run.manifest import MANIFEST, Manifest
 from utils.run.registry import nearest
-from utils.run.words import ALIASES, apply_overrides, flat_keys, parse_json, parse_yaml, read_experiment, translate
+from utils.run.words import ALIASES, apply_overrides, flat_keys, parse_yaml, read_experiment, translate
 from utils.training.checkpoint import Checkpoints
 from utils.training.run import Run
 
@@ -78,7 +78,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is absent, broken, or holds no object.
     """
     is_yaml = Path(path).suffix in (".yaml", ".yml")
-    keys = read_experiment(path, parse_yaml if is_yaml else parse_json)
+    keys = read_experiment(path, parse_yaml) if is_yaml else read_experiment(path)
     if is_yaml:
         keys = keys.get("reprise", {"synth": {"name": "ldm", "yaml": str(path)}})
     if not isinstance(keys, dict) or not isinstance(keys.get("synth") or {}, dict):
@@ -105,6 +105,8 @@ def build_fit_config(raw: dict[str, Any], args: argparse.Namespace) -> FitConfig
     raw = translate(apply_overrides(raw, args.overrides))
     raw |= {key: value for key, value in vars(args).items() if key in FitConfig.model_fields and value is not None}
     source = build_source_config(raw.get("synth")).model_copy(update=OWN_FOLDERS)
+    if SOURCES[source.name].samples == "features":
+        raise ConfigError(f"synth.name={source.name!r} learns what a classifier sees: use main.py, which trains one")
     if raw.get("dataset") is None:
         raise ConfigError("the file does not say which data: give --dataset")
     if raw.get("model_name"):

@@ -106,10 +106,18 @@ def noise_prediction_loss(model: Model, process: Process, x0: Tensor) -> Tensor:
 
     Draws from the global random generators of x0's device.
     """
+    xt, t, eps = draw_noised(process, x0)
+    return (model(xt, t).float() - eps).square().mean()
+
+
+def draw_noised(process: Process, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw (xt, t, eps) of clean images at uniform times; t holds original time steps, int64 (B,) on x0's device.
+
+    Draws from the global random generators of x0's device.
+    """
     index = torch.randint(len(process), (len(x0),))
     eps = torch.randn_like(x0)
-    xt = add_noise(process, x0, index, eps)
-    return (model(xt, process.timesteps[index].to(x0.device)).float() - eps).square().mean()
+    return add_noise(process, x0, index, eps), process.timesteps[index].to(x0.device), eps
 
 
 def predict_x0(xt: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
@@ -130,6 +138,25 @@ def classifier_free(conditional: Model, unconditional: Model, guidance: float) -
     def model(xt: Tensor, t: Tensor) -> Tensor:
         eps = unconditional(xt, t)
         return eps + guidance * (conditional(xt, t) - eps)
+
+    return model
+
+
+def classifier_free_at_once(predict: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor, omega: float) -> Model:
+    """Predict eps_c + omega (eps_c - eps_u), which is g = 1 + omega in `classifier_free`, in one doubled call.
+
+    Args:
+        predict: (xt, t, labels) to eps; label -1 is no class.
+        labels: int64 (B,).
+        omega: 0 leaves the conditional alone, of half the cost.
+    """
+    if not omega:
+        return lambda xt, t: predict(xt, t, labels)
+    both = torch.cat([labels, torch.full_like(labels, -1)])  # (2B,)
+
+    def model(xt: Tensor, t: Tensor) -> Tensor:
+        conditional, unconditional = predict(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
+        return conditional + omega * (conditional - unconditional)
 
     return model
 

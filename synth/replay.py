@@ -50,6 +50,11 @@ class Replay:
             ConfigError: if not.
         """
 
+    @classmethod
+    def serves(cls, config: RunConfig) -> bool:
+        """Whether a source whose usual kind this is enters so; else as its config says. Default: it always does."""
+        return True
+
     def require(self) -> None:
         """See that what this run needs, beside weights, is there; raises what names it."""
         if isinstance(self.pupil, StoredSources):
@@ -229,8 +234,10 @@ def replay_kind(config: RunConfig, source: type[ReplaySource] | None, own: type[
     """Pick how a source enters a training: in the learner's own way, the source's usual one, or as its config says."""
     if source is None:
         return Replay
-    if usual := own or source.usual_replay:
-        return usual
+    if own is not None:
+        return own
+    if source.usual_replay is not None and source.usual_replay.serves(config):
+        return source.usual_replay
     if source.samples == "features":
         return Features
     if not config.synth.need_syn_imgs:

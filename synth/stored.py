@@ -75,16 +75,15 @@ class StoredSources:
     def __init__(self, source: ReplaySource, data: DataManager):
         self.source, self.data = source, data
         self.folder = find_sources(source.config.source_dir, source.run.folder.name)
-        self.learns_after = type(source).fit_after is not ReplaySource.fit_after  # once the classifier has trained
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Load a source that learns before the classifier."""
-        if not self.learns_after:
+        if not self.source.learns_after:
             self._load(task)
 
     def fit_after(self, task: Task, images: ImageSet, past: Samples, exemplars: ImageSet, encoder: nn.Module) -> None:
         """Load a source that learns after the classifier."""
-        if self.learns_after:
+        if self.source.learns_after:
             self._load(task)
 
     def require(self) -> None:
@@ -94,7 +93,7 @@ class StoredSources:
             CheckpointError: at the first one that is absent, lacks a file, or has learned something else.
         """
         # What learns after the classifier is not asked for its last task.
-        unused = self.learns_after and not self.source.config.fit_after_last_task
+        unused = self.source.learns_after and not self.source.config.fit_after_last_task
         for index in range(self.data.num_tasks - unused):
             manifest = self._find(self.data.task(index))
             for name in manifest.files():

@@ -178,7 +178,7 @@ def start(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Return exit code 0, or 2 after one message about a mistake that the user can repair."""
     parser = command_parser("train", __doc__)
-    parser.add_argument("--config", required=True, help="experiment file, or YAML")
+    parser.add_argument("--config", "--flagfile", required=True, help="experiment file, YAML, or flagfile of absl")
     parser.add_argument("--ckpt_save_dir", default="outputs/diffusion_model", help="to fill (default: %(default)s)")
     parser.add_argument("--classes", help="these alone: ids in learning order or names, with commas (default: all)")
     parser.add_argument("--task", type=int, help="fit the classes of this task of the file's schedule alone")

@@ -67,4 +67,8 @@ def _check_source(learner: type[Learner], config: RunConfig, synth: SourceConfig
         can_use = f"it can use {' or '.join(sorted(learner.accepts))}" if learner.accepts else "it uses no source"
         pair = f"{synth.name!r} makes {source.samples}, which the learner {config.model_name!r} cannot replay"
         raise ConfigError(f"synth.name and model_name: {pair} ({can_use}): choose another source or another learner")
-    replay_kind(config, source, learner.replay_kind).check(config, source)
+    kind, usual = replay_kind(config, source, learner.replay_kind), source.usual_replay
+    kind.check(config, source)
+    if usual is not None and not issubclass(kind, usual) and usual.serves(config):
+        why = f"enters a training in a way of its own, and so does the learner {config.model_name!r}"
+        raise ConfigError(f"synth.name={synth.name!r}, with its keys as they are, {why}: choose another learner")

@@ -21,6 +21,7 @@ from synth.ddpm.network import ClassUNet, ClassUNetConfig
 from synth.ddpm.words import translate
 from synth.diffusion import (
     Bend,
+    Model,
     classifier_free,
     linear_process,
     noise_prediction_loss,
@@ -121,14 +122,17 @@ class DDPM(ReplaySource):
 
     def build_network(self) -> nn.Module:
         """Build the noise predictor with random weights: (xt, t, labels) -> eps, where label -1 is no class."""
-        levels, wanted = self.config.attention_levels, self.config.attention_resolutions
-        if wanted is not None:
-            sides = [self.image_shape[1] >> level for level in range(len(self.config.block_out_channels))]
-            if foreign := [side for side in wanted if side not in sides]:
-                raise ConfigError(f"synth.attention_resolutions={foreign}: the levels of this UNet have sides {sides}")
-            levels = [sides.index(side) for side in wanted]
-        config = ClassUNetConfig.of(self.config, attention_levels=levels)
+        config = ClassUNetConfig.of(self.config, attention_levels=self.attention_levels())
         return ClassUNet(self.image_shape, self.num_classes, config)
+
+    def attention_levels(self) -> list[int]:
+        """Return the levels with attention, which may be given by their sides."""
+        if (wanted := self.config.attention_resolutions) is None:
+            return self.config.attention_levels
+        sides = [self.image_shape[1] >> level for level in range(len(self.config.block_out_channels))]
+        if foreign := [side for side in wanted if side not in sides]:
+            raise ConfigError(f"synth.attention_resolutions={foreign}: the levels of this UNet have sides {sides}")
+        return [sides.index(side) for side in wanted]
 
     def _start_from(self, folder: Path) -> None:
         found = [folder / name for name in ("generator.safetensors", "network.safetensors")]
@@ -142,19 +146,31 @@ class DDPM(ReplaySource):
 
     def fit_after(self, task: Task, images: ImageSet, past: ImageSet, exemplars: ImageSet, encoder) -> None:
         """Train on the task's real images and on images of the old classes: the learner's replay, or its own."""
+        self.learn(task, images, past)
+
+    def learn(self, task: Task, images: ImageSet, past: ImageSet) -> None:
+        """Train; where ``past`` is to be its own images, or there are none, it draws them itself."""
         config, whole = self.config, self.config.counts == "reference"
         if self.fitted_classes and (config.rehearsal == "own" or not len(past)):
             past = self._rehearse(task, len(images))
         loading = self.run.loading(self.transform, config.batch_size, task.index, "ddpm", drop_last=whole)
         batches = ImageBatches(images, past, loading)
-        steps = config.first_task_num_steps if task.index == 0 else config.num_steps
-        train_config = TrainConfig(steps=steps, lr=config.lr, optimizer="adamw", weight_decay=config.weight_decay,
-                                   schedule=config.lr_schedule, ema_decay=config.ema_rate)  # fmt: skip
+        self.before_training(batches.labels)
+        train_config = self.train_config(task.index)
         hooks = Hooks(before_epoch=partial(self._before_epoch, task))
         average = fit(self.network, batches, self.loss, train_config, Training(self.run, task, "ddpm"), hooks)
         self.generator = average or self.network
         self.fitted_classes |= set(task.classes)
-        show_progress(self, task, math.ceil(steps / len(batches)))
+        show_progress(self, task, math.ceil(train_config.steps / len(batches)))
+
+    def before_training(self, labels: Tensor) -> None:
+        """Look at the labels, int64 (N,), of all that a training shows. Default: nothing."""
+
+    def train_config(self, index: int) -> TrainConfig:
+        """Return length, rate and optimiser of the training of this task."""
+        config, steps = self.config, self.config.num_steps if index else self.config.first_task_num_steps
+        return TrainConfig(steps=steps, lr=config.lr, optimizer="adamw", weight_decay=config.weight_decay,
+                           schedule=config.lr_schedule, ema_decay=config.ema_rate)  # fmt: skip
 
     def _before_epoch(self, task: Task, step: Step) -> None:
         self.generator = self.network.eval()  # while it trains, the average is not at hand
@@ -223,26 +239,32 @@ class DDPM(ReplaySource):
         """Draw uint8 (N, C, H, W) of one chunk, on the CPU."""
         generators = requests.generators()
         noise = draw_noise(generators, self.image_shape).to(self.run.device)
-        process = respace(self.process, sampling.timestep_respacing)
-        uphill, clip = None if bend is None else bend(requests), self.config.clip_x0
+        uphill = None if bend is None else bend(requests)
         with fixed(self.generator) as network:
-            model = self._model(network, requests.labels.to(self.run.device))
-            if sampling.sampler == "ddpm":
-                fresh = partial(draw_noise, generators, self.image_shape)
-                x0 = sample_ddpm(model, noise, process, fresh, uphill, clip)
-            else:
-                x0 = sample_ddim(model, noise, process, uphill, clip)
+            model = self.noise_predictor(partial(self._predict, network), requests.labels.to(self.run.device))
+            x0 = self.sample(model, noise, sampling, partial(draw_noise, generators, self.image_shape), uphill)
         return to_uint8(x0).cpu()
 
-    def _model(self, network: nn.Module, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the noise predictor of these labels, with classifier-free guidance where it is on."""
+    def sample(self, model: Model, noise: Tensor, sampling: Sampling, step_noise: Callable[[], Tensor],
+               bend: Bend | None) -> Tensor:  # fmt: skip
+        """Follow a sampler from pure noise to clean images, (B, C, H, W); see `synth.diffusion`."""
+        process, clip = respace(self.process, sampling.timestep_respacing), self.config.clip_x0
+        if sampling.sampler == "ddpm":
+            return sample_ddpm(model, noise, process, step_noise, bend, clip)
+        return sample_ddim(model, noise, process, bend, clip)
 
-        def predict(classes: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-            with self.run.runtime.autocast():
-                return network(xt, t, classes).float()
+    def noise_predictor(self, predict: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor) -> Model:
+        """Turn ``predict(xt, t, labels)`` into the noise predictor of these labels, guided where it is on."""
 
-        conditional, unconditional = partial(predict, labels), partial(predict, torch.full_like(labels, -1))
-        return classifier_free(conditional, unconditional, self.config.guidance or 1)  # of 1 the conditional alone
+        def of(classes: Tensor) -> Model:
+            return lambda xt, t: predict(xt, t, classes)
+
+        # A guidance of 1 is the conditional alone.
+        return classifier_free(of(labels), of(torch.full_like(labels, -1)), self.config.guidance or 1)
+
+    def _predict(self, network: nn.Module, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        with self.run.runtime.autocast():
+            return network(xt, t, labels).float()
 
     # ------------------------------------------------------------------ keeping
 
@@ -265,8 +287,8 @@ class DDPM(ReplaySource):
     def describe(self) -> str:
         """Say how large the UNet is, and how long it trains."""
         millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
-        first, later = self.config.first_task_num_steps, self.config.num_steps
-        replay = "its own images" if self.config.rehearsal == "own" else "the learner's replay"
+        first, later = (self.train_config(index).steps for index in (0, 1))
+        replay = "the learner's replay" if self.wants_past else "its own images"
         length = f"trained {first} steps on the first task and {later} on later ones"
         return f"UNet of {millions:.1f} M parameters, {length}, with {replay} of the classes before"
 

@@ -1,12 +1,15 @@
 """DDPM training steps and DDIM images per second: ours against a plain fp32 loop with the same UNet.
 
-`python -m tests.benchmarks.ddpm`; exit code 1 if a ratio falls short. Run it on an idle machine.
+`python -m tests.benchmarks.ddpm`; exit code 1 if a ratio falls short. Run it on an idle machine. With --cb it measures
+steps of the class-balanced loss instead, against steps without it and a plain loop of two passes.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from synth.diffusion import linear_process, respace
 from synth.requests import Requests
 from tests.benchmarks.parts import cpu_run, new_source, pictures, training
-from tests.benchmarks.timing import compare_all
+from tests.benchmarks.timing import alternate, compare_all, fast_precision, verdict
 from utils.training.schedule import TrainConfig
 
 UNET = {
@@ -31,9 +34,9 @@ def new_ddpm(precision: str, folder: Path):
     return new_source(cpu_run(folder, precision), 32, 10, **keys)
 
 
-def describe() -> str:
+def describe(new: Callable) -> str:
     with tempfile.TemporaryDirectory() as name:
-        count = sum(parameter.numel() for parameter in new_ddpm("fp32", Path(name)).network.parameters())
+        count = sum(parameter.numel() for parameter in new("fp32", Path(name)).network.parameters())
     return f"UNet of {count / 1e6:.1f} M parameters, 3x32x32, {torch.get_num_threads()} threads"
 
 
@@ -96,8 +99,70 @@ def plain_sampling(folder: Path):
     return images
 
 
+def new_balanced(precision: str, folder: Path, **keys):
+    keys = {"name": "cbdm", **UNET, **keys, "sample_batch": IMAGES}
+    return new_source(cpu_run(folder, precision), 32, 10, **keys)
+
+
+def balanced_training(folder: Path, precision: str, **keys):
+    """Some steps per call through `fit`, the two predictions in one call of the network."""
+    source = new_balanced(precision, folder, **keys)
+    source.before_training(LABELS)
+    config = TrainConfig(steps=STEPS, lr=2e-4, optimizer="adamw", ema_decay=0.9999, clip_norm=1.0)
+    return training(source.run, source.network, pictures(512, 32, 10), source.transform, BATCH, source.loss, config)
+
+
+def two_passes(folder: Path):
+    """The loss as it is written: the network once under each label, in fp32, and a graph for each."""
+    network = new_balanced("fp32", folder).network.train()
+    average = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer = torch.optim.Adam(network.parameters(), 2e-4)
+    alpha_bar = linear_process(1000, 1e-4, 0.02).alpha_bar.float()
+    pixels = pictures(512, 32, 10).parts[0].images
+
+    def steps() -> int:
+        for _ in range(STEPS):
+            pick = torch.randint(len(pixels), (BATCH,))
+            x0 = pixels[pick].float() / 127.5 - 1
+            t, noise = torch.randint(1000, (BATCH,)), torch.randn_like(x0)
+            a, weight = alpha_bar[t].view(-1, 1, 1, 1), (t / 1000).view(-1, 1, 1, 1)
+            xt = a.sqrt() * x0 + (1 - a).sqrt() * noise
+            h, other = network(xt, t, pick % 10), network(xt, t, torch.randint(10, (BATCH,)))
+            loss = F.mse_loss(h, noise) + (weight * (h - other.detach()) ** 2).mean()
+            loss = loss + (weight * (h.detach() - other) ** 2).mean() / 4
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            loss.item()
+            for mean, parameter in zip(average, network.parameters()):
+                mean.mul_(0.9999).add_(parameter.detach(), alpha=0.0001)
+        return STEPS
+
+    return steps
+
+
+def compare_balanced() -> int:
+    """Time balanced steps against two plain passes, and against steps without balancing."""
+    precision = fast_precision()
+    print(f"{describe(new_balanced)}; steps/s of the class-balanced loss, batch {BATCH}")
+    with tempfile.TemporaryDirectory() as name:
+        arms = {
+            "two passes, fp32": two_passes(Path(name) / "a"),
+            f"ours, {precision}": balanced_training(Path(name) / "b", precision),
+            f"without, {precision}": balanced_training(Path(name) / "c", precision, cb=False),
+        }
+        naive, ours, without = alternate(arms).values()
+    print(f"a balanced step takes {without / ours:.2f} times as long as one without")
+    return 0 if verdict("balanced steps, against two plain passes", ours / naive, wanted=0.95) else 1
+
+
 def main() -> int:
-    print(describe())
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.ddpm", description=__doc__)
+    parser.add_argument("--cb", action="store_true", help="measure the class-balanced loss")
+    if parser.parse_args().cb:
+        return compare_balanced()
+    print(describe(new_ddpm))
     return compare_all(
         (f"training steps/s, batch {BATCH}", plain_training, our_training),
         (f"DDIM images/s, {SAMPLE_STEPS} steps, {IMAGES} at once", plain_sampling, our_sampling),

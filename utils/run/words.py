@@ -91,8 +91,49 @@ Sections.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(
 parse_yaml = partial(yaml.load, Loader=Sections)
 
 
-def read_experiment(path: str | Path, parse: Callable[[bytes], Any] = parse_json) -> dict[str, Any]:
-    """Read the object in an experiment file, of JSON or whatever else ``parse`` takes.
+# A flagfile of absl: its first line that is no comment is a flag. No JSON begins so.
+FLAGFILE = re.compile(rb"(\xef\xbb\xbf)?(\s*(#|//)[^\n]*\n)*\s*--?[A-Za-z]")
+FLAG = re.compile(r"--?(?P<key>[A-Za-z]\w*)(?:(?P<given>\s*=\s*|\s+)(?P<value>.*))?")
+
+
+def parse_file(content: bytes) -> Any:
+    """Read JSON, or a flagfile of absl."""
+    return parse_flags(content.decode("utf-8-sig")) if FLAGFILE.match(content) else parse_json(content)
+
+
+def parse_flags(text: str) -> dict[str, Any]:
+    """Read a flagfile: --key=value, --key value, --switch and --noswitch, one on a line; # or // begins a comment.
+
+    Values are JSON where they parse as such. A flag that stands several times is the list of its values.
+
+    Raises:
+        ValueError: for any other line, which is named.
+    """
+    flags: dict[str, list[Any]] = {}
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line or line.startswith(("#", "//")):
+            continue
+        found, rule = FLAG.fullmatch(line), "write --key=value, --key value, --switch or --noswitch, one on a line"
+        if found is None or found["key"] == "flagfile":
+            remedy = rule if found is None else "put the flags of that file here"
+            raise ValueError(f"line {number}, {shown(line)}: {remedy}")
+        key, value = found["key"], _read_value(found["value"]) if found["given"] else True
+        if not found["given"] and key.startswith("no"):
+            key, value = key[2:], False
+        flags.setdefault(key, []).append(value)
+    return {key: values[0] if len(values) == 1 else values for key, values in flags.items()}
+
+
+def _read_value(text: str) -> Any:
+    """Read JSON or, where it is none, the text."""
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def read_experiment(path: str | Path, parse: Callable[[bytes], Any] = parse_file) -> dict[str, Any]:
+    """Read the object in an experiment file: of JSON, a flagfile, or whatever else ``parse`` takes.
 
     Raises:
         ConfigError: if the file is absent, is not JSON (line and column named), or holds no object.
@@ -132,9 +173,7 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
         if not equals or not path:
             raise ConfigError(f"--set {shown(override)}: write --set key=value")
         try:
-            value = parse_json(text)
-        except json.JSONDecodeError:
-            value = text
+            value = _read_value(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"--set {shown(override)}: {error}") from error
         _put(result, path.strip().split("."), value)

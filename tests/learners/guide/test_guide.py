@@ -43,8 +43,8 @@ def pixels(images):
     ({"synth": {"name": "ddpm", "num_channels": 64}}, "num_channels and synth.channel_mult go together"),
     ({"synth": {"name": "ddpm", "use_ddim": True, "sampler": "ddpm"}}, "are one key: keep one of them"),
     ({"synth": {"name": "ddpm", "need_syn_imgs": False}}, "need_syn_imgs=false: replay of guide is drawn anew"),
-    ({"synth": {"name": "ldm"}}, "'ldm' does not allow: choose synth.name=ddpm"),  # it cannot be guided
-    ({"synth": {"name": "small_ldm"}}, "'small_ldm' does not allow: choose synth.name=ddpm"),
+    ({"synth": {"name": "ldm"}}, "'ldm' does not allow: choose synth.name=cbdm, ddpm"),  # it cannot be guided
+    ({"synth": {"name": "small_ldm"}}, "'small_ldm' does not allow: choose synth.name=cbdm, ddpm"),
     ({"embedding_kind": "none"}, "embedding_kind='none': only concat_time_1hot"),
     ({"timestep_respacing": "ddim60"}, "^timestep_respacing='ddim60': no integer stride"),
     ({"synth": {"name": "ddpm", "timestep_respacing": "0"}}, "^synth.timestep_respacing='0': use 1 to 1000"),
