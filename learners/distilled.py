@@ -49,6 +49,8 @@ class DistilledStudent(Learner):
         )
         warm_start: bool = Field(False, description="go on from the last task's network instead of a new one")
 
+    accepts = frozenset({"images"})  # a new network has other features than the one before
+
     def build_transform(self) -> ClassifierTransform:
         dataset = self.data.dataset
         if self.config.augmentation == "resized_crop":

@@ -30,5 +30,8 @@ class Finetune(PyCILLearner):
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:
         logits = self.network(batch.images)  # (B, num_seen)
-        first = 0 if self.config.loss_over == "all" or len(self.past) else task.num_old
-        return {"cross_entropy": cross_entropy_from(first, logits, batch.labels)}
+        return {"cross_entropy": cross_entropy_from(self.first_output(task), logits, batch.labels)}
+
+    def first_output(self, task: Task) -> int:
+        """Return the first class that competes in the loss."""
+        return 0 if self.config.loss_over == "all" or len(self.past) else task.num_old

@@ -78,6 +78,8 @@ class TaskArithmetic(PyCILLearner):
         )
         reestimate_bn: bool = Field(True, description="BatchNorm's statistics anew for the merged network")
 
+    accepts = frozenset({"images"})  # a merged backbone is shown them again, and its features are others
+
     def __init__(self, config, data, run, replay):
         super().__init__(config, data, run, replay)
         if config.scaling == "val" and config.merge != "average" and not len(data.val_images(data.task(0).classes)):

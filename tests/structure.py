@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("utils", "models", "synth", "learners", "main")  # from the ground up
 FILES = [ROOT / "main.py", *sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))]
 # A method may be named in its own room and in its own file; general files serve them all.
-ROOMS = re.compile(r"(learners|synth)/(asp|d4m|dddr|ddpm|escort|expandable|guide|inversion)/|learners/[^/]+\.py")
-GENERAL_LEARNERS = {"backbones", "base", "frozen_backbone", "losses", "memory", "predict", "pycil", "__init__"}
+ROOMS = re.compile(
+    r"(learners|synth)/(asp|cbdm|d4m|dddr|ddpm|escort|expandable|guide|features|inversion|tdfa)/|learners/[^/]+\.py"
+)
+GENERAL_LEARNERS = {"base", "frozen_backbone", "losses", "memory", "predict", "pycil", "__init__"}
 METHODS = re.compile(r"escort|guide(?!d|s\b)|dddr|(?<![a-z])asp(?![a-z])|cbdm|tdfa|d4m", re.IGNORECASE)
 # Names that users write: of data, of a split, of an experiment file.
 ALLOWED = re.compile(r"asp80|ldm_dddr")
-MOST_CODE, MOST_LINES, MOST_PARAMETERS = 8_000, 300, 7  # of code: with all five systems; three took 7,300
+MOST_CODE, MOST_LINES, MOST_PARAMETERS = 9_300, 300, 7  # of code: with all five systems; three took 7,300
 MOST_METHODS = {Learner: 20, ReplaySource: 12}
 
 

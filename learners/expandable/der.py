@@ -31,6 +31,7 @@ class DynamicallyExpandableRepresentation(PyCILLearner):
         milestones: Milestones = Field([80, 120, 150], description="epochs where lrate decays")
         alpha_aux: Factor = Field(1.0, description="weight of the auxiliary loss on the newest branch")
 
+    accepts = frozenset({"images"})  # features of an earlier task are shorter
     uses_exemplars = True
 
     def build_network(self) -> ExpandableNet:

@@ -30,6 +30,7 @@ INTERRUPTED = [
     for usual in [
         source is None
         or (source == "ddpm" and (precision == "fp32" or name in WITH_SOURCE_IN_BF16))
+        or (LEARNERS[name].accepts == {"features"} and precision == "fp32")  # which ddpm does not serve
         or (name in WITH_EVERY_SOURCE and precision == "fp32" and (source != "small_d4m" or name == "finetune"))
     ]
     if source not in ("controlnet", "d4m") or name == "finetune"  # with the others, our small ones stand for them

@@ -138,7 +138,7 @@ def test_the_hooks_of_a_task_are_called_in_one_order(tmp_path, monkeypatch):
 
 ONE_STEP = {
     "init_epoch": 1, "pretrain_epochs": 1, "tuned_epoch": 1, "com_round": 1, "disjoint_classifier_init_num_steps": 1,
-    "batch_size": 19, "pretrain_batch_size": 19, "precision": "fp32",
+    "batch_size": 19, "pretrain_batch_size": 19, "head_batch_size": 20, "precision": "fp32",
 }  # fmt: skip
 
 

@@ -3,12 +3,17 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
+from models.heads import LinearHead
+from models.incremental import IncrementalNet
+from models.options import BackboneOptions
+from models.timm_backbone import build_backbone
 from synth import SOURCES
 from synth.requests import Requests
 from tests.support.toy import tiny_source, toy_dataset
 from utils.data.images import ImageSet, encode_image
 from utils.data.manager import DataManager, Split
 from utils.run.files import atomic_write
+from utils.training import seeding
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 
@@ -25,13 +30,22 @@ def build(kind, keys, folder, seed=7, precision="fp32", dataset=None):
 
 def fitted(name, folder, tasks=1, seed=7, **keys):
     source = make_source(name, folder, seed, **keys)
+    encoder = toy_encoder() if source.samples == "features" else None
     data = DataManager(toy_dataset(), Split(init_cls=2, increment=2))
     for task in list(data.tasks())[:tasks]:
         data.advance(task)
         source.fit_before(task, data.train_images(task))
         replay = ImageSet() if task.index == 0 else source.generate(Requests.of_classes([0, 1], 2, (seed, name, 0)))
-        source.fit_after(task, data.train_images(task), replay, ImageSet(), None)
+        source.fit_after(task, data.train_images(task), replay, ImageSet(), encoder)
     return source
+
+
+def toy_encoder(num_classes=6) -> IncrementalNet:
+    """A classifier of the toy data as it was built: one that has seen no image."""
+    seeding.seed_everything("encoder")
+    network = IncrementalNet(build_backbone("resnet20", BackboneOptions(image_size=8)), LinearHead(64))
+    network.grow(num_classes)
+    return network.eval()
 
 
 def weigh(source, saved) -> tuple[int, int]:

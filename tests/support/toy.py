@@ -39,6 +39,15 @@ TINY_SOURCES = {
         "norm_num_groups": 4, "first_task_num_steps": 3, "num_steps": 3, "batch_size": 8, "ema_rate": 0.5,
         "timestep_respacing": "ddim2", "sample_batch": 4, "syn_per_class": 3,
     },
+    "feature_diffusion": {
+        "blocks": 1, "width": 16, "train_steps": 6, "batch_size": 8, "ema_rate": 0.5, "timestep_respacing": "ddim2",
+        "omega": 0.5, "sample_batch": 4, "syn_per_class": 3,
+    },
+    "cbdm": {
+        "block_out_channels": [8, 8], "layers_per_block": 1, "attention_levels": [1], "norm_num_groups": 4,
+        "first_task_num_steps": 3, "num_steps": 3, "batch_size": 8, "warmup_steps": 1, "ema_rate": 0.5,
+        "timestep_respacing": "3", "sample_batch": 4, "syn_per_class": 3,
+    },
     "ldm": {
         "ldm_ckpt": tiny_ldm_folder,  # a function: the model is made when it is first asked for
         "samples_per_class": 12, "g_local_bs": 6, "sample_steps": 2, "guidance": 2.0, "sample_batch": 4,
@@ -72,6 +81,8 @@ TINY_LEARNERS = {
     "guide": TINY_GUIDE,
     "guide_joint": TINY_GUIDE,
     "agem": {"memory_batch_size": 8},
+    "crt": {"head_batch_size": 8, "head_lr": 0.05},
+    "tdfa": {"head_batch_size": 8, "head_epochs": 2},
     "distilled": {"epochs": 20},
     "er": {"memory_batch_size": 8},
     "task_arithmetic": {"anchor": "first_task"},
@@ -145,9 +156,9 @@ def toy_raw(learner: str, folder: Path, source: str | None = None, **keys: Any) 
 
 
 def toy_experiment(learner: str, folder: Path, source: str | None = None, data=None, **keys: Any) -> Experiment:
-    """An experiment on the toy data, its folder claimed, ready to run; `ddpm` stands in where a source is needed."""
+    """An experiment on the toy data, its folder claimed, ready to run; some source stands in where one is needed."""
     if source is None and LEARNERS[learner].needs_source:
-        source = "ddpm"
+        source = "ddpm" if "images" in LEARNERS[learner].accepts else "feature_diffusion"
     return experiment_of(build_config(toy_raw(learner, folder, source, **keys))[0], data)
 
 

@@ -66,6 +66,7 @@ class Loading:
         shard: (rank, world size): this process takes every world-size-th sample of each batch; where the batch does
             not divide, ranks with one sample less weigh theirs a little more.
         drop_last: leave out what does not fill a batch, unless there is no other.
+        balanced: an epoch draws its samples by chance, each class equally often, instead of showing each of them once.
         network: says by `least_batch` how many samples a step needs; a last batch with fewer joins the one before it.
             None: one will do.
     """
@@ -77,7 +78,14 @@ class Loading:
     num_workers: int = 0
     shard: tuple[int, int] = (0, 1)
     drop_last: bool = False
+    balanced: bool = False
     network: Any = None
+
+
+def class_shares(labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return what each sample, int64 (N,), is of its class, by weights > 0 or in equal parts: float64 (N,)."""
+    weights = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights.double()
+    return weights / torch.bincount(labels, weights)[labels]
 
 
 class Batches(ABC):
@@ -110,6 +118,7 @@ class ShuffledBatches(Batches):
     def __init__(self, labels: Tensor, loading: Loading):
         self.loading, self.device = loading, loading.device
         self.labels = labels.to(loading.device)
+        self.draw_weights = class_shares(labels) if loading.balanced else None  # to be drawn; None: each is shown once
         network, smallest = loading.network, len(labels) % loading.batch_size or loading.batch_size
         # The network is asked only where a process may get one sample alone.
         self.least = network.least_batch(loading.transform.size) if network and smallest < 2 * loading.shard[1] else 1
@@ -120,8 +129,12 @@ class ShuffledBatches(Batches):
 
     def picks(self, epoch: int) -> list[Tensor]:
         """Return which samples each step of an epoch shows, int64 (B,) each, of all processes together."""
-        count, size = len(self), self.loading.batch_size
-        order = torch.randperm(len(self.labels), generator=seeding.generator(*self.loading.key, "shuffle", epoch))
+        count, size, total = len(self), self.loading.batch_size, len(self.labels)
+        generator = seeding.generator(*self.loading.key, "shuffle", epoch)
+        if self.draw_weights is None:
+            order = torch.randperm(total, generator=generator)
+        else:
+            order = torch.multinomial(self.draw_weights, total, replacement=True, generator=generator)
         stop = count * size if self.loading.drop_last else None  # None: the last batch has all that is left
         return list(order[:stop].tensor_split(tuple(range(size, count * size, size)))[:count])
 

@@ -56,13 +56,15 @@ def long_tail_counts(num_images: int, num_classes: int, imb_factor: float, kind:
     return [int(most * imb_factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
 
 
-def long_tail_indices(labels: Tensor, num_classes: int, imb_factor: float, kind: Tail = "exp") -> Tensor:
+def long_tail_indices(labels: Tensor, num_classes: int, imb_factor: float, kind: Tail = "exp",
+                      class_names: Sequence[str] | None = None) -> Tensor:  # fmt: skip
     """Return positions of the images that a long-tailed set keeps, class by class in label order.
 
     The seed is 0 as in the reference (Qin et al., CVPR 2023, arXiv:2305.00562), so all runs share one set.
 
     Args:
         labels: int64 (N,), original class ids: class 0 is the head, whatever the order of learning.
+        class_names: by original id, for messages.
 
     Returns:
         int64 (M,).
@@ -73,7 +75,9 @@ def long_tail_indices(labels: Tensor, num_classes: int, imb_factor: float, kind:
     counts = long_tail_counts(len(labels), num_classes, imb_factor, kind)
     if 0 in counts:
         least = math.ceil(num_classes / len(labels) * 1e6) / 1e6
-        raise ConfigError(f"imb_factor={imb_factor} leaves class {counts.index(0)} no image: use at least {least:g}")
+        first = counts.index(0)
+        name = repr(class_names[first]) if class_names else first
+        raise ConfigError(f"imb_factor={imb_factor} leaves class {name} no image: use at least {least:g}")
     stream, kept = np.random.RandomState(0), []
     for label, count in enumerate(counts):
         positions = np.flatnonzero(labels.numpy() == label)
