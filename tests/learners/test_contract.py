@@ -22,16 +22,18 @@ PAIRS += [(name, None) for name in ALL if not LEARNERS[name].needs_source]
 # In fp32 every learner with ddpm and without a source, and three learners with the slower sources; in bf16 every
 # learner without a source or with the one that it needs. All other pairs stand behind the marker.
 WITH_EVERY_SOURCE = ("asp", "dddr", "finetune")
+LIKE_FINETUNE = ("crt", "logit_adjustment")  # whose steps are its steps
+KIN = ("cbdm", "small_d4m")  # of ddpm and small_ldm, from which an interruption differs for no learner but one
 WITH_SOURCE_IN_BF16 = ("finetune", "generative_replay", "guide")
 INTERRUPTED = [
     pytest.param(name, source, precision, marks=[] if usual else [pytest.mark.slow])
     for name, source in PAIRS
     for precision in ("fp32", "bf16")
     for usual in [
-        source is None
+        (source is None and (precision == "fp32" or name not in LIKE_FINETUNE))
         or (source == "ddpm" and (precision == "fp32" or name in WITH_SOURCE_IN_BF16))
         or (LEARNERS[name].accepts == {"features"} and precision == "fp32")  # which ddpm does not serve
-        or (name in WITH_EVERY_SOURCE and precision == "fp32" and (source != "small_d4m" or name == "finetune"))
+        or (name in WITH_EVERY_SOURCE and precision == "fp32" and (source not in KIN or name == "finetune"))
     ]
     if source not in ("controlnet", "d4m") or name == "finetune"  # with the others, our small ones stand for them
 ]
