@@ -44,6 +44,8 @@ class ReplaySource(ABC):
         if config.need_syn_imgs:
             self.check_weights(config, promised_offline())
         self.fitted_classes: set[int] = set()
+        # What learns once the classifier has trained is not asked for its last task.
+        self.learns_after = type(self).fit_after is not ReplaySource.fit_after
         self.chunk_size = config.sample_batch  # halved for good where the device's memory is too small for it
         self.watcher: Callable[[int], None] | None = None  # looks on while it learns; see `show_progress`
 
@@ -68,11 +70,6 @@ class ReplaySource(ABC):
             exemplars: of the task, best first within a class: those that the replay asked the learner for.
             encoder: the trained classifier.
         """
-
-    @property
-    def learns_after(self) -> bool:
-        """Whether it learns once the classifier has trained, so that nothing of a last task is asked of it."""
-        return type(self).fit_after is not ReplaySource.fit_after
 
     @abstractmethod
     def generate(self, requests: Requests) -> Samples:

@@ -92,7 +92,6 @@ class StoredSources:
         Raises:
             CheckpointError: at the first one that is absent, lacks a file, or has learned something else.
         """
-        # What learns after the classifier is not asked for its last task.
         unused = self.source.learns_after and not self.source.config.fit_after_last_task
         for index in range(self.data.num_tasks - unused):
             manifest = self._find(self.data.task(index))

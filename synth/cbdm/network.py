@@ -31,22 +31,11 @@ class LabelUNet(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, config: ClassUNetConfig, augmented: bool):
         super().__init__()
         config.check(image_shape, num_classes=1)  # a vector per class asks for no place in the embedding
-        from diffusers import UNet2DModel
-
-        widths, (channels, *size) = config.block_out_channels, image_shape
-        down_types, up_types = config.block_types()
-        self.unet = UNet2DModel(
-            sample_size=tuple(size), in_channels=channels, out_channels=channels, block_out_channels=tuple(widths),
-            down_block_types=down_types, up_block_types=up_types, layers_per_block=config.layers_per_block,
-            dropout=config.dropout, downsample_type=config.resample, upsample_type=config.resample,
-            attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
-            flip_sin_to_cos=False, freq_shift=0, class_embed_type="identity",
-        )  # fmt: skip
-        self.classes = nn.Embedding(num_classes, 4 * widths[0])  # N(0, 1)
-        self.augmentation = nn.Linear(SIZE, 4 * widths[0], bias=False) if augmented else None
+        self.unet = config.new_unet(image_shape, flip_sin_to_cos=False, freq_shift=0)
+        width = 4 * config.block_out_channels[0]  # of the time embedding
+        self.classes = nn.Embedding(num_classes, width)  # N(0, 1)
+        self.augmentation = nn.Linear(SIZE, width, bias=False) if augmented else None
         _initialise(self)
-        if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
 
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Predict the noise in ``xt``.

@@ -99,7 +99,7 @@ class ClassBalancing(DDPM):
         super().__init__(config, run, num_classes, class_names, dataset)
         if config.augmentation_probability:  # which shows the mirror images
             self.transform = DiffusionTransform(self.image_shape[1], flip=False)
-        self.wants_past = self.wants_past and not config.fill
+        self.learns_after, self.wants_past = not config.fill, self.wants_past and not config.fill
         self.prior = torch.full((num_classes,), 1 / num_classes)
 
     def build_network(self) -> nn.Module:
@@ -108,10 +108,6 @@ class ClassBalancing(DDPM):
         return LabelUNet(self.image_shape, self.num_classes, config, self.config.augmentation_probability > 0)
 
     # ------------------------------------------------------------------ learning
-
-    @property
-    def learns_after(self) -> bool:
-        return not self.config.fill
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """With ``fill``, train on the task's real images and on own images of the old classes."""

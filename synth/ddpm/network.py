@@ -62,12 +62,29 @@ class ClassUNetConfig(NetworkConfig):
                 where = f"block_out_channels[{level}]={widths[level]}"
                 raise ConfigError(f"{where} has attention, so it must be a multiple of attention_head_dim={head}")
 
-    def block_types(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return diffusers' names of the blocks on the way down and on the way up."""
+    def new_unet(self, image_shape: tuple[int, int, int], **extras):
+        """Build the ``UNet2DModel`` of this size, which adds a vector per image to its time embedding.
+
+        Args:
+            image_shape: (C, H, W) of the images.
+            extras: further arguments of ``UNet2DModel``.
+        """
+        from diffusers import UNet2DModel
+
         plain = {"conv": "Down", "resnet": "ResnetDownsample"}[self.resample]  # DownBlock2D ignores downsample_type
         levels = range(len(self.block_out_channels))
         down = tuple(f"{'AttnDown' if level in self.attention_levels else plain}Block2D" for level in levels)
-        return down, tuple(name.replace("Down", "Up") for name in reversed(down))
+        channels, *size = image_shape
+        unet = UNet2DModel(
+            sample_size=tuple(size), in_channels=channels, out_channels=channels, class_embed_type="identity",
+            block_out_channels=tuple(self.block_out_channels), layers_per_block=self.layers_per_block,
+            down_block_types=down, up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+            dropout=self.dropout, downsample_type=self.resample, upsample_type=self.resample,
+            attention_head_dim=self.attention_head_dim, norm_num_groups=self.norm_num_groups, **extras,
+        )  # fmt: skip
+        if self.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
 
 
 class ClassUNet(nn.Module):
@@ -90,24 +107,13 @@ class ClassUNet(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, config: ClassUNetConfig):
         super().__init__()
         config.check(image_shape, num_classes)
-        from diffusers import UNet2DModel
-
-        widths, (channels, *size) = config.block_out_channels, image_shape
+        widths = config.block_out_channels
         self.num_classes, self.embedding_dim = num_classes, 4 * widths[0]
-        down_types, up_types = config.block_types()
-        self.unet = UNet2DModel(
-            sample_size=tuple(size), in_channels=channels, out_channels=channels, block_out_channels=tuple(widths),
-            down_block_types=down_types, up_block_types=up_types, layers_per_block=config.layers_per_block,
-            dropout=config.dropout, downsample_type=config.resample, upsample_type=config.resample,
-            attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
-            # With scale-shift and the default None, the middle attention would have no GroupNorm at all.
-            attn_norm_num_groups=config.norm_num_groups,
-            resnet_time_scale_shift="scale_shift", class_embed_type="identity",
-        )  # fmt: skip
+        # With scale-shift and the default None, the middle attention would have no GroupNorm at all.
+        extras = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": config.norm_num_groups}
+        self.unet = config.new_unet(image_shape, **extras)
         self.unet.time_embedding.linear_2 = _PaddedLinear(self.embedding_dim, self.embedding_dim, num_classes)
         _zero_residual_branches(self.unet)
-        if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
         wide_groups = min(widths) // config.norm_num_groups >= CHANNELS_LAST_FROM
         self.memory_format = torch.channels_last if wide_groups else torch.contiguous_format
         self.to(memory_format=self.memory_format)

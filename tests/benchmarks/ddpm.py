@@ -7,6 +7,7 @@ steps of the class-balanced loss instead, against steps without it and a plain l
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ UNET = {
     "norm_num_groups": 4,
 }  # fmt: skip
 BATCH, STEPS, IMAGES, SAMPLE_STEPS = 64, 4, 32, 5
+BALANCED_BATCH = 16
 LABELS = torch.arange(BATCH) % 10
 
 
@@ -50,22 +52,33 @@ def our_training(folder: Path, precision: str):
 def plain_training(folder: Path):
     """The textbook loop: fp32, one parameter at a time for the moving average."""
     network = new_ddpm("fp32", folder).network.train()
-    average = [parameter.detach().clone() for parameter in network.parameters()]
     optimizer = torch.optim.AdamW(network.parameters(), 2e-4, weight_decay=0)
+
+    def loss(xt, t, labels, noise):
+        return F.mse_loss(network(xt, t, labels), noise)
+
+    return textbook_steps(network, optimizer, loss, BATCH)
+
+
+def textbook_steps(network, optimizer, loss: Callable, batch: int, clip_norm: float = math.inf):
+    """Some steps per call on noised pictures, as every paper's code takes them."""
+    average = [parameter.detach().clone() for parameter in network.parameters()]
     alpha_bar = linear_process().alpha_bar.float()
     pixels = pictures(512, 32, 10).parts[0].images
 
     def steps() -> int:
         for _ in range(STEPS):
-            pick = torch.randint(len(pixels), (BATCH,))
+            pick = torch.randint(len(pixels), (batch,))
             x0 = pixels[pick].float() / 127.5 - 1
-            t, noise = torch.randint(1000, (BATCH,)), torch.randn_like(x0)
+            t, noise = torch.randint(1000, (batch,)), torch.randn_like(x0)
             a = alpha_bar[t].view(-1, 1, 1, 1)
-            loss = F.mse_loss(network(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, pick % 10), noise)
+            value = loss(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, pick % 10, noise)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
+            if clip_norm < math.inf:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
             optimizer.step()
-            loss.item()
+            value.item()
             for mean, parameter in zip(average, network.parameters()):
                 mean.mul_(0.9999).add_(parameter.detach(), alpha=0.0001)
         return STEPS
@@ -109,50 +122,35 @@ def balanced_training(folder: Path, precision: str, **keys):
     source = new_balanced(precision, folder, **keys)
     source.before_training(LABELS)
     config = TrainConfig(steps=STEPS, lr=2e-4, optimizer="adamw", ema_decay=0.9999, clip_norm=1.0)
-    return training(source.run, source.network, pictures(512, 32, 10), source.transform, BATCH, source.loss, config)
+    images = pictures(512, 32, 10)
+    return training(source.run, source.network, images, source.transform, BALANCED_BATCH, source.loss, config)
 
 
 def two_passes(folder: Path):
     """The loss as it is written: the network once under each label, in fp32, and a graph for each."""
     network = new_balanced("fp32", folder).network.train()
-    average = [parameter.detach().clone() for parameter in network.parameters()]
+
+    def loss(xt, t, labels, noise):
+        weight = (t / 1000).view(-1, 1, 1, 1)
+        h, other = network(xt, t, labels), network(xt, t, torch.randint(10, labels.shape))
+        balance = (weight * (h - other.detach()) ** 2).mean() + (weight * (h.detach() - other) ** 2).mean() / 4
+        return F.mse_loss(h, noise) + balance
+
     optimizer = torch.optim.Adam(network.parameters(), 2e-4)
-    alpha_bar = linear_process(1000, 1e-4, 0.02).alpha_bar.float()
-    pixels = pictures(512, 32, 10).parts[0].images
-
-    def steps() -> int:
-        for _ in range(STEPS):
-            pick = torch.randint(len(pixels), (BATCH,))
-            x0 = pixels[pick].float() / 127.5 - 1
-            t, noise = torch.randint(1000, (BATCH,)), torch.randn_like(x0)
-            a, weight = alpha_bar[t].view(-1, 1, 1, 1), (t / 1000).view(-1, 1, 1, 1)
-            xt = a.sqrt() * x0 + (1 - a).sqrt() * noise
-            h, other = network(xt, t, pick % 10), network(xt, t, torch.randint(10, (BATCH,)))
-            loss = F.mse_loss(h, noise) + (weight * (h - other.detach()) ** 2).mean()
-            loss = loss + (weight * (h.detach() - other) ** 2).mean() / 4
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            loss.item()
-            for mean, parameter in zip(average, network.parameters()):
-                mean.mul_(0.9999).add_(parameter.detach(), alpha=0.0001)
-        return STEPS
-
-    return steps
+    return textbook_steps(network, optimizer, loss, BALANCED_BATCH, clip_norm=1.0)
 
 
 def compare_balanced() -> int:
     """Time balanced steps against two plain passes, and against steps without balancing."""
     precision = fast_precision()
-    print(f"{describe(new_balanced)}; steps/s of the class-balanced loss, batch {BATCH}")
+    print(f"{describe(new_balanced)}; steps/s of the class-balanced loss, batch {BALANCED_BATCH}")
     with tempfile.TemporaryDirectory() as name:
         arms = {
             "two passes, fp32": two_passes(Path(name) / "a"),
             f"ours, {precision}": balanced_training(Path(name) / "b", precision),
             f"without, {precision}": balanced_training(Path(name) / "c", precision, cb=False),
         }
-        naive, ours, without = alternate(arms, segments=2).values()  # of 64 images a step takes seconds
+        naive, ours, without = alternate(arms).values()
     print(f"a balanced step takes {without / ours:.2f} times as long as one without")
     return 0 if verdict("balanced steps, against two plain passes", ours / naive, wanted=0.95) else 1
 
