@@ -39,7 +39,8 @@ ODD = [
 TINY = {"dataset": "digits", "init_cls": 5, "increment": 5, "limit_tasks": 2, "kshot": 0, "batch_size": 64, "seed": 1,
         "init_epoch": 1, "epochs": 1, "num_workers": 0, "log_with": None, "model_seed": None}  # fmt: skip
 # What files say beside keys that tiny settings replace, and that does not go with these.
-BESIDE = {"classifier_scale_max_new": None, "synth.attention_resolutions": None, "synth.real_per_class": None}
+BESIDE = {"classifier_scale_max_new": None, "synth.attention_resolutions": None, "synth.real_per_class": None,
+          "synth.start_step": None, "synth.init_weights": None}  # fmt: skip
 
 
 class Mutation(NamedTuple):

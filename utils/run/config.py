@@ -98,6 +98,8 @@ class BaseConfig(
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, (bool, int, float)) and isinstance(item, bool) != (bool in kinds) and kinds & NUMBERS:
                 raise ValueError("a boolean is not a number" if isinstance(item, bool) else "use true or false")
+            if isinstance(item, (int, float)) and not kinds & NUMBERS and not abs(item) < 2**32:
+                raise ValueError(f"use a finite number below {2**32}")  # a text may be a number, such as a name
             if isinstance(item, str) and "_" in item and str not in kinds and kinds & NUMBERS:
                 raise ValueError("write a number with digits alone")  # Python would read 1_0 as 10
         value = read(value)

@@ -300,6 +300,7 @@ def test_keys_that_only_another_learner_knows_may_hold_anything_and_are_listed_a
         ({"model_name": "joint", "synth": DDPM}, "synth.name and model_name: 'ddpm' makes images"),
         ({"synth": {**DDPM, "beta_start": 0.5}}, "synth.beta_start=0.5 is above synth.beta_end=0.02"),
         ({"synth": {**DDPM, "block_out_channels": [10**12]}}, "synth.block_out_channels.0=.*less than or equal to"),
+        ({"backbone_weights": 10**12}, "backbone_weights=.*finite number below"),
         ({"init_lr": 1e308}, "init_lr=.*less than or equal to 100"),
         ({"milestones": [-1]}, "milestones.0=-1"),
         ({"init_cls": parse_json("9" * 5000)}, "init_cls=inf: use a finite number"),
