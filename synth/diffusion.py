@@ -1,14 +1,13 @@
 """The mathematics of diffusion: pure functions on tensors, in the symbols of the papers.
 
 x0 is a clean image in [-1, 1], xt its noisy form at time t, alpha_bar the cumulative product of 1 - beta, eps noise.
-Every sampler has the signature (model, xt, process, ...), so that one replaces another. ``model(xt, t)`` predicts eps;
-t holds original time steps, int64 (B,).
+``model(xt, t)`` predicts eps; t holds original time steps, int64 (B,). What draws images is in `synth.samplers`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +18,7 @@ from utils.run.errors import ConfigError
 from utils.run.registry import shown
 
 Model = Callable[[Tensor, Tensor], Tensor]
-# Clean predictions (B, C, H, W) in [-1, 1] to one log-likelihood per image, (B,), already multiplied by its scale.
-Bend = Callable[[Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (xt, t, labels) to eps; label -1 is no class
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,18 @@ def respace(process: Process, spacing: str | int, key: str = "timestep_respacing
     return Process(process.alpha_bar[kept], process.timesteps[kept])
 
 
-def _rows(values: Tensor, like: Tensor) -> Tensor:
+def thin_at_random(process: Process, count: int) -> Process:
+    """Keep ``count`` time steps at most: the noisiest, and one by chance of each of count - 1 equal spans below it.
+
+    Draws from the global random generator of the CPU.
+    """
+    spans = torch.arange(len(process) - 1).tensor_split(max(0, min(count, len(process)) - 1) or 1)
+    chosen = [span[torch.randint(len(span), ())] for span in spans if len(span) and count > 1]
+    kept = torch.stack([*chosen, torch.tensor(len(process) - 1)])
+    return Process(process.alpha_bar[kept], process.timesteps[kept])
+
+
+def rows(values: Tensor, like: Tensor) -> Tensor:
     """(B,) coefficients that multiply (B, C, H, W) images."""
     return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
@@ -98,7 +107,47 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
 def add_noise(process: Process, x0: Tensor, index: Tensor, eps: Tensor) -> Tensor:
     """Return xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (DDPM, Eq. 4); ``index`` (B,) counts kept steps."""
     alpha_bar = process.alpha_bar[index.cpu()]
-    return _rows(alpha_bar.sqrt(), x0) * x0 + _rows((1 - alpha_bar).sqrt(), x0) * eps
+    return rows(alpha_bar.sqrt(), x0) * x0 + rows((1 - alpha_bar).sqrt(), x0) * eps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a network predicts, and how much each time counts in its loss.
+
+    Attributes:
+        prediction: "epsilon"; "v", the velocity sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022,
+            arXiv:2202.00512, section 4); or "x0".
+        weighting: "none" weighs the error of the prediction alike at all times. With SNR = alpha_bar / (1 - alpha_bar),
+            "min_snr" weighs the error of x0 by min(SNR, 5) (Hang et al. 2023, arXiv:2303.09556, Eq. 9), "soft_min_snr"
+            by 4 SNR / (SNR + 4) (Crowson et al. 2024, arXiv:2401.11605, section 3.2).
+    """
+
+    prediction: str = "epsilon"
+    weighting: str = "none"
+
+    def target(self, x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+        """Return what the network is to predict; ``alpha_bar`` is (B,)."""
+        if self.prediction == "v":
+            return rows(alpha_bar.sqrt(), x0) * eps - rows((1 - alpha_bar).sqrt(), x0) * x0
+        return eps if self.prediction == "epsilon" else x0
+
+    def noise(self, output: Tensor, xt: Tensor, alpha_bar: Tensor) -> Tensor:
+        """Return the noise in xt that the network's output implies; ``alpha_bar`` is (B,)."""
+        if self.prediction == "epsilon":
+            return output
+        signal, noise = rows(alpha_bar.sqrt(), xt), rows((1 - alpha_bar).sqrt(), xt)
+        return signal * output + noise * xt if self.prediction == "v" else (xt - signal * output) / noise
+
+    def loss(self, output: Tensor, target: Tensor, alpha_bar: Tensor) -> Tensor:
+        """Return the weighted mean squared error, a scalar."""
+        error = (output - target).square()
+        if self.weighting == "none":
+            return error.mean()
+        snr = alpha_bar / (1 - alpha_bar)
+        weight = snr.clamp(max=5) if self.weighting == "min_snr" else 4 * snr / (snr + 4)
+        # The error of x0, in units of what is predicted.
+        scale = {"epsilon": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[self.prediction]
+        return (rows(weight / scale, error) * error).mean()
 
 
 def noise_prediction_loss(model: Model, process: Process, x0: Tensor) -> Tensor:
@@ -142,7 +191,38 @@ def classifier_free(conditional: Model, unconditional: Model, guidance: float) -
     return model
 
 
-def classifier_free_at_once(predict: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor, omega: float) -> Model:
+def within(process: Process, interval: tuple[float, float], inside: Model, outside: Model) -> Model:
+    """Take one model where the noise level is inside an interval, another elsewhere (Kynkaanniemi et al. 2024).
+
+    Guidance in an interval, arXiv:2404.07724; the level is sigma = sqrt(1 / alpha_bar - 1), above the first end and up
+    to the second.
+    """
+    low, high = interval
+    sigma = (1 / process.alpha_bar - 1).sqrt()
+
+    def model(xt: Tensor, t: Tensor) -> Tensor:
+        return (inside if low < sigma[t[0]] <= high else outside)(xt, t)
+
+    return model
+
+
+def autoguided(predict: Predict, before: Predict, known: Tensor, strength: float) -> Predict:
+    """Go away from a weaker model: eps + (w - 1) (eps - eps_before) (Karras et al. 2024, arXiv:2406.02507, Eq. 3).
+
+    Args:
+        predict, before: (xt, t, labels) to eps, of the model and of a weaker one.
+        known: bool (num_classes + 1,), whether the weaker one has learned a class; the last is no class, label -1.
+        strength: w; 1 leaves the model alone.
+    """
+
+    def model(xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        eps = predict(xt, t, labels)
+        return eps + rows((strength - 1) * known[labels], eps) * (eps - before(xt, t, labels))
+
+    return model
+
+
+def classifier_free_at_once(predict: Predict, labels: Tensor, omega: float) -> Model:
     """Predict eps_c + omega (eps_c - eps_u), which is g = 1 + omega in `classifier_free`, in one doubled call.
 
     Args:
@@ -159,77 +239,3 @@ def classifier_free_at_once(predict: Callable[[Tensor, Tensor, Tensor], Tensor],
         return conditional + omega * (conditional - unconditional)
 
     return model
-
-
-def sample_ddim(model: Model, xt: Tensor, process: Process, bend: Bend | None = None, clip: bool = True) -> Tensor:
-    """Sample without noise of its own (Song et al. 2021, arXiv:2010.02502, Eq. 12 with eta = 0).
-
-    Args:
-        xt: pure noise, (B, C, H, W).
-        bend: its gradient with respect to xt, through x0's clamp and the network, shifts eps (Cywinski et al. 2024,
-            arXiv:2403.03938). The bent x0 is not clamped again.
-        clip: clamp the predicted x0 to [-1, 1] at every step.
-
-    Returns:
-        (B, C, H, W), about [-1, 1].
-    """
-    for t, alpha_bar, alpha_bar_prev in _backwards(process):
-        x0, shift = _denoise(model, xt, t, alpha_bar, bend, clip)
-        eps = predict_eps(xt, x0, alpha_bar)
-        if shift is not None:
-            eps = eps - (1 - alpha_bar) ** 0.5 * shift
-            x0 = predict_x0(xt, eps, alpha_bar)
-        xt = alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev) ** 0.5 * eps
-    return xt
-
-
-def sample_ddpm(model: Model, xt: Tensor, process: Process, step_noise: Callable[[], Tensor],
-                bend: Bend | None = None, clip: bool = True) -> Tensor:  # fmt: skip
-    """Sample by ancestors, with variance beta (DDPM, Algorithm 2).
-
-    Args:
-        xt: pure noise, (B, C, H, W).
-        step_noise: gives fresh noise of xt's shape; not called for the last step.
-        bend: its gradient with respect to xt, times the variance, shifts the mean (Dhariwal and Nichol 2021,
-            arXiv:2105.05233, Algorithm 1); in the last step, which has no noise, with the variance of the one before.
-        clip: clamp the predicted x0 to [-1, 1] at every step.
-    """
-    for t, alpha_bar, alpha_bar_prev in _backwards(process):
-        x0, shift = _denoise(model, xt, t, alpha_bar, bend, clip)
-        beta = 1 - alpha_bar / alpha_bar_prev
-        of_x0 = alpha_bar_prev**0.5 * beta / (1 - alpha_bar)  # Eq. 7
-        of_xt = (1 - beta) ** 0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        xt = of_x0 * x0 + of_xt * xt
-        if shift is not None:
-            xt = xt + (beta if alpha_bar_prev < 1 else _last_variance(process)) * shift
-        if alpha_bar_prev < 1:
-            xt = xt + beta**0.5 * step_noise().to(xt)
-    return xt
-
-
-def _denoise(model: Model, xt: Tensor, t: Tensor, alpha_bar: float, bend: Bend | None,
-             clip: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Predict x0 and, where sampling is bent, the gradient of ``bend`` with respect to xt.
-
-    The graph is that of this one step: xt itself has none.
-    """
-    with torch.set_grad_enabled(bend is not None):
-        xt = xt.detach().requires_grad_(bend is not None)
-        eps = model(xt, t.expand(len(xt)).to(xt.device)).float()
-        x0 = predict_x0(xt, eps, alpha_bar)
-        x0 = x0.clamp(-1, 1) if clip else x0
-        shift = None if bend is None else torch.autograd.grad(bend(x0).sum(), xt)[0]
-    return x0.detach(), shift
-
-
-def _last_variance(process: Process) -> float:
-    """The posterior variance of the second step (DDPM, Eq. 7); of the first it would be 0."""
-    if len(process) == 1:
-        return process.betas[0].item()
-    (before, after), beta = process.alpha_bar[:2], process.betas[1]
-    return (beta * (1 - before) / (1 - after)).item()
-
-
-def _backwards(process: Process) -> Iterator[tuple[Tensor, float, float]]:
-    """(t, alpha_bar, alpha_bar before it) from the noisiest step to the first."""
-    return reversed(list(zip(process.timesteps, process.alpha_bar.tolist(), process.alpha_bar_prev.tolist())))

@@ -18,8 +18,8 @@ from learners.guide.guidance import log_likelihood
 from learners.guide.picture import picture
 from learners.guide.replay import Guided
 from synth.ddpm.words import complete, drop_switches
-from synth.diffusion import Bend
 from synth.requests import Requests
+from synth.samplers import Bend
 from utils.data.batches import Batch
 from utils.data.images import ImageSet
 from utils.data.manager import Task
@@ -58,6 +58,8 @@ class GUIDE(Learner):
         classifier_scale_max_new: Factor | None = Field(None, description="largest factor with use_new_grad")
         classifier_scale_min_old: Factor | None = Field(None, description="smallest factor with use_old_grad")
         classifier_scale_max_old: Factor | None = Field(None, description="largest factor with use_old_grad")
+        # x0: at the predicted clean image, without a backward pass of the generator (MPGD, arXiv:2311.16424)
+        guide_gradient: Literal["xt", "x0"] = Field("xt", description="with respect to what the replay is bent")
         trim_logits: bool = Field(True, description="leave classes not seen yet out of the bending softmax")
         guid_generation_interval: int = Field(1, ge=1, description="steps from one draw of replay to the next")
         timestep_respacing: str = Field("ddim50", description="sampling steps of the replay in training")
@@ -172,7 +174,7 @@ class GUIDE(Learner):
             view = resize_to_square(match_channels(x0, 3), self.transform.size, self.config.replay_resize)
             return scales * log_likelihood(self.config, judge(view), labels, task.num_old, task.num_seen)
 
-        return scaled
+        return Bend(scaled, self.config.guide_gradient)
 
     def scales(self, requests: Requests) -> Tensor:
         """Draw one factor for each image, (N,), the same in all of its denoising steps."""

@@ -9,11 +9,13 @@ from models.frozen import fixed
 from models.incremental import IncrementalNet
 from synth import SOURCES
 from synth.base import ReplaySource
-from synth.ddpm.source import DDPM, Sampling
-from synth.diffusion import Bend, respace
+from synth.ddpm.sampling import Sampling
+from synth.ddpm.source import DDPM
+from synth.diffusion import respace
 from synth.drawing import found_images, preview, save_image
 from synth.replay import Replay
 from synth.requests import Requests, draw_labels
+from synth.samplers import Bend
 from utils.data.images import ImageSet, encode_image
 from utils.data.manager import Task
 from utils.run.config import RunConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -15,10 +14,10 @@ from synth.cbdm.augmentation import augment, draw_geometry
 from synth.cbdm.loss import Balance, class_balanced_loss, class_prior
 from synth.cbdm.network import LabelUNet
 from synth.cbdm.replay import Filled
+from synth.ddpm.config import Sampler
 from synth.ddpm.network import ClassUNetConfig
-from synth.ddpm.source import DDPM, Sampling
-from synth.diffusion import Bend, Model, classifier_free_at_once, draw_noised, respace
-from synth.inversion.latents import sample_scheduled, sample_scheduler
+from synth.ddpm.source import DDPM
+from synth.diffusion import Model, Predict, draw_noised
 from utils.data.batches import Batch
 from utils.data.images import ImageSet
 from utils.data.manager import Task
@@ -64,8 +63,11 @@ class ClassBalancing(DDPM):
         augmentation_probability: float = Field(0, ge=0, le=1, description="of each geometric change; 0: none, 0.12")
 
         clip_x0: bool = Field(False, description="clamp predicted images to their range at every step of sampling")
-        sampler: Literal["ddpm", "ddim", "dpmpp"] = Field("ddpm", description="how images are drawn")
+        sampler: Sampler = Field("ddpm", description="how images are drawn")
         timestep_respacing: str = Field("", description="sampling steps: ddimN strided, N spread; empty: all")
+        prediction: Literal["epsilon"] = Field("epsilon", description="what the network predicts")
+        loss_weighting: Literal["none"] = Field("none", description="of the times in its loss")
+        rehearsal: Literal["replay", "own"] = Field("replay", description="of old classes")
         sample_method: Literal["cfg", "cond", "uncond"] = Field("cfg", description="guided, or under a label or none")
         omega: Factor = Field(0.0, description="guidance e_c + omega (e_c - e_u): 1 + omega in diffusers' convention")
 
@@ -85,8 +87,6 @@ class ClassBalancing(DDPM):
             if self.omega and not self.label_dropout:
                 remedy = "train with synth.label_dropout=0.1, or draw with synth.omega=0"
                 raise ValueError(f"synth.omega={self.omega:g} needs a model that was trained without labels: {remedy}")
-            if self.clip_x0 and self.sampler == "dpmpp":
-                raise ValueError("synth.clip_x0=true: synth.sampler='dpmpp' clamps nothing, use ddpm or ddim")
             return self
 
         def training_settings(self) -> dict[str, Any]:
@@ -154,18 +154,11 @@ class ClassBalancing(DDPM):
 
     # ------------------------------------------------------------------ generating
 
-    def noise_predictor(self, predict: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor) -> Model:
-        """Return the noise predictor of these labels, of none, or guided."""
-        method = self.config.sample_method
-        labels = torch.full_like(labels, -1) if method == "uncond" else labels
-        return classifier_free_at_once(predict, labels, self.config.omega if method == "cfg" else 0)
+    @property
+    def omega(self) -> float:
+        return self.config.omega if self.config.sample_method == "cfg" else 0
 
-    def sample(self, model: Model, noise: Tensor, sampling: Sampling, step_noise: Callable[[], Tensor],
-               bend: Bend | None) -> Tensor:  # fmt: skip
-        """Follow a sampler from pure noise to clean images; DPM-Solver++ (arXiv:2211.01095) is diffusers'."""
-        if sampling.sampler != "dpmpp":
-            return super().sample(model, noise, sampling, step_noise, bend)
-        config, steps = self.config, len(respace(self.process, sampling.timestep_respacing))
-        schedule = {"num_train_timesteps": config.diffusion_steps, "beta_start": config.beta_start,
-                    "beta_end": config.beta_end, "beta_schedule": "linear"}  # fmt: skip
-        return sample_scheduled(model, noise, sample_scheduler("dpmpp", schedule, steps))
+    def noise_predictor(self, predict: Predict, labels: Tensor) -> Model:
+        """Return the noise predictor of these labels, of none, or guided."""
+        labels = torch.full_like(labels, -1) if self.config.sample_method == "uncond" else labels
+        return super().noise_predictor(predict, labels)

@@ -7,48 +7,42 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.files.weights import load_exactly, read_weights
 from models.frozen import fixed
 from synth import SOURCES
 from synth.base import ReplaySource, show_progress
+from synth.ddpm.config import DDPMConfig
 from synth.ddpm.network import ClassUNet, ClassUNetConfig
-from synth.ddpm.words import translate
+from synth.ddpm.sampling import Drawing, Sampling
+from synth.ddpm.teacher import Noised, Teacher
 from synth.diffusion import (
-    Bend,
     Model,
-    classifier_free,
+    Objective,
+    Predict,
+    autoguided,
+    classifier_free_at_once,
+    draw_noised,
     linear_process,
-    noise_prediction_loss,
     respace,
-    sample_ddim,
-    sample_ddpm,
-)  # fmt: skip
+    within,
+)
 from synth.drawing import ImageFolder
 from synth.requests import Requests, draw_labels, draw_noise
+from synth.samplers import Bend
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
 from utils.data.transforms import AUGMENTATIONS, DiffusionTransform, to_uint8
-from utils.run.config import BatchSize, Decay, Factor, Place, Rate, Side, SourceConfig
 from utils.run.errors import ConfigError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Hooks, Step, Training, fit
 from utils.training.schedule import TrainConfig
-
-
-class Sampling(NamedTuple):
-    """How images are drawn: time steps such as "ddim50", and "ddim" or "ddpm"."""
-
-    timestep_respacing: str
-    sampler: str = "ddim"
 
 
 @SOURCES.register("ddpm")
@@ -60,49 +54,7 @@ class DDPM(ReplaySource):
     task's raw weights, with a new optimiser and a new moving average; the average generates.
     """
 
-    class Config(ClassUNetConfig, SourceConfig):
-        # Its rehearsal is drawn with the first four too, but a later run only draws with what is learned.
-        drawing: ClassVar[set[str]] = {"sampler", "timestep_respacing", "guidance", "clip_x0", "gradient_checkpointing"}
-
-        image_size: Side | None = Field(None, description="side in pixels; null: the data set's own")
-        attention_resolutions: list[int] | None = Field(None, description="sides with attention, not attention_levels")
-        # Another number without betas scales both by 1000 / diffusion_steps, as GUIDE does: see words.py
-        diffusion_steps: int = Field(1000, ge=1, le=10**5, description="time steps of the full process")
-        beta_start: float = Field(1e-3, ge=1e-7, lt=1, description="variance of the first step")
-        beta_end: float = Field(2e-2, ge=1e-7, lt=1, description="variance of the last step")
-        train_respacing: str = Field("", description="train on a subset such as ddim250; empty: all steps")
-        first_task_num_steps: int = Field(100_000, ge=1, description="training steps of the first task")
-        num_steps: int = Field(50_000, ge=1, description="training steps of every later task")
-        batch_size: BatchSize = Field(256, description="images per training step, replay included")
-        flip: bool | None = Field(None, description="show mirror images too; null: where the data set's recipe does")
-        lr: Rate = Field(2e-4, description="AdamW's rate, constant")
-        lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of lr, down to 0")
-        weight_decay: Decay = Field(0.0, description="AdamW's")
-        ema_rate: float = Field(0.9999, ge=0, lt=1, description="decay of the average that generates; 0: raw weights")
-        init_weights: Place | None = Field(None, description="folder of a DDPM whose average starts it")
-        clip_x0: bool = Field(True, description="clamp predicted images to their range at every step of sampling")
-        sampler: Literal["ddim", "ddpm"] = Field("ddim", description="how replay is drawn")
-        timestep_respacing: str = Field("ddim50", description="sampling steps: ddimN strided, N spread; empty: all")
-        guidance: Factor = Field(0.0, description="classifier-free guidance, 1 is the plain conditional; 0: off")
-        label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training for guidance")
-        # Old classes in its training come from the learner's replay, or it draws them itself from its raw weights.
-        rehearsal: Literal["replay", "own"] = Field("replay", description="whose images of old classes it sees")
-        # reference: as GUIDE has it, labels by chance in whole batches, and only whole batches in training
-        counts: Literal["balanced", "reference"] = Field("balanced", description="of the classes in its own draw")
-        # null: as many as the new task has real ones
-        gr_n_generated_examples_per_task: int | None = Field(None, ge=1, le=10**7, description="its images of a task")
-
-        translate = staticmethod(translate)  # of GUIDE's flags
-
-        @model_validator(mode="after")
-        def _noise_grows(self) -> DDPM.Config:
-            if self.beta_start > self.beta_end:
-                raise ValueError(f"synth.beta_start={self.beta_start} is above synth.beta_end={self.beta_end}")
-            return self
-
-        def training_settings(self) -> dict[str, Any]:
-            """Leave out what is not learned: without guidance no label is hidden."""
-            return {**super().training_settings(), "label_dropout": self.label_dropout if self.guidance else 0}
+    Config = DDPMConfig
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -113,10 +65,16 @@ class DDPM(ReplaySource):
         self.process = linear_process(config.diffusion_steps, config.beta_start, config.beta_end)
         self.train_process = respace(self.process, config.train_respacing, "synth.train_respacing")
         respace(self.process, config.timestep_respacing, "synth.timestep_respacing")  # what does not fit is said now
+        self.sampling = Sampling(config.timestep_respacing, config.sampler)
+        self.objective = Objective(config.prediction, config.loss_weighting)
+        self.alpha_bar = self.process.alpha_bar.to(run.device)
         self.wants_past = config.rehearsal == "replay"
         seeding.seed_everything(run.seed, "ddpm")
         self.network = self.build_network().to(run.device).eval()
         self.generator: nn.Module = self.network  # the moving average once there is one
+        self.before: nn.Module | None = None  # what generated before the last task, where that is asked for
+        self.classes_before: list[int] = []
+        self.teacher: Teacher | None = None
         if config.init_weights is not None:
             self._start_from(Path(config.init_weights))
 
@@ -151,17 +109,32 @@ class DDPM(ReplaySource):
     def learn(self, task: Task, images: ImageSet, past: ImageSet) -> None:
         """Train; where ``past`` is to be its own images, or there are none, it draws them itself."""
         config, whole = self.config, self.config.counts == "reference"
-        if self.fitted_classes and (config.rehearsal == "own" or not len(past)):
+        batch_size, distils = config.batch_size, config.rehearsal in ("distil", "trajectory")
+        if self.fitted_classes and (distils or config.autoguidance != 1):
+            self.before = copy.deepcopy(self.generator).eval().requires_grad_(False)
+            self.classes_before = sorted(self.fitted_classes)
+        anew = distils and (config.rehearsal == "trajectory" or config.teacher_draws == "step")
+        if self.fitted_classes and anew:  # the shares of real and old are those of as many images of every task
+            past, batch_size = ImageSet(), max(1, batch_size // (task.index + 1))
+        elif self.fitted_classes and (config.rehearsal != "replay" or not len(past)):
             past = self._rehearse(task, len(images))
-        loading = self.run.loading(self.transform, config.batch_size, task.index, "ddpm", drop_last=whole)
+        self.teacher = self._teacher(config.batch_size - batch_size) if self.fitted_classes and distils else None
+        loading = self.run.loading(self.transform, batch_size, task.index, "ddpm", drop_last=whole)
         batches = ImageBatches(images, past, loading)
         self.before_training(batches.labels)
         train_config = self.train_config(task.index)
         hooks = Hooks(before_epoch=partial(self._before_epoch, task))
         average = fit(self.network, batches, self.loss, train_config, Training(self.run, task, "ddpm"), hooks)
-        self.generator = average or self.network
+        self.generator, self.teacher = average or self.network, None
         self.fitted_classes |= set(task.classes)
         show_progress(self, task, math.ceil(train_config.steps / len(batches)))
+
+    def _teacher(self, count: int) -> Teacher:
+        """Make a teacher of the denoiser before the task, which adds ``count`` rows to every batch."""
+        config = self.config
+        return Teacher(self.before, self.objective, self.train_process, self.alpha_bar, self.classes_before,
+                       self.image_shape, config.num_teacher_steps, config.clip_x0, count,
+                       config.rehearsal == "trajectory")  # fmt: skip
 
     def before_training(self, labels: Tensor) -> None:
         """Look at the labels, int64 (N,), of all that a training shows. Default: nothing."""
@@ -184,12 +157,17 @@ class DDPM(ReplaySource):
         return labels.masked_fill(hidden.to(labels.device), -1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the noise prediction error of one batch, as named terms."""
-        model = partial(self.network, labels=self.hide_labels(batch.labels))
-        return {"mse": noise_prediction_loss(model, self.train_process, batch.images)}
+        """Compute the error of the prediction for one batch, as named terms."""
+        labels = self.hide_labels(batch.labels)
+        xt, t, eps = draw_noised(self.train_process, batch.images)
+        rows = Noised(xt, t, labels, self.objective.target(batch.images, eps, self.alpha_bar[t]))
+        if self.teacher is not None:
+            rows = self.teacher.teach(rows, batch.is_replay)
+        output = self.network(rows.xt, rows.t, rows.labels).float()
+        return {"mse": self.objective.loss(output, rows.target, self.alpha_bar[rows.t])}
 
     def _rehearse(self, task: Task, num_images: int) -> ImageSet:
-        """Draw old classes from the raw weights into the run's `rehearsal/task_<t>`, as GUIDE rehearses."""
+        """Draw old classes: for a teacher, or from the raw weights into `rehearsal/task_<t>`, as GUIDE does."""
         config, old = self.config, sorted(self.fitted_classes)
         count = (config.gr_n_generated_examples_per_task or num_images) * task.index
         if config.counts == "reference":
@@ -198,12 +176,15 @@ class DDPM(ReplaySource):
         chance = seeding.generator(self.run.seed, task.index, "rehearsal")
         labels = draw_labels(old, count, chance, balanced=config.counts == "balanced")
         log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)
+        asked = Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))
+        if config.rehearsal == "distil":  # a teacher's word is the target, so what it is asked about need not be good
+            return self.draw(asked, Sampling(str(config.num_teacher_steps)))
         self.generator = self.network.eval()
         identity = {"run_seed": self.run.seed, "task": task.index, "count": count, "weights": self.fingerprint()}
         remedy = "Delete the folder, and the same command draws it again"
         folder = ImageFolder(self.run.folder / "rehearsal" / f"task_{task.index}", self.run, identity, remedy)
         folder.claim()
-        folder.draw(self, [Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))])
+        folder.draw(self, [asked])
         return sum(map(folder.images, old), ImageSet()).merged()
 
     # ------------------------------------------------------------------ generating
@@ -220,7 +201,7 @@ class DDPM(ReplaySource):
         Raises:
             NotFittedError: if a label was never learned.
         """
-        return self.draw(requests, Sampling(self.config.timestep_respacing, self.config.sampler))
+        return self.draw(requests, self.sampling)
 
     @torch.no_grad()
     def draw(self, requests: Requests, sampling: Sampling, bend: Callable[[Requests], Bend] | None = None) -> ImageSet:
@@ -241,30 +222,40 @@ class DDPM(ReplaySource):
         noise = draw_noise(generators, self.image_shape).to(self.run.device)
         uphill = None if bend is None else bend(requests)
         with fixed(self.generator) as network:
-            model = self.noise_predictor(partial(self._predict, network), requests.labels.to(self.run.device))
-            x0 = self.sample(model, noise, sampling, partial(draw_noise, generators, self.image_shape), uphill)
+            model = self.noise_predictor(self.strongest(network), requests.labels.to(self.run.device))
+            drawing = Drawing(noise, partial(draw_noise, generators, self.image_shape), uphill)
+            x0 = drawing.follow(model, self.process, sampling, self.config)
         return to_uint8(x0).cpu()
 
-    def sample(self, model: Model, noise: Tensor, sampling: Sampling, step_noise: Callable[[], Tensor],
-               bend: Bend | None) -> Tensor:  # fmt: skip
-        """Follow a sampler from pure noise to clean images, (B, C, H, W); see `synth.diffusion`."""
-        process, clip = respace(self.process, sampling.timestep_respacing), self.config.clip_x0
-        if sampling.sampler == "ddpm":
-            return sample_ddpm(model, noise, process, step_noise, bend, clip)
-        return sample_ddim(model, noise, process, bend, clip)
+    @property
+    def omega(self) -> float:
+        """Guidance as eps_c + omega (eps_c - eps_u)."""
+        return (self.config.guidance or 1) - 1
 
-    def noise_predictor(self, predict: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor) -> Model:
-        """Turn ``predict(xt, t, labels)`` into the noise predictor of these labels, guided where it is on."""
+    def noise_predictor(self, predict: Predict, labels: Tensor) -> Model:
+        """Turn ``predict`` into the noise predictor of these labels, guided where and when it is on."""
+        guided, interval = classifier_free_at_once(predict, labels, self.omega), self.config.guidance_interval
+        if interval is None or not self.omega:
+            return guided
+        return within(self.process, interval, guided, classifier_free_at_once(predict, labels, 0))
 
-        def of(classes: Tensor) -> Model:
-            return lambda xt, t: predict(xt, t, classes)
+    def predictor(self, network: nn.Module) -> Predict:
+        """Return the noise that a network sees."""
 
-        # A guidance of 1 is the conditional alone.
-        return classifier_free(of(labels), of(torch.full_like(labels, -1)), self.config.guidance or 1)
+        def predict(xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            with self.run.runtime.autocast():
+                output = network(xt, t, labels).float()
+            return self.objective.noise(output, xt, self.alpha_bar[t])
 
-    def _predict(self, network: nn.Module, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        with self.run.runtime.autocast():
-            return network(xt, t, labels).float()
+        return predict
+
+    def strongest(self, network: nn.Module) -> Predict:
+        """Return the noise that a network sees, away from what the one before it did."""
+        if self.before is None or self.config.autoguidance == 1:
+            return self.predictor(network)
+        known = torch.zeros(self.num_classes + 1, dtype=torch.bool, device=self.run.device)
+        known[[*self.classes_before, -1]] = True
+        return autoguided(self.predictor(network), self.predictor(self.before), known, self.config.autoguidance)
 
     # ------------------------------------------------------------------ keeping
 
@@ -273,16 +264,27 @@ class DDPM(ReplaySource):
         save_tensors(directory / "network.safetensors", self.network.state_dict())
         if self.generator is not self.network:
             save_tensors(directory / "generator.safetensors", self.generator.state_dict())
-        write_json(directory / "source.json", {"fitted_classes": sorted(self.fitted_classes)})
+        state = {"fitted_classes": sorted(self.fitted_classes)}
+        if self.before is not None and self.config.autoguidance != 1:
+            save_tensors(directory / "before.safetensors", self.before.state_dict())
+            state["classes_before"] = self.classes_before
+        write_json(directory / "source.json", state)
 
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
         self.network.load_state_dict(load_tensors(directory / "network.safetensors"))
-        self.generator = self.network
-        if (directory / "generator.safetensors").exists():
-            self.generator = copy.deepcopy(self.network).requires_grad_(False)
-            self.generator.load_state_dict(load_tensors(directory / "generator.safetensors"))
-        self.fitted_classes = set(read_json(directory / "source.json", "fit the source again")["fitted_classes"])
+        self.generator = self._kept(directory / "generator.safetensors") or self.network
+        self.before = self._kept(directory / "before.safetensors")
+        state = read_json(directory / "source.json", "fit the source again")
+        self.fitted_classes, self.classes_before = set(state["fitted_classes"]), state.get("classes_before", [])
+
+    def _kept(self, path: Path) -> nn.Module | None:
+        """Return a frozen network with the weights of a file, if it is there."""
+        if not path.exists():
+            return None
+        network = copy.deepcopy(self.network).requires_grad_(False)
+        network.load_state_dict(load_tensors(path))
+        return network
 
     def describe(self) -> str:
         """Say how large the UNet is, and how long it trains."""

@@ -16,9 +16,10 @@ from models.latent.small_control import SmallControlNet, SmallControlNetConfig
 from synth import SOURCES
 from synth.escort.edges import EdgeMap
 from synth.escort.source import ExemplarCompression
-from synth.inversion.latents import denoising_loss, noise_scheduler, sample_scheduled, sample_scheduler
+from synth.inversion.latents import denoising_loss, noise_scheduler
 from synth.own import OwnGenerator, TurningTransform
 from synth.requests import Requests, draw_noise
+from synth.samplers import sample_scheduled, sample_scheduler
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task

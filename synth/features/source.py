@@ -15,11 +15,12 @@ from models.frozen import fixed
 from models.incremental import IncrementalNet
 from synth import SOURCES
 from synth.base import ReplaySource
-from synth.diffusion import Model, classifier_free, linear_process, noise_prediction_loss, respace, sample_ddim
+from synth.diffusion import Model, classifier_free, linear_process, noise_prediction_loss, respace
 from synth.features.network import FeatureDenoiser
 from synth.features.translation import source_chances, translate
 from synth.replay import Features
 from synth.requests import Requests, draw_noise
+from synth.samplers import sample_ddim
 from utils.data.batches import Batch, MixedBatches, test_batches
 from utils.data.images import FeatureSet, ImageSet, Samples
 from utils.data.manager import Task

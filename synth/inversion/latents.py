@@ -1,4 +1,4 @@
-"""The parts of a latent diffusion model's work: cached latents in batches, the training loss, sampling."""
+"""The parts of a latent diffusion model's work: cached latents in batches, the training loss."""
 
 from __future__ import annotations
 
@@ -10,24 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.latent.contract import LatentDiffusion
-from synth.diffusion import Model
 from utils.data.batches import Batch, Loading, ShuffledBatches
 from utils.data.images import ImageSet
 from utils.data.transforms import match_channels, stack_images, to_unit_range
-from utils.run.errors import ConfigError
 from utils.training.run import Run
-
-# How replay is drawn: diffusers' scheduler and what differs from its defaults, unless the model's own scheduler file
-# says it. All are deterministic.
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Latent diffusion's own DDIM visits 981, 961, ..., 1 and ends at the first alpha_bar, not at 1: another offset or
-    # end moves the latents visibly.
-    "ddim": ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}),
-    "pndm": ("PNDMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}),
-    "dpmpp": ("DPMSolverMultistepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # the default's time steps are no integers
-}
 
 
 def noise_scheduler(schedule: dict[str, Any]):
@@ -35,44 +21,6 @@ def noise_scheduler(schedule: dict[str, Any]):
     from diffusers import DDPMScheduler
 
     return DDPMScheduler.from_config(schedule)
-
-
-def sample_scheduler(name: str, schedule: dict[str, Any], steps: int):
-    """Return a deterministic sampler of ``SAMPLERS``, with its time steps set.
-
-    Raises:
-        ConfigError: if the schedule has not so many steps, or something that this sampler cannot do.
-    """
-    import diffusers
-
-    kind, settings = SAMPLERS[name]
-    try:
-        scheduler = getattr(diffusers, kind).from_config(settings | schedule)
-        scheduler.set_timesteps(steps)
-    except (ArithmeticError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        wanted = f"{steps} steps of scheduler={name!r}"
-        raise ConfigError(f"{wanted} do not suit a model with {schedule}: {error}") from error
-    return scheduler
-
-
-def sample_scheduled(model: Model, zt: Tensor, scheduler, first: int | None = None) -> Tensor:
-    """Follow a scheduler's steps to a clean latent.
-
-    Args:
-        model: what the scheduler's prediction type says, of (zt, t).
-        zt: (B, c, h, w): standard normal, or with ``first`` noisy latents as that step takes them.
-        scheduler: of diffusers, its time steps set.
-        first: step to begin with, counted from 0, where the noise is not pure (SDEdit, arXiv:2108.01073).
-    """
-    if first is None:
-        zt = zt * scheduler.init_noise_sigma
-    elif hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first)
-    for t in scheduler.timesteps[first or 0 :]:
-        time = t if t % 1 else t.long()  # some schedules have steps between two of training
-        predicted = model(scheduler.scale_model_input(zt, t), time.expand(len(zt)).to(zt.device))
-        zt = scheduler.step(predicted, t, zt).prev_sample
-    return zt
 
 
 def denoising_loss(model: nn.Module | LatentDiffusion, z0: Tensor, context: Tensor | None, scheduler) -> Tensor:

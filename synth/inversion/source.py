@@ -19,16 +19,10 @@ from models.latent.contract import PLACEHOLDER, LatentDiffusion
 from synth.base import ReplaySource, show_progress
 from synth.diffusion import classifier_free
 from synth.inversion.federated import split_clients
-from synth.inversion.latents import (
-    LatentBatches,
-    denoising_loss,
-    encode,
-    noise_scheduler,
-    sample_scheduled,
-    sample_scheduler,
-)  # fmt: skip
+from synth.inversion.latents import LatentBatches, denoising_loss, encode, noise_scheduler
 from synth.prompts import EMBEDDINGS, TRAIN_TEMPLATES, class_words
 from synth.requests import Requests, draw_noise
+from synth.samplers import sample_scheduled, sample_scheduler
 from utils.data.batches import Batch
 from utils.data.images import ImageSet
 from utils.data.manager import Task

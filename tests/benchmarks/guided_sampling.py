@@ -1,11 +1,14 @@
 """Guided images per second: ours against a plain fp32 loop that keeps the graph over all denoising steps.
 
+Then the gradient at the predicted clean image against that through the generator, and its memory against none.
+
 `python -m tests.benchmarks.guided_sampling`; exit code 1 if a ratio falls short. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +17,13 @@ import torch
 from learners.guide.guidance import toward_best_new
 from models.frozen import fixed
 from models.heads import Head
-from synth.ddpm.source import Sampling
+from synth.ddpm.sampling import Sampling
 from synth.diffusion import linear_process, respace
 from synth.requests import Requests
+from synth.samplers import Bend
 from tests.benchmarks.ddpm import describe, new_ddpm
 from tests.benchmarks.parts import new_classifier
-from tests.benchmarks.timing import compare_all
+from tests.benchmarks.timing import alternate, compare_all, fast_precision, peak_memory, segments, verdict
 
 IMAGES, STEPS, OLD, SEEN, SCALE = 32, 5, 5, 10, 0.5
 LABELS = torch.arange(IMAGES) % OLD
@@ -29,17 +33,17 @@ LABELS = torch.arange(IMAGES) % OLD
 new_guide = partial(new_classifier, "preact_resnet18", Head, SEEN, image_size=32)
 
 
-def our_sampling(folder: Path, precision: str):
-    """One request per call, bent as the learner bends it."""
+def our_sampling(folder: Path, precision: str, gradient: str = "xt"):
+    """One request per call, bent as the learner bends it; without a ``gradient`` not at all."""
     source, classifier = new_ddpm(precision, folder), new_guide().eval()
     requests = Requests.of_labels(LABELS, (0, "bench", 0))
 
-    def bend(requests: Requests):
-        return lambda x0: SCALE * toward_best_new(classifier(x0), range(OLD, SEEN))
+    def bend(requests: Requests) -> Bend:
+        return Bend(lambda x0: SCALE * toward_best_new(classifier(x0), range(OLD, SEEN)), gradient)
 
     def images() -> int:
         with fixed(classifier):
-            return len(source.draw(requests, Sampling(f"ddim{STEPS}"), bend))
+            return len(source.draw(requests, Sampling(f"ddim{STEPS}"), bend if gradient else None))
 
     return images
 
@@ -67,10 +71,22 @@ def plain_sampling(folder: Path):
     return images
 
 
+def compare_gradients() -> bool:
+    """Time and weigh the gradient at the clean image; whether it is as fast and as small as wanted."""
+    precision, words = fast_precision(), {"xt": "through the generator", "x0": "at the clean image", "": "unguided"}
+    with tempfile.TemporaryDirectory() as name:
+        rates = alternate({words[key]: our_sampling(Path(name) / key, precision, key) for key in words})
+    peaks = {key: peak_memory(partial(segments, our_sampling, 1, precision, key)) for key in words}
+    print(", ".join(f"{words[key]} {peaks[key] / 1e6:.0f} MB" for key in words))
+    faster = verdict("gradient at the clean image, rate", rates[words["x0"]] / rates[words["xt"]], 3)
+    return verdict("its memory, of unguided", peaks[""] / peaks["x0"], 0.91) and faster
+
+
 def main() -> int:
-    print(describe())
+    print(describe(new_ddpm))
     title = f"guided DDIM images/s, {STEPS} steps, {IMAGES} at once, pre-activation ResNet-18"
-    return compare_all((title, plain_sampling, our_sampling), wanted=1.5, rounds=1, less_memory=2)
+    code = compare_all((title, plain_sampling, our_sampling), wanted=1.5, rounds=1, less_memory=2)
+    return code if compare_gradients() else 1
 
 
 if __name__ == "__main__":

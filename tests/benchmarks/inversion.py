@@ -16,9 +16,10 @@ import torch.nn.functional as F
 
 from models.frozen import weight_bytes
 from models.latent.text_to_image import load_text_to_image
-from synth.inversion.latents import noise_scheduler, sample_scheduler
+from synth.inversion.latents import noise_scheduler
 from synth.prompts import TRAIN_TEMPLATES
 from synth.requests import Requests
+from synth.samplers import sample_scheduler
 from tests.benchmarks.parts import autoencoder, cpu_run, new_source, pictures, text_encoder, unet
 from tests.benchmarks.timing import compare_all
 from tests.support.tiny_ldm import bert_tokenizer, folder

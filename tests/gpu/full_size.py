@@ -24,7 +24,7 @@ from models.frozen import fixed, weight_bytes
 from models.heads import Head
 from models.latent.control import ControlNetPipeline
 from models.latent.text_to_image import Placement, TextToImage
-from synth.ddpm.source import Sampling
+from synth.ddpm.sampling import Sampling
 from synth.requests import Requests
 from tests.benchmarks.classifier_step import BATCH, our_arm
 from tests.benchmarks.parts import autoencoder, new_classifier, new_source, pictures, text_encoder, training, unet

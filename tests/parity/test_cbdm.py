@@ -13,8 +13,9 @@ from synth.cbdm.loss import Balance, class_balanced_loss, class_prior
 from synth.cbdm.network import LabelUNet
 from synth.cbdm.source import ClassBalancing
 from synth.ddpm.network import ClassUNetConfig
-from synth.ddpm.source import Sampling
-from synth.diffusion import Process, add_noise, classifier_free_at_once, linear_process, sample_ddpm
+from synth.ddpm.sampling import Drawing, Sampling
+from synth.diffusion import Process, add_noise, classifier_free_at_once, linear_process
+from synth.samplers import sample_ddpm
 from utils.data.subsets import long_tail_counts
 from utils.training.schedule import TrainConfig
 
@@ -170,8 +171,9 @@ def stub(a, e, calls):
 
 def guided(method, omega, predict, labels):
     """What the source samples with."""
-    source = SimpleNamespace(config=SimpleNamespace(sample_method=method, omega=omega))
-    return ClassBalancing.noise_predictor(source, predict, labels)
+    source = object.__new__(ClassBalancing)
+    source.config = SimpleNamespace(sample_method=method, omega=omega, guidance_interval=None)
+    return source.noise_predictor(predict, labels)
 
 
 def test_guidance_counts_from_the_conditional():
@@ -235,9 +237,9 @@ def test_the_fast_solver_follows_the_exact_path_of_gaussian_data():
         a = alpha_bar[t].float().view(-1, 1, 1, 1)
         return (1 - a).sqrt() * xt / (a * s2 + 1 - a)
 
-    config = SimpleNamespace(diffusion_steps=1000, beta_start=1e-4, beta_end=0.02)
-    source, xt = SimpleNamespace(config=config, process=PROCESS), torch.linspace(-2, 2, 4).view(4, 1, 1, 1)
-    x0 = ClassBalancing.sample(source, model, xt, Sampling("50", "dpmpp"), None, None)
+    config = SimpleNamespace(beta_start=1e-4, beta_end=0.02, clip_x0=False)
+    xt = torch.linspace(-2, 2, 4).view(4, 1, 1, 1)
+    x0 = Drawing(xt, None).follow(model, PROCESS, Sampling("50", "dpmpp"), config)
     exact = xt * math.sqrt(s2 / (alpha_bar[-1] * s2 + 1 - alpha_bar[-1]))
     assert_close(x0, exact.float(), rtol=1e-3, atol=0)
 

@@ -15,7 +15,7 @@ from learners.task_arithmetic import add, move, subtract, ties
 from models.latent.contract import NOISE
 from synth.d4m.matching import Mix, draw_mix, keep_top
 from synth.d4m.prototypes import cluster
-from synth.inversion.latents import sample_scheduled, sample_scheduler
+from synth.samplers import sample_scheduled, sample_scheduler
 from tests.support.toy import toy_experiment
 from utils.data.batches import Batch
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform

@@ -10,9 +10,10 @@ from torch.nn import ParameterDict
 from torch.testing import assert_close
 
 from synth.inversion.federated import split_clients
-from synth.inversion.latents import LatentBatches, encode, noise_scheduler, sample_scheduled, sample_scheduler
+from synth.inversion.latents import LatentBatches, encode, noise_scheduler
 from synth.prompts import TRAIN_TEMPLATES
 from synth.requests import Requests
+from synth.samplers import sample_scheduled, sample_scheduler
 from tests.support.tiny_inversion import fitted, make_inversion, tiny_model, toy_task
 from utils.data.batches import Batch, Loading
 from utils.training import seeding

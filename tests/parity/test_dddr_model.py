@@ -13,8 +13,8 @@ from models.files.diffusers_folder import LAYOUTS
 from models.files.diffusers_parts import _read_schedule
 from models.latent.text_to_image import TextToImage, load_text_to_image
 from synth.diffusion import classifier_free
-from synth.inversion.latents import SAMPLERS, sample_scheduled, sample_scheduler
 from synth.prompts import TRAIN_TEMPLATES
+from synth.samplers import SAMPLERS, sample_scheduled, sample_scheduler
 from tests.support.tiny_ldm import tiny_ldm, tiny_ldm_folder, tiny_stable_diffusion
 from utils.training import seeding
 

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from learners.guide.guidance import log_likelihood
 from synth import build_source_config
-from synth.diffusion import Process, linear_process, respace, sample_ddim
+from synth.diffusion import Process, linear_process, respace
+from synth.samplers import Bend, sample_ddim
 
 ROWS = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 2, 2.0]])
 BIAS = torch.tensor([0, 0.1, 0.2, -0.1, 0.3, 0.5])
@@ -44,7 +45,7 @@ def guide_of(variant, labels, scale):
         return None
     chosen, labels = SimpleNamespace(**OWN | VARIANTS[variant]), torch.tensor(labels)
     sign = -1 if chosen.use_old_grad else 1
-    return lambda x0: scale * log_likelihood(chosen, logits(sign * x0), labels, num_old=2, num_seen=4)
+    return Bend(lambda x0: scale * log_likelihood(chosen, logits(sign * x0), labels, num_old=2, num_seen=4))
 
 
 def images(*rows):

@@ -8,17 +8,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 from torch.testing import assert_close
 
-from synth.diffusion import (
-    Process,
-    _last_variance,
-    add_noise,
-    classifier_free,
-    linear_process,
-    noise_prediction_loss,
-    respace,
-    sample_ddim,
-    sample_ddpm,
-)
+from synth.diffusion import Process, add_noise, classifier_free, linear_process, noise_prediction_loss, respace
+from synth.samplers import Bend, _last_variance, sample_ddim, sample_ddpm
 from utils.run.errors import ConfigError
 
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-3, "beta_end": 2e-2, "timestep_spacing": "leading"}
@@ -109,7 +100,7 @@ def test_classifier_free_guidance_extrapolates_between_two_predictions(guidance,
 
 def test_a_guide_leaves_no_gradient_and_no_graph_behind():
     network = nn.Conv2d(1, 1, 3, padding=1)
-    process, bend = respace(linear_process(), 4), lambda x0: x0.flatten(1).sum(1)
+    process, bend = respace(linear_process(), 4), Bend(lambda x0: x0.flatten(1).sum(1))
     with torch.no_grad():  # as `generate` is called
         sample = sample_ddim(lambda xt, t: network(xt), noise(2, 1, 4, 4), process, bend)
     assert not sample.requires_grad and network.weight.grad is None
@@ -170,7 +161,7 @@ def test_a_guide_moves_the_mean_of_ancestral_sampling_by_variance_times_gradient
     slope = torch.tensor([0.5, -2.0]).view(-1, 1, 1, 1)
     sample = partial(sample_ddpm, lambda xt, t: xt * 0, start * 0.1)
     last = Process(process.alpha_bar[:1], process.timesteps[:1])  # needs no noise
-    plain, bent = sample(last, None), sample(last, None, lambda x0: (slope * x0).flatten(1).sum(1))
+    plain, bent = sample(last, None), sample(last, None, Bend(lambda x0: (slope * x0).flatten(1).sum(1)))
     gradient = slope / process.alpha_bar[0].sqrt()  # of x0 = xt / sqrt(alpha_bar), where the clamp lets it through
     assert_close(bent - plain, (process.betas[0] * gradient).float().expand_as(plain), rtol=1e-4, atol=1e-7)
 

@@ -99,7 +99,8 @@ def test_tuning_trains_the_steps_that_are_left_from_the_average_of_the_checkpoin
          r"synth.first_task_num_steps=100001 is no step after synth.start_step=200000: .* give a larger"),
         ({"start_step": 2}, r"synth.start_step=2 .* synth.init_weights.* give both"),
         ({"omega": 1.5, "label_dropout": 0}, r"synth.omega=1.5 needs .* synth.label_dropout=0.1, or .* synth.omega=0"),
-        ({"clip_x0": True, "sampler": "dpmpp"}, r"synth.clip_x0=true: .*use ddpm or ddim"),
+        ({"rehearsal": "distil"}, r"rehearsal='distil'.*'own'"),
+        ({"prediction": "v"}, r"prediction='v'.*'epsilon'"),
         ({"guidance": 2.5}, r"unknown key 'guidance'"),  # omega = 1.5 says it
     ],
 )  # fmt: skip

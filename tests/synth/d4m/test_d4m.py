@@ -13,9 +13,9 @@ from models.frozen import weight_bytes
 from synth.d4m.files import read_prompts, read_prototypes, write_prototypes
 from synth.d4m.matching import SoftBatches, SoftLabels, shown_batch
 from synth.drawing import ImageFolder
-from synth.inversion.latents import sample_scheduler
 from synth.prompts import class_words
 from synth.requests import Requests
+from synth.samplers import sample_scheduler
 from tests.support.sources import fitted, make_source
 from tests.support.tiny_ldm import tiny_stable_diffusion
 from tests.support.toy import tiny_source, toy_dataset, toy_experiment, toy_images

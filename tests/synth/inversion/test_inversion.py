@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from synth.inversion.latents import SAMPLERS, LatentBatches, encode, sample_scheduled, sample_scheduler
+from synth.inversion.latents import LatentBatches, encode
 from synth.prompts import TRAIN_TEMPLATES, class_words
 from synth.requests import Requests
+from synth.samplers import SAMPLERS, sample_scheduled, sample_scheduler
 from tests.support.sources import weigh
 from tests.support.tiny_inversion import TinyInversion, fitted, make_inversion, tiny_model, toy_task
 from utils.data.batches import Loading
