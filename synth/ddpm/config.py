@@ -70,6 +70,12 @@ class DDPMConfig(ClassUNetConfig, SourceConfig):
     def _fits_together(self) -> DDPMConfig:
         if self.beta_start > self.beta_end:
             raise ValueError(f"synth.beta_start={self.beta_start} is above synth.beta_end={self.beta_end}")
+        if self.teacher_steps is not None and self.rehearsal not in ("distil", "trajectory"):
+            why = f"synth.rehearsal={self.rehearsal!r} has no teacher"
+            raise ValueError(f"synth.teacher_steps={self.teacher_steps}: {why}, use distil or trajectory")
+        if self.num_teacher_steps > self.diffusion_steps:
+            where = f"synth.teacher_steps={self.num_teacher_steps}"
+            raise ValueError(f"{where}: there are only synth.diffusion_steps={self.diffusion_steps}")
         if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
             raise ValueError(f"synth.guidance_interval={[*self.guidance_interval]} is empty: give the lower first")
         return self

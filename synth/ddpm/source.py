@@ -290,9 +290,10 @@ class DDPM(ReplaySource):
         """Say how large the UNet is, and how long it trains."""
         millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         first, later = (self.train_config(index).steps for index in (0, 1))
-        replay = "the learner's replay" if self.wants_past else "its own images"
+        words = {"replay": "the learner's replay", "own": "its own images"}
+        past = words.get(self.config.rehearsal, "what it said itself")
         length = f"trained {first} steps on the first task and {later} on later ones"
-        return f"UNet of {millions:.1f} M parameters, {length}, with {replay} of the classes before"
+        return f"UNet of {millions:.1f} M parameters, {length}, with {past} of the classes before"
 
     def fingerprint(self) -> str:
         """Hash the generating weights by SHA-256."""

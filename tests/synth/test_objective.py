@@ -135,9 +135,19 @@ def test_autoguidance_leaves_a_class_alone_that_the_weaker_model_does_not_know()
     assert model(None, None, torch.tensor([0, 1, -1])).flatten().tolist() == [5.0, 2.0, 5.0]
 
 
-def test_an_empty_interval_is_refused():
-    with pytest.raises(ConfigError, match=r"synth.guidance_interval=\[2.0, 1.0\] is empty: give the lower first"):
-        DDPMConfig.parse({"name": "ddpm", "guidance_interval": [2, 1]})
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"guidance_interval": [2, 1]}, r"synth.guidance_interval=\[2.0, 1.0\] is empty: give the lower first"),
+        ({"teacher_steps": 4}, "synth.teacher_steps=4: synth.rehearsal='replay' has no teacher, use distil or trajectory"),
+        ({"rehearsal": "distil", "teacher_steps": 21, "diffusion_steps": 20, "beta_start": 0.1, "beta_end": 0.5},
+         "synth.teacher_steps=21: there are only synth.diffusion_steps=20"),
+        ({"sampler": "euler"}, "sampler='euler'.*'ipndm', 'dpmpp' or 'unipc'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        DDPMConfig.parse({"name": "ddpm", **keys})
 
 
 # ---------------------------------------------------------------------- who teaches

@@ -49,6 +49,7 @@ def pixels(images):
     ({"timestep_respacing": "ddim60"}, "^timestep_respacing='ddim60': no integer stride"),
     ({"synth": {"name": "ddpm", "timestep_respacing": "0"}}, "^synth.timestep_respacing='0': use 1 to 1000"),
     ({"synth": {"name": "ddpm", "train_respacing": "ddim60"}}, "^synth.train_respacing='ddim60': no integer"),
+    ({"guide_gradient": "x1"}, "guide_gradient='x1'.*'xt' or 'x0'"),
     ({"batch_size": 2}, "batch_size=2: the last of 3 tasks gets no real image"),
 ])  # fmt: skip
 def test_what_cannot_be_or_does_not_fit_is_refused_before_anything_is_learned(keys, message, tmp_path):
@@ -64,6 +65,7 @@ BY_OLD = {"use_new_grad": False, "use_old_grad": True, "classifier_scale_min_old
     ({"guid_to_new_classes": False}, 6, False, -1),  # away from the image's own
     (BY_OLD, 2, False, 1),  # toward it, among the old ones
     ({**BY_OLD, "negate_old_grad": True}, 2, False, -1),
+    ({"guide_gradient": "x0"}, 6, True, 1),
 ])  # fmt: skip
 def test_guidance_moves_the_confidence_where_the_flags_say(flags, num_classes, of_new, sign, tmp_path):
     learner, task = learned(tmp_path, limit_tasks=2, **{"classifier_scale_min_new": 30, **flags})
@@ -74,6 +76,14 @@ def test_guidance_moves_the_confidence_where_the_flags_say(flags, num_classes, o
         own = chances.gather(1, requests.labels[:, None])[:, 0]
         confidence.append((chances[:, 2:4].max(1).values if of_new else own).mean())
     assert sign * (confidence[1] - confidence[0]) > 0
+
+
+def test_at_the_clean_image_the_generator_has_no_backward_pass(tmp_path):
+    learner, task = learned(tmp_path, guide_gradient="x0")
+    tracked = []
+    learner.replay.source.generator.register_forward_hook(lambda *_: tracked.append(torch.is_grad_enabled()))
+    learner.replay.draw(task, Requests.of_labels(torch.arange(4) % 2, (0,)))
+    assert tracked and not any(tracked)
 
 
 def test_guided_images_depend_on_the_chunks_by_rounding_alone(trained, monkeypatch):
