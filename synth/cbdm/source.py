@@ -104,7 +104,11 @@ class ClassBalancing(DDPM):
 
     def build_network(self) -> nn.Module:
         head = self.config.attention_head_dim or self.config.block_out_channels[-1]
-        config = ClassUNetConfig.of(self.config, attention_levels=self.attention_levels(), attention_head_dim=head)
+        config = ClassUNetConfig.of(
+            self.config,
+            attention_levels=self.config.levels_with_attention(self.image_shape[1]),
+            attention_head_dim=head,
+        )
         return LabelUNet(self.image_shape, self.num_classes, config, self.config.augmentation_probability > 0)
 
     # ------------------------------------------------------------------ learning

@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 from synth.ddpm.network import ClassUNetConfig
 from synth.ddpm.words import translate
 from utils.run.config import BatchSize, Decay, Factor, Place, Rate, Side, SourceConfig
+from utils.run.errors import ConfigError
 
 Sampler = Literal["ddim", "ddpm", "ipndm", "dpmpp", "unipc"]
+EmaRate = Annotated[float, Field(gt=0, lt=1)]
 Level = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -42,6 +44,8 @@ class DDPMConfig(ClassUNetConfig, SourceConfig):
     lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of lr, down to 0")
     weight_decay: Decay = Field(0.0, description="AdamW's")
     ema_rate: float = Field(0.9999, ge=0, lt=1, description="decay of the average that generates; 0: raw weights")
+    ema_rates: list[EmaRate] = Field([], description="more averages; the best on held-out images generates")
+    ema_held_out: float = Field(0.05, gt=0, le=0.5, description="share of a task's images that judges ema_rates")
     init_weights: Place | None = Field(None, description="folder of a DDPM whose average starts it")
     clip_x0: bool = Field(True, description="clamp predicted images to their range at every step of sampling")
     sampler: Sampler = Field("ddim", description="how replay is drawn")
@@ -87,3 +91,12 @@ class DDPMConfig(ClassUNetConfig, SourceConfig):
     def training_settings(self) -> dict[str, Any]:
         """Leave out what is not learned: without guidance no label is hidden."""
         return {**super().training_settings(), "label_dropout": self.label_dropout if self.guidance else 0}
+
+    def levels_with_attention(self, side: int) -> list[int]:
+        """Return the levels with attention of a UNet for images of this side; they may be given by their own sides."""
+        if self.attention_resolutions is None:
+            return self.attention_levels
+        sides = [side >> level for level in range(len(self.block_out_channels))]
+        if foreign := [wanted for wanted in self.attention_resolutions if wanted not in sides]:
+            raise ConfigError(f"synth.attention_resolutions={foreign}: the levels of this UNet have sides {sides}")
+        return [sides.index(wanted) for wanted in self.attention_resolutions]

@@ -15,6 +15,7 @@ from models.files.weights import load_exactly, read_weights
 from models.frozen import fixed
 from synth import SOURCES
 from synth.base import ReplaySource, show_progress
+from synth.ddpm.averages import Averages, hold_out
 from synth.ddpm.config import DDPMConfig
 from synth.ddpm.network import ClassUNet, ClassUNetConfig
 from synth.ddpm.sampling import Drawing, Sampling
@@ -29,14 +30,14 @@ from synth.diffusion import (
     linear_process,
     respace,
     within,
-)
+)  # fmt: skip
 from synth.drawing import ImageFolder
 from synth.requests import Requests, draw_labels, draw_noise
 from synth.samplers import Bend
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
-from utils.data.transforms import AUGMENTATIONS, DiffusionTransform, to_uint8
+from utils.data.transforms import AUGMENTATIONS, DiffusionTransform, stack_images, to_uint8, to_unit_range
 from utils.run.errors import ConfigError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
 from utils.run.log import log
@@ -80,17 +81,10 @@ class DDPM(ReplaySource):
 
     def build_network(self) -> nn.Module:
         """Build the noise predictor with random weights: (xt, t, labels) -> eps, where label -1 is no class."""
-        config = ClassUNetConfig.of(self.config, attention_levels=self.attention_levels())
+        config = ClassUNetConfig.of(
+            self.config, attention_levels=self.config.levels_with_attention(self.image_shape[1])
+        )
         return ClassUNet(self.image_shape, self.num_classes, config)
-
-    def attention_levels(self) -> list[int]:
-        """Return the levels with attention, which may be given by their sides."""
-        if (wanted := self.config.attention_resolutions) is None:
-            return self.config.attention_levels
-        sides = [self.image_shape[1] >> level for level in range(len(self.config.block_out_channels))]
-        if foreign := [side for side in wanted if side not in sides]:
-            raise ConfigError(f"synth.attention_resolutions={foreign}: the levels of this UNet have sides {sides}")
-        return [sides.index(side) for side in wanted]
 
     def _start_from(self, folder: Path) -> None:
         found = [folder / name for name in ("generator.safetensors", "network.safetensors")]
@@ -118,20 +112,28 @@ class DDPM(ReplaySource):
             past, batch_size = ImageSet(), max(1, batch_size // (task.index + 1))
         elif self.fitted_classes and (config.rehearsal != "replay" or not len(past)):
             past = self._rehearse(task, len(images))
-        self.teacher = self._teacher(config.batch_size - batch_size) if self.fitted_classes and distils else None
+        self.teacher = self._teacher(config.batch_size - batch_size)
+        if config.ema_rates:
+            images, held_out = hold_out(images, config.ema_held_out)
         loading = self.run.loading(self.transform, batch_size, task.index, "ddpm", drop_last=whole)
-        batches = ImageBatches(images, past, loading)
+        batches, averages = ImageBatches(images, past, loading), Averages(self.network, config.ema_rates)
         self.before_training(batches.labels)
-        train_config = self.train_config(task.index)
-        hooks = Hooks(before_epoch=partial(self._before_epoch, task))
-        average = fit(self.network, batches, self.loss, train_config, Training(self.run, task, "ddpm"), hooks)
+        length, stateful = self.train_config(task.index), {"averages": averages} if config.ema_rates else {}
+        hooks = Hooks(partial(self._before_epoch, task), after_step=averages.move, stateful=stateful)
+        average = fit(self.network, batches, self.loss, length, Training(self.run, task, "ddpm"), hooks)
         self.generator, self.teacher = average or self.network, None
+        if config.ema_rates:
+            x0 = to_unit_range(stack_images(held_out, self.transform.size).to(self.run.device))
+            usual = config.ema_rate, self.generator
+            self.generator = averages.best(usual, self.predictor, self.train_process, x0, held_out.labels)
         self.fitted_classes |= set(task.classes)
-        show_progress(self, task, math.ceil(train_config.steps / len(batches)))
+        show_progress(self, task, math.ceil(length.steps / len(batches)))
 
-    def _teacher(self, count: int) -> Teacher:
-        """Make a teacher of the denoiser before the task, which adds ``count`` rows to every batch."""
+    def _teacher(self, count: int) -> Teacher | None:
+        """Return what teaches old classes, with ``count`` rows of its own in every batch; None: they are shown."""
         config = self.config
+        if not self.fitted_classes or config.rehearsal not in ("distil", "trajectory"):
+            return None
         return Teacher(self.before, self.objective, self.train_process, self.alpha_bar, self.classes_before,
                        self.image_shape, config.num_teacher_steps, config.clip_x0, count,
                        config.rehearsal == "trajectory")  # fmt: skip

@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch.testing import assert_close
 
+from synth.ddpm.averages import Averages, hold_out
 from synth.ddpm.config import DDPMConfig
 from synth.ddpm.teacher import Noised, Teacher
 from synth.diffusion import Objective, Process, autoguided, linear_process, respace, thin_at_random, within
@@ -139,7 +140,7 @@ def test_autoguidance_leaves_a_class_alone_that_the_weaker_model_does_not_know()
     ("keys", "message"),
     [
         ({"guidance_interval": [2, 1]}, r"synth.guidance_interval=\[2.0, 1.0\] is empty: give the lower first"),
-        ({"teacher_steps": 4}, "synth.teacher_steps=4: synth.rehearsal='replay' has no teacher, use distil or trajectory"),
+        ({"teacher_steps": 4}, "synth.teacher_steps=4: synth.rehearsal='replay' has no teacher, use distil"),
         ({"rehearsal": "distil", "teacher_steps": 21, "diffusion_steps": 20, "beta_start": 0.1, "beta_end": 0.5},
          "synth.teacher_steps=21: there are only synth.diffusion_steps=20"),
         ({"sampler": "euler"}, "sampler='euler'.*'ipndm', 'dpmpp' or 'unipc'"),
@@ -206,6 +207,33 @@ def test_a_ddpm_learns_from_the_one_before_it_without_replay_of_the_learner(keys
     assert source.fitted_classes == {0, 1, 2, 3} and source.teacher is None and not source.wants_past
     assert source.generate(TWO_EACH).parts[0].images.shape == (8, 1, 8, 8)
     assert not (tmp_path / "rehearsal").exists()  # images that nobody would look at
+
+
+def test_of_several_averages_the_best_on_held_out_images_generates(tmp_path, caplog):
+    caplog.set_level("INFO", "reprise")
+    keys = {"ema_rate": 0.0, "ema_rates": [0.5, 0.999999], "ema_held_out": 0.2, "first_task_num_steps": 60, "lr": 0.01}
+    source = fitted("ddpm", tmp_path / "a", **keys)
+    raw, learned = fitted("ddpm", tmp_path / "b", **{**keys, "ema_rates": []}), source.generator.state_dict()
+    assert source.generator is not source.network and not source.generator.training
+    assert "that of decay 0.5 predicts 4 held-out images best" in caplog.text
+    assert not torch.equal(learned["unet.conv_out.bias"], raw.generator.state_dict()["unet.conv_out.bias"])
+
+
+def test_averages_go_on_where_a_training_was_cut_off():
+    torch.manual_seed(0)
+    network = torch.nn.Linear(2, 2)
+    one, other = Averages(network, [0.5, 0.9]), Averages(network, [0.5, 0.9])
+    with torch.no_grad():
+        network.weight += 1
+    one.move(None)
+    other.load_state_dict(one.state_dict())
+    assert_close([part.weight for part in one.networks], [part.weight for part in other.networks], rtol=0, atol=0)
+    assert_close(network.weight - one.networks[1].weight, torch.full((2, 2), 0.9))
+
+
+def test_images_are_held_out_evenly():
+    kept, held_out = hold_out(ImageSet.of(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.arange(10)), 0.3)
+    assert held_out.labels.tolist() == [0, 3, 6, 9] and kept.labels.tolist() == [1, 2, 4, 5, 7, 8]
 
 
 @pytest.mark.parametrize("sampler", ["ipndm", "dpmpp", "unipc"])
