@@ -18,6 +18,7 @@ from synth.base import ReplaySource, show_progress
 from synth.ddpm.averages import Averages, hold_out
 from synth.ddpm.config import DDPMConfig
 from synth.ddpm.network import ClassUNet, ClassUNetConfig
+from synth.ddpm.rehearsal import rehearse
 from synth.ddpm.sampling import Drawing, Sampling
 from synth.ddpm.teacher import Noised, Teacher
 from synth.diffusion import (
@@ -31,8 +32,7 @@ from synth.diffusion import (
     respace,
     within,
 )  # fmt: skip
-from synth.drawing import ImageFolder
-from synth.requests import Requests, draw_labels, draw_noise
+from synth.requests import Requests, draw_noise
 from synth.samplers import Bend
 from utils.data.batches import Batch, ImageBatches
 from utils.data.images import ImageSet
@@ -40,7 +40,6 @@ from utils.data.manager import Task
 from utils.data.transforms import AUGMENTATIONS, DiffusionTransform, stack_images, to_uint8, to_unit_range
 from utils.run.errors import ConfigError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
-from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Hooks, Step, Training, fit
 from utils.training.schedule import TrainConfig
@@ -111,7 +110,7 @@ class DDPM(ReplaySource):
         if self.fitted_classes and anew:  # the shares of real and old are those of as many images of every task
             past, batch_size = ImageSet(), max(1, batch_size // (task.index + 1))
         elif self.fitted_classes and (config.rehearsal != "replay" or not len(past)):
-            past = self._rehearse(task, len(images))
+            past = rehearse(self, task, len(images))
         self.teacher = self._teacher(config.batch_size - batch_size)
         if config.ema_rates:
             images, held_out = hold_out(images, config.ema_held_out)
@@ -167,27 +166,6 @@ class DDPM(ReplaySource):
             rows = self.teacher.teach(rows, batch.is_replay)
         output = self.network(rows.xt, rows.t, rows.labels).float()
         return {"mse": self.objective.loss(output, rows.target, self.alpha_bar[rows.t])}
-
-    def _rehearse(self, task: Task, num_images: int) -> ImageSet:
-        """Draw old classes: for a teacher, or from the raw weights into `rehearsal/task_<t>`, as GUIDE does."""
-        config, old = self.config, sorted(self.fitted_classes)
-        count = (config.gr_n_generated_examples_per_task or num_images) * task.index
-        if config.counts == "reference":
-            # GUIDE draws batch after batch, whole ones, and where it needs less than one, a smaller one.
-            count += -count % min(config.batch_size, count)
-        chance = seeding.generator(self.run.seed, task.index, "rehearsal")
-        labels = draw_labels(old, count, chance, balanced=config.counts == "balanced")
-        log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)
-        asked = Requests.of_labels(labels, (self.run.seed, "ddpm-rehearsal", task.index))
-        if config.rehearsal == "distil":  # a teacher's word is the target, so what it is asked about need not be good
-            return self.draw(asked, Sampling(str(config.num_teacher_steps)))
-        self.generator = self.network.eval()
-        identity = {"run_seed": self.run.seed, "task": task.index, "count": count, "weights": self.fingerprint()}
-        remedy = "Delete the folder, and the same command draws it again"
-        folder = ImageFolder(self.run.folder / "rehearsal" / f"task_{task.index}", self.run, identity, remedy)
-        folder.claim()
-        folder.draw(self, [asked])
-        return sum(map(folder.images, old), ImageSet()).merged()
 
     # ------------------------------------------------------------------ generating
 

@@ -18,7 +18,7 @@ from learners.guide.replay import Guided
 from learners.run.configure import build_config
 from synth import build_source_config, train
 from synth.command import build_fit_config, command_parser
-from synth.ddpm.source import DDPM
+from synth.ddpm.rehearsal import rehearse
 from synth.ddpm.words import FLAGS
 from synth.drawing import ImageFolder
 from synth.requests import draw_labels
@@ -95,7 +95,7 @@ def rehearsed(config, increment, num_tasks, folder, monkeypatch):
     source = SimpleNamespace(config=config, run=run, network=network, fingerprint=lambda: "")
     for task in range(1, num_tasks):
         source.fitted_classes = set(range(increment * task))
-        DDPM._rehearse(source, SimpleNamespace(index=task), num_images=1)
+        rehearse(source, SimpleNamespace(index=task), num_images=1)
     return asked
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from synth import SOURCES
+from synth.ddpm.rehearsal import rehearse
 from synth.ddpm.source import DDPM
 from synth.requests import Requests, draw_labels
 from tests.support.sources import fitted, make_source, weigh
@@ -87,14 +88,14 @@ TWO_EACH = Requests.of_classes([0, 1], 2, (7, "ddpm", 0))
 
 @pytest.mark.parametrize(("counts", "drawn"), [("balanced", 20), ("reference", 24)])  # ceil(20 / 8) * 8
 def test_it_rehearses_on_as_many_images_as_asked_for_in_equal_numbers_or_whole_batches(counts, drawn, tmp_path):
-    rehearsed = fitted("ddpm", tmp_path, counts=counts)._rehearse(TASK_1, num_images=20).counts(6).tolist()
+    rehearsed = rehearse(fitted("ddpm", tmp_path, counts=counts), TASK_1, num_images=20).counts(6).tolist()
     assert sum(rehearsed[:2]) == sum(rehearsed) == drawn and (counts == "reference" or rehearsed[0] == rehearsed[1])
 
 
 def test_rehearsal_comes_from_the_raw_weights(tmp_path):
     source = fitted("ddpm", tmp_path, first_task_num_steps=20)
     average = source.generator
-    drawn = stack_images(source._rehearse(TASK_1, num_images=8), 8)
+    drawn = stack_images(rehearse(source, TASK_1, num_images=8), 8)
     requests = Requests.of_labels(draw_labels([0, 1], 8, seeding.generator(7, 1, "rehearsal"), True), KEY)
     raw = images(source, requests)
     source.generator = average
@@ -106,17 +107,17 @@ def test_it_rehearses_on_what_its_manifest_lists_and_draws_only_what_is_damaged_
         return stack_images(samples, 8)
 
     source, folder = fitted("ddpm", tmp_path), tmp_path / "rehearsal" / "task_1"
-    first = source._rehearse(TASK_1, num_images=20)
+    first = rehearse(source, TASK_1, num_images=20)
     listed, before = Manifest(folder, "images", remedy="").files(), pixels(first)
     assert len(listed) == 20 and all(file_hash(folder / name) == digest for name, digest in listed.items())
     for name in ("0-99.png", "0-1 - Copy.png"):
         (folder / "0" / name).write_bytes((folder / next(iter(listed))).read_bytes())
     with monkeypatch.context() as patch:
         patch.setattr(source, "generate", None)
-        again = source._rehearse(TASK_1, num_images=20)
+        again = rehearse(source, TASK_1, num_images=20)
     assert [list(part.images) for part in again.parts] == [list(part.images) for part in first.parts]
     (folder / "0" / "0-0.png").write_bytes(b"")
-    assert torch.equal(pixels(source._rehearse(TASK_1, num_images=20)), before)
+    assert torch.equal(pixels(rehearse(source, TASK_1, num_images=20)), before)
 
 
 @pytest.mark.parametrize(("rehearsal", "own"), [("own", True), ("replay", False)])

@@ -1,0 +1,44 @@
+"""What a DDPM draws of old classes for its own training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from synth.ddpm.sampling import Sampling
+from synth.drawing import ImageFolder
+from synth.requests import Requests, draw_labels
+from utils.data.images import ImageSet
+from utils.data.manager import Task
+from utils.run.log import log
+from utils.training import seeding
+
+if TYPE_CHECKING:
+    from synth.ddpm.source import DDPM
+
+
+def rehearse(source: DDPM, task: Task, num_images: int) -> ImageSet:
+    """Draw old classes: for a teacher, or from the raw weights into the run's `rehearsal/task_<t>`, as GUIDE does.
+
+    Args:
+        source: that is about to learn.
+        task: the new one.
+        num_images: of the task, in place of the key that says how many are drawn.
+    """
+    config, old = source.config, sorted(source.fitted_classes)
+    count = (config.gr_n_generated_examples_per_task or num_images) * task.index
+    if config.counts == "reference":
+        # GUIDE draws batch after batch, whole ones, and where it needs less than one, a smaller one.
+        count += -count % min(config.batch_size, count)
+    chance = seeding.generator(source.run.seed, task.index, "rehearsal")
+    labels = draw_labels(old, count, chance, balanced=config.counts == "balanced")
+    log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)
+    asked = Requests.of_labels(labels, (source.run.seed, "ddpm-rehearsal", task.index))
+    if config.rehearsal == "distil":  # a teacher's word is the target, so what it is asked about need not be good
+        return source.draw(asked, Sampling(str(config.num_teacher_steps)))
+    source.generator = source.network.eval()
+    identity = {"run_seed": source.run.seed, "task": task.index, "count": count, "weights": source.fingerprint()}
+    remedy = "Delete the folder, and the same command draws it again"
+    folder = ImageFolder(source.run.folder / "rehearsal" / f"task_{task.index}", source.run, identity, remedy)
+    folder.claim()
+    folder.draw(source, [asked])
+    return sum(map(folder.images, old), ImageSet()).merged()
