@@ -1,7 +1,7 @@
 """Rates and peak memory at the published sizes on one CUDA GPU: classifier, DDPM, LDM, ControlNet.
 
-`python -m tests.gpu.full_size --json FILE`; nothing is fetched. Weights and images are random, which changes neither. A
-narrow form of it runs on a CPU: `--device cpu --narrow`.
+`python -m tests.gpu.full_size ldm --json FILE` measures one part; run.py measures all. Nothing is fetched. Weights and
+images are random, which changes neither. `--narrow` is a form for any device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import json
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.benchmarks.classifier_step import BATCH, our_arm
 from tests.benchmarks.parts import autoencoder, new_classifier, new_source, pictures, text_encoder, training, unet
 from tests.support.tiny_ldm import bert_tokenizer, clip_tokenizer, folder, tiny_ldm_folder
 from utils.data.manager import Task
+from utils.run.files import write_json
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 from utils.training.schedule import TrainConfig
@@ -42,33 +42,33 @@ ROOT = Path(__file__).parents[2]
 
 
 class Bench:
-    """Runs parts, each on its own, and collects what they measure."""
+    """Measures one part on the GPU, or on the CPU where there is none, and keeps in a file what it has so far."""
 
-    def __init__(self, device: str, narrow: bool, folder: Path):
-        self.device, self.narrow, self.folder, self.rows = device, narrow, folder, []
+    def __init__(self, narrow: bool, folder: Path, rows: Path | None = None):
+        self.narrow, self.folder, self.file, self.rows = narrow, folder, rows, []
+        self.cuda = torch.cuda.is_available()
 
     def run(self, precision: str) -> Run:
-        name = f"{precision}-{len(self.rows)}-{time.monotonic_ns()}"
-        return Run(self.folder / name, 0, Runtime([self.device], precision), progress=False, checkpoint_every=10**9)
-
-    def sync(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
+        name = f"{precision}-{time.monotonic_ns()}"
+        return Run(self.folder / name, 0, Runtime(["auto"], precision), progress=False, checkpoint_every=10**9)
 
     def measure(self, what: str, unit: str, amount: int, work: Callable[[], object], warm: int = 1) -> None:
         """Time one call of ``work``, which does so much, after ``warm`` calls that pick kernels."""
         for _ in range(warm):
             work()
-        self.sync()
-        if self.device != "cpu":
+        if self.cuda:
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         work()
-        self.sync()
+        if self.cuda:
+            torch.cuda.synchronize()
         rate = amount / (time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device != "cpu" else None
-        self.rows.append({"what": what, "unit": unit, "rate": rate, "peak_gib": peak})
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
+        self.rows.append({"what": what, "value": rate, "unit": unit, "peak_gib": peak})
         print(f"{what}: {rate:.2f} {unit}" + (f", peak {peak:.2f} GiB" if peak else ""), flush=True)
+        if self.file:
+            write_json(self.file, self.rows)
 
 
 def classifier(bench: Bench) -> None:
@@ -79,14 +79,8 @@ def classifier(bench: Bench) -> None:
         bench.measure(f"ResNet-32 training, batch {BATCH}, {precision}", "images/s", len(images), train)
 
 
-def ddpm(bench: Bench) -> None:
+def ddpm(bench: Bench, precision: str) -> None:
     """GUIDE's CIFAR UNet (52.5 M): training at batch 256, DDIM of 50 steps, the same bent by a PreAct-ResNet-18."""
-    for precision in ("fp32",) if bench.narrow else ("bf16", "fp32"):
-        _ddpm(bench, precision)
-        free()
-
-
-def _ddpm(bench: Bench, precision: str) -> None:
     keys = json.loads((ROOT / "exps" / "guide_cifar10_5.json").read_text())["synth"]
     keys |= {"block_out_channels": [32, 64], "norm_num_groups": 8, "attention_resolutions": [16],
              "attention_head_dim": 8} if bench.narrow else {}  # fmt: skip
@@ -134,7 +128,7 @@ def ldm(bench: Bench) -> None:
 def big_parts(bench: Bench) -> TextToImageParts:
     """text2img-large, or a narrow form of it."""
     widths, width, layers = ((32, 64, 128, 128), 128, 2) if bench.narrow else ((320, 640, 1280, 1280), 1280, 32)
-    with torch.device("cpu" if bench.device == "cpu" else "cuda"):  # a billion random numbers are drawn faster there
+    with torch.device("cuda" if bench.cuda else "cpu"):  # a billion random numbers are drawn faster there
         bert = text_encoder(width, layers, head_dim=width // 20)
         net = unet(widths, width, side=32)
         vae = autoencoder((32,) * 4 if bench.narrow else (128, 256, 512, 512))
@@ -177,32 +171,23 @@ def narrowed(widths: tuple[int, ...], narrow: int) -> tuple[int, ...]:
     return tuple(max(width // narrow // 32, 1) * 32 for width in widths)
 
 
-def free() -> None:
-    import gc
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "classifier": classifier,
+    "ddpm_bf16": partial(ddpm, precision="bf16"),
+    "ddpm_fp32": partial(ddpm, precision="fp32"),
+    "ldm": ldm,
+    "controlnet": controlnet,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="0")
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--narrow", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.device, options.narrow, Path(folder))
-        for part in (classifier, ddpm, ldm, controlnet):
-            start = time.perf_counter()
-            try:
-                part(bench)
-            except Exception:  # the other parts are still worth their time on a lent card
-                traceback.print_exc()
-            free()
-            print(f"[{part.__name__}: {time.perf_counter() - start:.0f} s]", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(bench.rows, indent=1))
+        PARTS[options.part](Bench(options.narrow, Path(folder), options.json))
 
 
 if __name__ == "__main__":
