@@ -27,6 +27,7 @@ from utils.data.datasets import Dataset
 from utils.data.images import ImageSet
 from utils.data.manager import DataManager, Split, Task
 from utils.training.fit import Hooks, Step, Training, fit
+from utils.training.run import Run
 
 # 65 tokens, and as many classes, images per step and test images for each training image as with CIFAR-100.
 VIT = {"patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
@@ -39,23 +40,22 @@ CONFIG = {
 }  # fmt: skip
 
 
-def photographs(per_class: int, seed: int) -> ImageSet:
+def photographs(per_class: int, seed: int, side: int = SIDE) -> ImageSet:
     """Soft random colours, as photographs have them."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(CLASSES * per_class, 3, 6, 6, generator=generator)
-    pixels = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
+    pixels = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
     return ImageSet.of((pixels * 255).to(torch.uint8), torch.arange(CLASSES).repeat(per_class))
 
 
-def begin(precision: str, folder: Path) -> tuple[ASP, Task]:
-    """The learner at the start of its base session."""
+def begin(run: Run, side: int = SIDE, **keys) -> tuple[ASP, Task]:
+    """The learner at the start of its base session, with these keys in the place of its own."""
     names = [str(label) for label in range(CLASSES)]
-    images, half = (photographs(PER_CLASS, 0), photographs(TEST_PER_CLASS, 1)), (0.5,) * 3
-    data = DataManager(Dataset("bench", *images, names, SIDE, 3, True, half, half, "vit_crop", ""),
+    images, half = (photographs(PER_CLASS, 0, side), photographs(TEST_PER_CLASS, 1, side)), (0.5,) * 3
+    data = DataManager(Dataset("bench", *images, names, side, 3, True, half, half, "vit_crop", ""),
                        Split(init_cls=CLASSES, increment=1, shuffle=False))  # fmt: skip
-    run = cpu_run(folder, precision, num_workers=0)
-    config, _ = build_config({**CONFIG, "precision": precision})
-    learner = LEARNERS["asp"](config, data, run, Replay(config, None, data, run, folder))
+    config, _ = build_config({**CONFIG, **keys})
+    learner = LEARNERS["asp"](config, data, run, Replay(config, None, data, run, run.folder))
     task = next(iter(data.tasks()))
     learner.present = data.train_images(task)
     learner.grow_network(task)
@@ -63,8 +63,11 @@ def begin(precision: str, folder: Path) -> tuple[ASP, Task]:
 
 
 def our_epochs(folder: Path, precision: str):
+    return epochs(*begin(cpu_run(folder, precision, num_workers=0)))
+
+
+def epochs(learner: ASP, task: Task):
     """One epoch per call through the learner's own training, its anchor search, checkpoint and log included."""
-    learner, task = begin(precision, folder)
     learner.before_training(task)  # queries of the training images, once for a whole run
     numbers, loss = count(), partial(learner.compute_loss, task=task)
 
@@ -81,7 +84,7 @@ class Original:
     """Two ViTs, prompts as tokens, a copy of its anchor for every image, every query computed when it is asked for."""
 
     def __init__(self, folder: Path):
-        self.learner, self.task = begin("fp32", folder)
+        self.learner, self.task = begin(cpu_run(folder, "fp32", num_workers=0))
         self.net, self.backbone = self.learner.network, self.learner.backbone
         vit = self.learner.frozen.network.network
         self.vits = vit, copy.deepcopy(vit)

@@ -1,4 +1,4 @@
-"""Rates and peak memory at the published sizes on one CUDA GPU: classifier, DDPM, LDM, ControlNet.
+"""Rates and peak memory at the published sizes on one CUDA GPU: classifiers, DDPM, LDM, ControlNet.
 
 `python -m tests.gpu.full_size ldm --json FILE` measures one part; run.py measures all. Nothing is fetched. Weights and
 images are random, which changes neither. `--narrow` is a form for any device.
@@ -25,6 +25,7 @@ from models.latent.control import ControlNetPipeline
 from models.latent.text_to_image import Placement, TextToImage
 from synth.ddpm.sampling import Sampling
 from synth.requests import Requests
+from tests.benchmarks import asp_epoch
 from tests.benchmarks.classifier_step import BATCH, our_arm
 from tests.benchmarks.parts import autoencoder, new_classifier, new_source, pictures, text_encoder, training, unet
 from tests.support.tiny_ldm import bert_tokenizer, clip_tokenizer, folder, tiny_ldm_folder
@@ -77,6 +78,17 @@ def classifier(bench: Bench) -> None:
     for precision in ("fp32",) if bench.narrow else ("fp32", "bf16"):
         train = our_arm(images, bench.run(precision))
         bench.measure(f"ResNet-32 training, batch {BATCH}, {precision}", "images/s", len(images), train)
+
+
+def asp(bench: Bench) -> None:
+    """ASP's base session: a ViT-B/16 at 224 pixels, batch 48, an epoch with its search for anchors."""
+    keys, side = {"convnet_type": "vit_base_patch16_224", "backbone_args": {}}, 224
+    if bench.narrow:
+        keys, side = {"backbone_args": {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 2}}, 32
+    for precision in ("fp32",) if bench.narrow else ("bf16", "fp32"):
+        epoch = asp_epoch.epochs(*asp_epoch.begin(bench.run(precision), side, **keys))
+        amount = asp_epoch.CLASSES * asp_epoch.PER_CLASS
+        bench.measure(f"ASP's base epoch, batch {asp_epoch.BATCH}, {precision}", "images/s", amount, epoch)
 
 
 def ddpm(bench: Bench, precision: str) -> None:
@@ -173,6 +185,7 @@ def narrowed(widths: tuple[int, ...], narrow: int) -> tuple[int, ...]:
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "classifier": classifier,
+    "asp": asp,
     "ddpm_bf16": partial(ddpm, precision="bf16"),
     "ddpm_fp32": partial(ddpm, precision="fp32"),
     "ldm": ldm,

@@ -24,7 +24,7 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).parents[2]
 MOST = 480  # seconds for everything
-RATES = {"classifier": 60, "ddpm_bf16": 75, "ddpm_fp32": 80, "ldm": 100, "controlnet": 80}  # seconds at most
+RATES = {"classifier": 60, "asp": 60, "ddpm_bf16": 75, "ddpm_fp32": 80, "ldm": 100, "controlnet": 80}  # seconds at most
 EXPERIMENTS = {"digits": 200, "guide_digits": 200, "escort_digits": 200, "digits_fscil": 200}
 # What makes an experiment short enough for a look at whether it runs at all.
 NARROW = {
