@@ -25,6 +25,7 @@ from models.latent.control import ControlNetPipeline
 from models.latent.text_to_image import Placement, TextToImage
 from synth.ddpm.sampling import Sampling
 from synth.requests import Requests
+from synth.samplers import Bend
 from tests.benchmarks import asp_epoch
 from tests.benchmarks.classifier_step import BATCH, our_arm
 from tests.benchmarks.parts import autoencoder, new_classifier, new_source, pictures, text_encoder, training, unet
@@ -92,7 +93,7 @@ def asp(bench: Bench) -> None:
 
 
 def ddpm(bench: Bench, precision: str) -> None:
-    """GUIDE's CIFAR UNet (52.5 M): training at batch 256, DDIM of 50 steps, the same bent by a PreAct-ResNet-18."""
+    """GUIDE's CIFAR UNet (52.5 M): training at batch 256, DDIM of 50 steps, and bent by a PreAct-ResNet-18."""
     keys = json.loads((ROOT / "exps" / "guide_cifar10_5.json").read_text())["synth"]
     keys |= {"block_out_channels": [32, 64], "norm_num_groups": 8, "attention_resolutions": [16],
              "attention_head_dim": 8} if bench.narrow else {}  # fmt: skip
@@ -108,11 +109,13 @@ def ddpm(bench: Bench, precision: str) -> None:
     network = new_classifier("preact_resnet18", Head, image_size=32)
     network.to(run.device, memory_format=torch.channels_last).eval()
 
-    def guided() -> None:
+    def guided(gradient: str) -> None:
         with fixed(network):
-            draw(lambda requests: lambda x0: 0.5 * toward_best_new(network(x0), range(5, 10)))
+            draw(lambda _: Bend(lambda x0: 0.5 * toward_best_new(network(x0), range(5, 10)), gradient))
 
-    bench.measure(f"{respacing} guided drawing, {draws} at once, {precision}", "images/s", draws, guided, warm=0)
+    for gradient in ("xt", "x0"):
+        what = f"{respacing} drawing guided at {gradient}, {draws} at once, {precision}"
+        bench.measure(what, "images/s", draws, partial(guided, gradient), warm=0)
 
 
 def ldm(bench: Bench) -> None:
