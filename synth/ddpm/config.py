@@ -20,14 +20,8 @@ class DDPMConfig(ClassUNetConfig, SourceConfig):
     """GUIDE's settings on CIFAR are the defaults."""
 
     # Its rehearsal is drawn with the first four too, but a later run only draws with what is learned.
-    drawing: ClassVar[set[str]] = {
-        "sampler",
-        "timestep_respacing",
-        "guidance",
-        "clip_x0",
-        "gradient_checkpointing",
-        "guidance_interval",
-    }
+    drawing: ClassVar[set[str]] = {"sampler", "timestep_respacing", "guidance", "clip_x0", "gradient_checkpointing",
+                                   "guidance_interval"}  # fmt: skip
 
     image_size: Side | None = Field(None, description="side in pixels; null: the data set's own")
     attention_resolutions: list[int] | None = Field(None, description="sides with attention, not attention_levels")

@@ -72,7 +72,7 @@ class DDPM(ReplaySource):
         seeding.seed_everything(run.seed, "ddpm")
         self.network = self.build_network().to(run.device).eval()
         self.generator: nn.Module = self.network  # the moving average once there is one
-        self.before: nn.Module | None = None  # what generated before the last task, where that is asked for
+        self.before: nn.Module | None = None  # what generated before the last task, with autoguidance
         self.classes_before: list[int] = []
         self.teacher: Teacher | None = None
         if config.init_weights is not None:
@@ -103,9 +103,8 @@ class DDPM(ReplaySource):
         """Train; where ``past`` is to be its own images, or there are none, it draws them itself."""
         config, whole = self.config, self.config.counts == "reference"
         batch_size, distils = config.batch_size, config.rehearsal in ("distil", "trajectory")
-        if self.fitted_classes and (distils or config.autoguidance != 1):
-            self.before = copy.deepcopy(self.generator).eval().requires_grad_(False)
-            self.classes_before = sorted(self.fitted_classes)
+        if self.fitted_classes and config.autoguidance != 1:
+            self.before, self.classes_before = self._frozen_generator(), sorted(self.fitted_classes)
         anew = distils and (config.rehearsal == "trajectory" or config.teacher_draws == "step")
         if self.fitted_classes and anew:  # the shares of real and old are those of as many images of every task
             past, batch_size = ImageSet(), max(1, batch_size // (task.index + 1))
@@ -133,9 +132,12 @@ class DDPM(ReplaySource):
         config = self.config
         if not self.fitted_classes or config.rehearsal not in ("distil", "trajectory"):
             return None
-        return Teacher(self.before, self.objective, self.train_process, self.alpha_bar, self.classes_before,
-                       self.image_shape, config.num_teacher_steps, config.clip_x0, count,
+        return Teacher(self._frozen_generator(), self.objective, self.train_process, self.alpha_bar,
+                       sorted(self.fitted_classes), self.image_shape, config.num_teacher_steps, config.clip_x0, count,
                        config.rehearsal == "trajectory")  # fmt: skip
+
+    def _frozen_generator(self) -> nn.Module:
+        return copy.deepcopy(self.generator).eval().requires_grad_(False)
 
     def before_training(self, labels: Tensor) -> None:
         """Look at the labels, int64 (N,), of all that a training shows. Default: nothing."""
