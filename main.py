@@ -141,7 +141,7 @@ def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> None:
     config, runtime = experiments[0].config, experiments[0].runtime
     with runtime.accelerator.main_process_first():
         claim_folder(config, folder.name, overwrite and runtime.is_main)
-        claim_machine(folder, runtime)
+        claim_machine(folder, runtime, experiments[0].count_work)
     results = []
     for experiment in experiments:
         if (done := read_results(experiment.folder)) is not None:

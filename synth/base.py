@@ -20,6 +20,7 @@ from utils.run.config import SourceConfig
 from utils.run.errors import NotFittedError, WeightsError
 from utils.run.log import log
 from utils.training.run import Run
+from utils.training.threads import count_flops
 
 
 class ReplaySource(ABC):
@@ -37,6 +38,7 @@ class ReplaySource(ABC):
     usual_replay: type | None = None  # kind of `synth.replay.Replay` that it needs; None: what its config says
     samples = "images"  # or "features": what `generate` makes
     wants_past = False  # whether `fit_after` looks at the samples of the past
+    step_flops: int | None = None  # of a forward pass of one training batch; None: a published model's, which are many
 
     def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset: Dataset):
         self.config, self.run, self.num_classes = config, run, num_classes
@@ -130,6 +132,13 @@ class ReplaySource(ABC):
                 log.warning("Too little memory to draw %d images at once: going on with %d at a time, which may move a "
                             "pixel by a grey level (synth.sample_batch)", len(chunk), self.chunk_size)  # fmt: skip
         return samples
+
+
+def count_prediction(source: ReplaySource) -> int | None:
+    """Count the FLOPs with which ``source.network`` predicts the noise of a training batch, (xt, t, labels) -> eps."""
+    labels = torch.zeros(source.config.batch_size, dtype=torch.int64)
+    xt = torch.zeros(len(labels), *source.image_shape)
+    return count_flops(source.network, xt, labels, labels)
 
 
 def show_progress(source: ReplaySource, task: Task, epoch: int, before: int = 0) -> None:

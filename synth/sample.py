@@ -46,6 +46,7 @@ from utils.data.images import ImageSet
 from utils.data.manager import DataManager, Task
 from utils.run.command import exit_code
 from utils.run.errors import ConfigError
+from utils.run.folder import follow_machine
 from utils.run.log import log, log_to_console
 from utils.run.words import apply_overrides, translate
 from utils.training.run import Run
@@ -146,6 +147,8 @@ def start(args: argparse.Namespace) -> None:
         raise ConfigError(f"--num_samples {args.num_samples}: use a whole number of at least 1")
     SOURCES.names()  # every room registers its words
     config, data, found = find_source(args)
+    if found is not None:
+        follow_machine(found)
     folder, seed = Path(args.output_dir), config.train_seed(config.seed[0])
     source = load_source(config, Run(folder, seed, Runtime(config.device, config.precision)), data, found)
     names, fitted = source.class_names, source.fitted_classes

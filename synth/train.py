@@ -162,7 +162,7 @@ def start(args: argparse.Namespace) -> None:
                 raise ConfigError(f"{folder} holds a run of main.py: give another --ckpt_save_dir")
             here = config.model_copy(update={"output_dir": str(folder.parent)})
             claim_folder(here, folder.name, args.overwrite and runtime.is_main, "--ckpt_save_dir")
-            claim_machine(folder, runtime)
+            claim_machine(folder, runtime, lambda: fitting.source.step_flops)
         if (folder / FITTED).exists():
             log.info("%s is fitted already (--overwrite repeats it)", folder)
             return

@@ -1,0 +1,7 @@
+"""What everything else stands on. It is loaded before torch is, which reads the environment only then."""
+
+import os
+
+# A thread that waits for the others sleeps. By default it spins; where it so keeps a core from the very thread that it
+# waits for, as beside another program, a step takes many times as long. It changes no bit.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from learners import LEARNERS
 from learners.base import Learner
 from learners.pycil import PyCILLearner
@@ -35,6 +37,7 @@ from utils.run.folder import RESULTS, claim_data, read_environment, replay_folde
 from utils.run.log import log, log_to_file
 from utils.training.run import Run
 from utils.training.runtime import Runtime
+from utils.training.threads import count_flops
 
 GALLERY_IMAGES = 8
 
@@ -101,6 +104,19 @@ class Experiment:
             require_initial(learner)
         check_budget(learner)
         return learner
+
+    def count_work(self) -> int | None:
+        """Count the FLOPs of a forward pass of one training batch: classifier's or source's, whichever are more.
+
+        Returns:
+            None where a published model draws, whose FLOPs are many.
+        """
+        config, learner = self.config, self._make_learner()
+        shape = (getattr(config, "batch_size", learner.eval_batch), 3, *[learner.transform.size] * 2)
+        flops = [count_flops(learner.network.backbone, torch.zeros(shape))]
+        if config.synth is not None and config.synth.need_syn_imgs:
+            flops.append(learner.replay.source.step_flops)
+        return None if None in flops else max(flops)
 
     def _make_learner(self) -> Learner:
         """Build the learner with its source and its replay."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.files.weights import load_exactly, read_weights
 from models.frozen import fixed
 from synth import SOURCES
-from synth.base import ReplaySource, show_progress
+from synth.base import ReplaySource, count_prediction, show_progress
 from synth.ddpm.averages import Averages, hold_out
 from synth.ddpm.config import DDPMConfig
 from synth.ddpm.network import ClassUNet, ClassUNetConfig
@@ -55,6 +55,7 @@ class DDPM(ReplaySource):
     """
 
     Config = DDPMConfig
+    step_flops = property(count_prediction)
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)

@@ -29,6 +29,7 @@ from utils.run.config import BatchSize, Factor, Rate
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import Training
+from utils.training.threads import count_flops
 
 
 @SOURCES.register("small_controlnet")
@@ -71,6 +72,13 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
         """The generator, read when it is first asked for if it comes from elsewhere."""
         self._model = self._model or self.build_model()
         return self._model
+
+    @property
+    def step_flops(self) -> int | None:
+        """Count those of the UNet; its ControlNet adds about half."""
+        t = torch.zeros(self.config.batch_size, dtype=torch.int64)
+        model = self.new_model() if self.config.weights is None else self.model
+        return count_flops(model.unet, torch.zeros(len(t), *model.image_shape), t, None)
 
     def published_weights(self) -> str:
         return "" if self.config.weights is None else self.model.fingerprint()

@@ -32,6 +32,7 @@ from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Training, fit
 from utils.training.schedule import TrainConfig
+from utils.training.threads import count_flops
 
 
 class FeatureReplay(Features):
@@ -100,6 +101,12 @@ class FeatureDiffusion(ReplaySource):
         self.transform = classifier_transform(dataset)
         self.models: dict[int, FeatureDenoiser] = {}  # by the first class of their task
         self.translated: dict[int, Tensor] = {}  # class -> float (M, D), features
+
+    @property
+    def step_flops(self) -> int | None:
+        """Count those of the MLP, as if features were as wide as its layers."""
+        width, labels = self.config.width, torch.zeros(self.config.batch_size, dtype=torch.int64)
+        return count_flops(self._build(width, 1), torch.zeros(len(labels), width), labels, labels)
 
     # ------------------------------------------------------------------ learning
 

@@ -26,6 +26,7 @@ from utils.run.config import BatchSize, Factor, Rate, Side, Width
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import Hooks, Training
+from utils.training.threads import count_flops
 
 
 @SOURCES.register("small_ldm")
@@ -62,6 +63,13 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
             raise ConfigError("synth.inversion=false draws by class names, which small_ldm cannot read: leave it true")
 
     # ------------------------------------------------------------------ learning
+
+    @property
+    def step_flops(self) -> int | None:
+        """Count those of the autoencoder, the larger part."""
+        model = self.new_model() if self.config.weights is None else self.model
+        shape = (self.config.vae_batch_size, *model.data["image_shape"])
+        return count_flops(model.vae, torch.zeros(shape))
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Train the model on the first task, which finds its classes' vectors too; invert the classes of later ones.

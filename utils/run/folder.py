@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from utils.run.files import explained_refusal, read_json, require_writable, writ
 from utils.run.log import log
 from utils.run.manifest import Manifest
 from utils.training.runtime import Runtime
+from utils.training.threads import set_threads, take_threads
 
 CONFIG = "config.json"  # of a run: its manifest
 DESCRIPTION = "data.json"  # of a seed: its manifest, and what its network expects of images
@@ -90,20 +92,38 @@ def claim_folder(config: RunConfig, name: str, overwrite: bool, flag: str = "--n
     return folder
 
 
-def claim_machine(folder: Path, runtime: Runtime) -> None:
+def claim_machine(folder: Path, runtime: Runtime, count_flops: Callable[[], int | None] = lambda: None) -> None:
     """Write `environment.json` at the first start; later ones take its threads and precision, which fix the bits.
+
+    Args:
+        folder: of the run.
+        runtime: of this process.
+        count_flops: of a forward pass of one batch, by which the first start on a CPU chooses its threads.
 
     Raises:
         CheckpointError: if the file is damaged.
     """
     if not (folder / ENVIRONMENT).exists():
+        if runtime.device.type == "cpu":
+            take_threads(count_flops())
         return write_json(folder / ENVIRONMENT, describe_machine(runtime))
     stored = read_environment(folder)
-    torch.set_num_threads(stored["threads"])
+    set_threads(stored["threads"])
     runtime.bf16 = stored["precision"] == "bf16"
     here = describe_machine(runtime).items()
     if changed := ", ".join(f"{key} was {stored.get(key)}, is {now}" for key, now in here if stored.get(key) != now):
         log.warning("This run began on another machine or with other packages (%s): its last bits may differ", changed)
+
+
+def follow_machine(folder: Path) -> None:
+    """Take the threads of the run whose folder this is or lies in, so that what is drawn from it has the run's bits.
+
+    Raises:
+        CheckpointError: if its `environment.json` is damaged.
+    """
+    for home in (folder, *folder.parents):
+        if (home / ENVIRONMENT).exists():
+            return set_threads(read_environment(home)["threads"])
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

@@ -19,12 +19,14 @@ from utils.run.folder import (
     claim_folder,
     claim_machine,
     finished_results,
+    follow_machine,
     read_data,
     read_results,
     replay_folder,
     run_manifest,
 )
 from utils.run.lock import locked, require_free
+from utils.training import threads as threads_of
 from utils.training.runtime import Runtime
 
 
@@ -149,6 +151,19 @@ def test_a_later_start_takes_threads_and_precision_of_the_first_and_warns_of_wha
     path.write_text(json.dumps({**json.loads(path.read_text()), "torch": "0.1", "cpu": "abacus"}))
     claim_machine(tmp_path, runtime)
     assert "torch was 0.1, is " in warnings.text and "cpu was abacus, is " in warnings.text
+
+
+def test_the_first_start_takes_the_threads_that_its_networks_feed(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads_of, "AVAILABLE", 8)
+    monkeypatch.setattr(threads_of, "_standing", torch.get_num_threads())
+    for name in threads_of.OF_USER:
+        monkeypatch.delenv(name, raising=False)
+    claim_machine(tmp_path, Runtime(["cpu"]), lambda: 3 * threads_of.FLOPS_PER_THREAD)
+    assert json.loads((tmp_path / "environment.json").read_text())["threads"] == torch.get_num_threads() == 3
+    claim_machine(tmp_path, Runtime(["cpu"]), lambda: pytest.fail("chosen already"))
+    torch.set_num_threads(1)
+    follow_machine(tmp_path / "seed_1" / "checkpoints")
+    assert torch.get_num_threads() == 3
 
 
 def test_data_are_described_for_whoever_reads_the_folder(tmp_path):
