@@ -22,6 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a key; may be given many times; dots reach into synth")  # fmt: skip
     parser.add_argument("--name", help="name of the run (default: prefix and file name, with a hash for overrides)")
+    parser.add_argument("--jobs", default="1", metavar="N", help="seeds that are learned side by side (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="delete what this run wrote before and start anew")
     parser.add_argument("--plan", action="store_true", help="print what the run would do and need, and stop")
     parser.add_argument("--list", action="store_true", help="print learners, sources, data sets and backbones")
@@ -46,6 +47,7 @@ def start(args: argparse.Namespace) -> None:
         return print(describe_all())
     from utils.run.words import read_experiment
 
+    jobs = read_jobs(args.jobs)
     raw = read_experiment(args.config)
     if not args.plan:
         refuse_second(args, raw)
@@ -67,7 +69,19 @@ def start(args: argparse.Namespace) -> None:
         from learners.run.plan import describe_run
 
         return print(*describe_run(config, name), sep="\n")
-    run_seeds(config, name, unused, args.overwrite)
+    run_seeds(config, name, unused, args.overwrite, jobs)
+
+
+def read_jobs(text: str) -> int:
+    """Read `--jobs`."""
+    from utils.run.errors import ConfigError
+    from utils.run.registry import shown
+
+    if not re.fullmatch("0*[1-9][0-9]{0,3}", text, re.ASCII):
+        raise ConfigError(f"--jobs {shown(text)}: say how many seeds are learned side by side, from 1 to 9999")
+    if int(text) > 1 and "RANK" in os.environ:
+        raise ConfigError(f"--jobs {text}: processes of torchrun share every seed: leave --jobs out, or torchrun")
+    return int(text)
 
 
 def refuse_second(args: argparse.Namespace, raw: dict[str, Any]) -> None:
@@ -98,7 +112,7 @@ def join_name(path: str, prefix: str, changed: str = "") -> str:
     return "_".join(part.replace("/", "-").replace(" ", "-") for part in (prefix, Path(path).stem, changed) if part)
 
 
-def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> None:
+def run_seeds(config, name: str, unused: list[str], overwrite: bool, jobs: int = 1) -> None:
     """Run every seed in full, as the only process that owns the run's folder."""
     from utils.run.lock import locked
     from utils.run.log import log_to_console
@@ -110,7 +124,7 @@ def run_seeds(config, name: str, unused: list[str], overwrite: bool) -> None:
     with locked(folder, is_main) if folder.exists() else nullcontext():
         experiments = check_seeds(config, name, unused, overwrite)
     with locked(folder, is_main):
-        learn_seeds(experiments, folder, overwrite)
+        learn_seeds(experiments, folder, overwrite, jobs)
 
 
 def check_seeds(config, name: str, unused: list[str], overwrite: bool) -> list:
@@ -131,8 +145,9 @@ def check_seeds(config, name: str, unused: list[str], overwrite: bool) -> list:
     return experiments
 
 
-def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> None:
+def learn_seeds(experiments: list, folder: Path, overwrite: bool, jobs: int) -> None:
     """Learn the seeds that are not finished, then write mean and spread."""
+    from learners.run.jobs import learn_side_by_side
     from utils.results.results import summarise
     from utils.run.files import write_json
     from utils.run.folder import claim_folder, claim_machine, finished_results, read_results
@@ -142,6 +157,9 @@ def learn_seeds(experiments: list, folder: Path, overwrite: bool) -> None:
     with runtime.accelerator.main_process_first():
         claim_folder(config, folder.name, overwrite and runtime.is_main)
         claim_machine(folder, runtime, experiments[0].count_work)
+    unfinished = [experiment for experiment in experiments if read_results(experiment.folder) is None]
+    if jobs > 1 and len(unfinished) > 1:
+        learn_side_by_side(unfinished, jobs)
     results = []
     for experiment in experiments:
         if (done := read_results(experiment.folder)) is not None:

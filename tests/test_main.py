@@ -67,6 +67,9 @@ def finished(tmp_path_factory) -> Path:
         ("--set seed=-1", ["seed"]),
         ("--config exps/nothing.json", ["exps/nothing.json"]),
         ("--set dataset=cub --set data_dir=nowhere --offline", ["nowhere/cub", "train/<class>/<image>"]),
+        ("--jobs 0", ["--jobs '0'", "from 1 to 9999"]),
+        ("--jobs -2", ["--jobs '-2'", "from 1 to 9999"]),
+        ("--jobs two --plan", ["--jobs 'two'", "how many seeds"]),
         ("--name a/b", ["'a/b'", "--name"]),  # --overwrite might delete what is there
         (f"--name {'n' * 201}", ["'nnn", "up to 200 bytes"]),
         ("--set output_dir=README.md", ["output_dir='README.md/", "is a file: choose another place"]),
@@ -113,6 +116,12 @@ def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(error, code, words, tm
     assert run(tmp_path, *TINY) == code
     said = capfd.readouterr().err
     assert words in said and said.count("\n") == 2 * bool(words)
+
+
+def test_jobs_are_refused_under_a_launcher(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert run(tmp_path, "--jobs", "2") == 2
+    assert "--jobs 2: processes of torchrun share every seed" in capsys.readouterr().err
 
 
 def test_the_default_experiment_is_found_from_elsewhere(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ from utils.run.config import RunConfig
 from utils.run.errors import DataError, WeightsError
 from utils.run.files import write_json
 from utils.run.folder import RESULTS, claim_data, read_environment, replay_folder
-from utils.run.log import log, log_to_file
+from utils.run.log import TOLD, log, log_to_file
 from utils.training.run import Run
 from utils.training.runtime import Runtime
 from utils.training.threads import count_flops
@@ -77,6 +77,9 @@ class Experiment:
         dataset: already read.
         runtime: the machine.
         unused: keys of the experiment file that the learner does not know.
+
+    Attributes:
+        before_task: called with the number of every task before it is learned.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Experiment:
         workers, every = config.num_workers, config.checkpoint_every
         self.run = Run(self.folder, config.train_seed(seed), runtime, num_workers=workers, checkpoint_every=every)
         self.checkpoints = self.run.checkpoints("task")
+        self.before_task: Callable[[int], None] = lambda index: None
 
     def check(self, anew: bool = False) -> Learner:
         """Build network and source once, so that whatever does not fit is said before anything is written.
@@ -139,6 +143,7 @@ class Experiment:
             claim_data(self.folder, self.data, self.runtime.is_main)
             self.results = Results(self._header(), self.data)
             for task in self.data.tasks(self._restore()):
+                self.before_task(task.index)
                 with self.run.timed("other"):
                     self._learn(task)
                     keep_to_budget(self.learner, task.index)
@@ -153,7 +158,7 @@ class Experiment:
 
     def _learn(self, task: Task) -> None:
         names = ", ".join([*task.class_names[:5], "..."][: task.num_new])  # five at most
-        log.info("Task %d: learning on %d-%d (%s)", task.index, task.num_old, task.num_seen - 1, names)
+        log.log(TOLD, "Task %d: learning on %d-%d (%s)", task.index, task.num_old, task.num_seen - 1, names)
         before = self.run.seconds.get("train", 0.0)
         self.learner.learn_task(task)
         spent = self.run.seconds.get("train", 0.0) - before

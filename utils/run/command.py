@@ -30,7 +30,7 @@ def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespac
             return 0
     except RepriseError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from what is finished", file=sys.stderr)
         return 130  # as shells have it: 128 and the signal's number

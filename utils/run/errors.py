@@ -1,8 +1,10 @@
-"""Mistakes that a user can make or repair. main.py prints them as one message and exits with code 2."""
+"""Mistakes that a user can make or repair. main.py prints them as one message and exits with their code."""
 
 
 class RepriseError(Exception):
     """Base of all errors that name the thing, the value and the remedy."""
+
+    exit_code = 2
 
 
 class ConfigError(RepriseError):
@@ -31,6 +33,14 @@ class NotFittedError(RepriseError):
 
 class TrainingError(RepriseError):
     """A training that cannot go on, such as a loss that is not a number."""
+
+
+class SeedError(RepriseError):
+    """Seeds that failed in processes of their own, while others went on."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class CheckpointError(RepriseError):

@@ -53,6 +53,11 @@ def fast_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
 
 
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Runtime:
     """One process's device, precision and place among its siblings, served by Hugging Face Accelerate.
 
@@ -119,5 +124,4 @@ class Runtime:
         """Return the number of decoding processes: as wanted, or this process's share of the cores, eight at most."""
         if wanted >= 0:
             return wanted
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        return min(8, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

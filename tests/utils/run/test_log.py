@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.run.log import log, log_to_console, log_to_file
+from utils.run.log import TOLD, log, log_to_console, log_to_file
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,17 @@ def test_a_log_file_is_continued_by_a_resumed_run_and_closed_after_an_error(tmp_
             raise KeyboardInterrupt
     assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
     assert log.handlers == handlers
+
+
+def test_of_a_seed_beside_others_the_console_gets_a_line_per_task_that_names_it(monkeypatch, capsys):
+    monkeypatch.setattr(log, "handlers", [])
+    log_to_console(seed="seed_7")
+    log.info("CNN top1 curve: [1.0]")
+    log.log(TOLD, "Task 0: learning")
+    log.warning("careful")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("seed_7 ") and first.endswith("Task 0: learning")
+    assert second.startswith("seed_7 ") and second.endswith("careful")
 
 
 def test_the_console_gets_every_message_once(monkeypatch, capsys):
