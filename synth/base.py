@@ -136,8 +136,8 @@ class ReplaySource(ABC):
 
 def count_prediction(source: ReplaySource) -> int | None:
     """Count the FLOPs with which ``source.network`` predicts the noise of a training batch, (xt, t, labels) -> eps."""
-    labels = torch.zeros(source.config.batch_size, dtype=torch.int64)
-    xt = torch.zeros(len(labels), *source.image_shape)
+    labels = torch.zeros(source.config.batch_size, dtype=torch.int64, device="meta")
+    xt = torch.zeros(len(labels), *source.image_shape, device="meta")
     return count_flops(source.network, xt, labels, labels)
 
 

@@ -117,7 +117,7 @@ class Experiment:
         """
         config, learner = self.config, self._make_learner()
         shape = (getattr(config, "batch_size", learner.eval_batch), 3, *[learner.transform.size] * 2)
-        flops = [count_flops(learner.network.backbone, torch.zeros(shape))]
+        flops = [count_flops(learner.network.backbone, torch.zeros(shape, device="meta"))]
         if config.synth is not None and config.synth.need_syn_imgs:
             flops.append(learner.replay.source.step_flops)
         return None if None in flops else max(flops)

@@ -76,9 +76,9 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
     @property
     def step_flops(self) -> int | None:
         """Count those of the UNet; its ControlNet adds about half."""
-        t = torch.zeros(self.config.batch_size, dtype=torch.int64)
+        t = torch.zeros(self.config.batch_size, dtype=torch.int64, device="meta")
         model = self.new_model() if self.config.weights is None else self.model
-        return count_flops(model.unet, torch.zeros(len(t), *model.image_shape), t, None)
+        return count_flops(model.unet, torch.zeros(len(t), *model.image_shape, device="meta"), t, None)
 
     def published_weights(self) -> str:
         return "" if self.config.weights is None else self.model.fingerprint()

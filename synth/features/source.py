@@ -105,8 +105,8 @@ class FeatureDiffusion(ReplaySource):
     @property
     def step_flops(self) -> int | None:
         """Count those of the MLP, as if features were as wide as its layers."""
-        width, labels = self.config.width, torch.zeros(self.config.batch_size, dtype=torch.int64)
-        return count_flops(self._build(width, 1), torch.zeros(len(labels), width), labels, labels)
+        width, labels = self.config.width, torch.zeros(self.config.batch_size, dtype=torch.int64, device="meta")
+        return count_flops(self._build(width, 1), torch.zeros(len(labels), width, device="meta"), labels, labels)
 
     # ------------------------------------------------------------------ learning
 

@@ -69,7 +69,7 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
         """Count those of the autoencoder, the larger part."""
         model = self.new_model() if self.config.weights is None else self.model
         shape = (self.config.vae_batch_size, *model.data["image_shape"])
-        return count_flops(model.vae, torch.zeros(shape))
+        return count_flops(model.vae, torch.zeros(shape, device="meta"))
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Train the model on the first task, which finds its classes' vectors too; invert the classes of later ones.

@@ -29,7 +29,7 @@ UNETS = [[32, 64], [64, 128], [128, 256]]  # widths, at 8x8 and batch 64 as in e
 def classifier(run: Run, name: str, side: int, batch: int) -> tuple[str, int, Arm]:
     network = new_classifier(name, LinearHead).to(memory_format=torch.channels_last).eval()
     transform = ClassifierTransform(AUGMENTATIONS["cifar"], side, (0.5,) * 3, (0.5,) * 3, in_memory=True)
-    flops = count_flops(network, torch.zeros(batch, 3, side, side))
+    flops = count_flops(network, torch.zeros(batch, 3, side, side, device="meta"))
 
     def loss(step):
         return {"ce": F.cross_entropy(network(step.images), step.labels)}

@@ -196,3 +196,14 @@ def test_a_subclass_with_its_own_network_and_hidden_labels_trains(tmp_path):
     source = fitted("ddpm", tmp_path, kind=Whitened)
     assert set(source.seen.tolist()) == {0, 1} and set(source.network.asked) == {-1}
     assert images(source, TWO_EACH).shape == (4, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "cbdm", "small_ldm", "small_controlnet", "feature_diffusion"])
+def test_a_source_counts_the_flops_of_its_batch(name, tmp_path):
+    key = "vae_batch_size" if name == "small_ldm" else "batch_size"
+    once, twice = (make_source(name, tmp_path, **{key: batch}).step_flops for batch in (8, 16))
+    assert 0 < twice == 2 * once
+
+
+def test_what_a_published_model_takes_is_not_counted(tmp_path):
+    assert make_source("ldm", tmp_path).step_flops is None

@@ -23,7 +23,7 @@ def count_flops(network: nn.Module, *inputs: Tensor | None) -> int | None:
 
     Args:
         network: in eval mode, since in train mode BatchNorm counts its batches.
-        inputs: zeros of the right shapes.
+        inputs: of the right shapes and the device "meta", so that a large batch takes no memory.
 
     Returns:
         Products and sums of convolutions, matrix products and attention; None for a network that looks at values.
@@ -33,7 +33,7 @@ def count_flops(network: nn.Module, *inputs: Tensor | None) -> int | None:
 
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-            network(*inputs)
+            network(*(given if given is None else torch.zeros(given.shape, dtype=given.dtype) for given in inputs))
     except RuntimeError:
         return None
     return counter.get_total_flops()

@@ -45,6 +45,16 @@ def test_frozen_weights_of_learner_and_source_stand_in_the_ledger_beside_the_mem
     assert results["memory_bytes"]["frozen"] == 1234
 
 
+@pytest.mark.parametrize(("learner", "source"), [("asp", None), ("finetune", "ddpm"), ("tdfa", "feature_diffusion")])
+def test_a_runs_work_is_that_of_its_larger_network(learner, source, tmp_path):
+    work = [toy_experiment(learner, tmp_path / str(i), source, batch_size=8 * i).count_work() for i in (1, 2)]
+    assert 0 < work[1] == 2 * work[0]  # the classifier's, whose batch alone grew
+
+
+def test_the_work_of_a_published_model_is_not_counted(tmp_path):
+    assert toy_experiment("finetune", tmp_path, "ldm").count_work() is None
+
+
 def test_a_few_shot_run_tells_base_and_novel_in_results_log_and_report(tmp_path, caplog):
     caplog.set_level("INFO", "reprise")
     experiment = toy_experiment("finetune", tmp_path, kshot=3)
