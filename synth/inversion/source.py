@@ -20,6 +20,7 @@ from synth.base import ReplaySource, show_progress
 from synth.diffusion import classifier_free
 from synth.inversion.federated import split_clients
 from synth.inversion.latents import LatentBatches, denoising_loss, encode, noise_scheduler
+from synth.inversion.stopping import FixedLoss, StopConfig, fixed_batches
 from synth.prompts import EMBEDDINGS, TRAIN_TEMPLATES, class_words
 from synth.requests import Requests, draw_noise
 from synth.samplers import sample_scheduled, sample_scheduler
@@ -31,6 +32,7 @@ from utils.run.carried import Carried
 from utils.run.config import BatchSize, Decay, Factor, PerClass, Place, Rate, SourceConfig
 from utils.run.errors import WeightsError
 from utils.run.files import load_tensors, read_json, save_tensors, write_json
+from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Hooks, Training, fit
 from utils.training.schedule import TrainConfig
@@ -44,7 +46,7 @@ class ClassInversion(ReplaySource):
     ``build_model`` whose model it is.
     """
 
-    class Config(SourceConfig):
+    class Config(StopConfig, SourceConfig):
         drawing: ClassVar[set[str]] = {"scheduler", "sample_steps", "guidance"}
 
         syn_per_class: PerClass | None = Field(20, ge=1, description="replay images per class; 200 in DDDR")
@@ -80,6 +82,7 @@ class ClassInversion(ReplaySource):
         self.words = class_words(class_names, config.class_prompts)
         self.flip = AUGMENTATIONS[dataset.augmentation].flip if config.flip is None else config.flip
         self.vectors: dict[int, Tensor] = {}  # class -> (D,) on the CPU
+        self.search_steps: dict[int, int] = {}  # class -> steps of its search, where a rule may end it
         self._model: LatentDiffusion | None = None
         self._kept: dict = {}  # what is known of the model before it is built: fingerprint and bytes
 
@@ -134,6 +137,7 @@ class ClassInversion(ReplaySource):
             images: of these classes alone.
         """
         config, run = self.config, self.run
+        self.search_steps = {label: steps for label, steps in self.search_steps.items() if label not in classes}
         moments = encode(self.model, images, self.flip, config.sample_batch, run, f"task {task.index} encode")
         parts = split_clients(images.labels, config.num_users, config.beta, run.seed, task.index, "clients")
         vectors = self.model.initial_vector(config.initializer).expand(len(classes), -1)  # (C, D), one start for all
@@ -160,7 +164,15 @@ class ClassInversion(ReplaySource):
         loss = partial(self.loss, module=module, classes=torch.tensor(classes, device=run.device), scheduler=scheduler)
         watch = partial(show_progress, self, task, before=round_ * epochs)
         train_config = TrainConfig(rate, steps=steps, optimizer="adamw", weight_decay=decay)
-        fit(module, batches, loss, train_config, training, Hooks(lambda step: watch(step.epoch)))
+        hooks = Hooks(lambda step: watch(step.epoch))
+        if config.stop_ratio:
+            fixed = FixedLoss(training, loss, fixed_batches(moments, labels, batch_size, run.device), config)
+            hooks = fixed.hooks(hooks.before_epoch)
+        fit(module, batches, loss, train_config, training, hooks)
+        if config.stop_ratio:
+            log.info("Task %d: %s took %d of %d steps", task.index, training.purpose, fixed.steps, steps)
+            self.search_steps |= {label: self.search_steps.get(label, 0) + fixed.steps for label in classes}
+            epochs = math.ceil(fixed.steps / len(batches))
         watch(epochs)
         return module.vectors.detach()
 
@@ -247,11 +259,13 @@ class ClassInversion(ReplaySource):
             labels, vectors = zip(*sorted(self.vectors.items()))
             save_tensors(directory / EMBEDDINGS, {"labels": torch.tensor(labels), "vectors": torch.stack(vectors)})
         model = self._known() if self.fitted_classes else {}
-        write_json(directory / "source.json", {"fitted_classes": sorted(self.fitted_classes), **model})
+        steps = {"search_steps": self.search_steps} if self.search_steps else {}
+        write_json(directory / "source.json", {"fitted_classes": sorted(self.fitted_classes), **model, **steps})
 
     def load(self, directory: Path) -> None:
         """Take over what ``save`` wrote."""
         self._kept = read_json(directory / "source.json", "fit the source again")
+        self.search_steps = {int(label): steps for label, steps in self._kept.pop("search_steps", {}).items()}
         self.fitted_classes, self.vectors, self._model = set(self._kept.pop("fitted_classes")), {}, None
         if (directory / EMBEDDINGS).exists():
             stored = load_tensors(directory / EMBEDDINGS)
@@ -275,5 +289,6 @@ class ClassInversion(ReplaySource):
         what = f"{config.samples_per_class} images shown per class"
         if config.g_local_train_steps is not None:
             what = f"{config.com_round_gen} rounds of {config.g_local_train_steps} steps per task"
+        what += ", or until its fixed loss settles" * (config.stop_ratio > 0)
         search = f"class inversion by {what}" if config.inversion else "no inversion, class names as prompts"
         return f"{search}; {config.scheduler} of {config.sample_steps} steps, guidance {config.guidance:g}"

@@ -74,6 +74,11 @@ def nothing(step: Step) -> None:
     """Do nothing: the hook of whoever brings none."""
 
 
+def never() -> bool:
+    """Let a training go to its end."""
+    return False
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What is called inside a training.
@@ -83,12 +88,14 @@ class Hooks:
         after_backward: with gradients that are reduced over processes and not yet clipped.
         after_step: once the parameters have moved.
         stateful: further things with state_dict / load_state_dict that a checkpoint must hold.
+        stop: asked before every step; True ends the training. What it looks at belongs to ``stateful``.
     """
 
     before_epoch: Callable[[Step], None] = nothing
     after_backward: Callable[[Step], None] = nothing
     after_step: Callable[[Step], None] = nothing
     stateful: dict[str, object] = field(default_factory=dict)
+    stop: Callable[[], bool] = never
 
 
 class Progress:
@@ -223,7 +230,7 @@ def fit(module: nn.Module, batches: Batches, loss_fn: LossFunction, config: Trai
     run.metrics.rewind(task, purpose, progress.step)  # also of a training that was cut off before its first checkpoint
     rank = run.runtime.shard[0]
     with run.bar(total, f"task {task} {purpose}", progress.step) as bar:
-        while progress.step < total:
+        while progress.step < total and not hooks.stop():
             epoch, start = divmod(progress.step, per_epoch)
             if start == 0:
                 hooks.before_epoch(progress.at(epoch))
@@ -238,8 +245,10 @@ def fit(module: nn.Module, batches: Batches, loss_fn: LossFunction, config: Trai
                     bar.set_postfix_str(progress.look(), refresh=False)
                 if progress.step % run.checkpoint_every == 0:
                     progress.save()
+                if hooks.stop():
+                    break
     run.runtime.share_buffers(module)
-    if progress.checkpoints.numbers()[:1] != [total]:
+    if progress.checkpoints.numbers()[:1] != [progress.step]:
         progress.save()
     module.eval()
     return progress.ema

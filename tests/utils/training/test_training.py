@@ -389,6 +389,23 @@ def test_a_finished_training_is_not_repeated_and_all_that_it_holds_is_restored(t
     assert restored == {"words": ["a"]}
 
 
+def test_a_training_that_was_told_to_stop_stays_where_it_ended(tmp_path):
+    whole, again, steps, config = linear(), linear(), [], TrainConfig(lr=0.1, steps=7)
+    train(whole, make_run(tmp_path / "whole"), config)
+    for _ in range(2):  # the second time it is over
+        reached = {"number": 0}
+        thing = SimpleNamespace(state_dict=lambda reached=reached: reached, load_state_dict=reached.update)
+
+        def note(step, reached=reached):
+            steps.append(step.number)
+            reached["number"] = step.number
+
+        hooks = {"stop": lambda reached=reached: reached["number"] >= 7, "stateful": {"reached": thing}}
+        train(again, make_run(tmp_path / "stopped"), after_step=note, **hooks)
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
 def test_trainings_of_two_purposes_do_not_meet(run):
     module, fired = linear(), []
     for purpose in ("train", "head"):
