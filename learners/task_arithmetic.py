@@ -135,7 +135,7 @@ class TaskArithmetic(PyCILLearner):
         self.network.backbone.load_state_dict(self.theta_0 | move(self.theta_0, total, scaling))
         if self.config.reestimate_bn:
             shown = test_batches(self.present + self.past, self.transform, 256, self.run.device, self.run.num_workers)
-            update_bn((images for images in shown if len(images) > 1), self.network.backbone)  # one has no variance
+            update_bn((images for images in shown if len(images) > 1), self.network)  # one has no variance
             self.network.eval()
 
     def _choose(self, task: Task) -> float:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.heads import Head
 from utils.data.batches import Mixed
+from utils.training.ledger import counted
 
 
 class IncrementalNet(nn.Module):
@@ -37,6 +38,7 @@ class IncrementalNet(nn.Module):
         """Add outputs up to a total of ``num_classes``; old rows keep every bit. See `models.heads`."""
         self.head.grow(num_classes, generator)
 
+    @counted
     def features(self, x: Tensor | Mixed) -> Tensor:
         """Map images, float (B, 3, H, W) as the backbone wants them, to features (B, D).
 

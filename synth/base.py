@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,33 @@ from utils.run.command import promised_offline
 from utils.run.config import SourceConfig
 from utils.run.errors import NotFittedError, WeightsError
 from utils.run.log import log
+from utils.training.flops import forward_flops
 from utils.training.run import Run
-from utils.training.threads import count_flops
+from utils.training.schedule import TrainConfig
+
+
+class Foreseen(NamedTuple):
+    """What a source's training on one task will be, as `--plan` can know it.
+
+    Attributes:
+        config: length of the training.
+        samples: that it shows, of new and old classes.
+        batch_size: of its steps.
+        whole: whether only whole batches are shown.
+        rehearsed: images that the source draws for it first.
+        step: computes the loss of some images.
+        rows: how many those are.
+        draw: requests to images, as the source draws them for itself.
+    """
+
+    config: TrainConfig
+    samples: int
+    batch_size: int
+    whole: bool
+    rehearsed: int
+    step: Callable[[], object]
+    rows: int
+    draw: Callable[[Requests], object]
 
 
 class ReplaySource(ABC):
@@ -39,6 +65,8 @@ class ReplaySource(ABC):
     samples = "images"  # or "features": what `generate` makes
     wants_past = False  # whether `fit_after` looks at the samples of the past
     step_flops: int | None = None  # of a forward pass of one training batch; None: a published model's, which are many
+    # (task, number of its real images, number of replayed ones that it gets) to the training; None: nobody knows it
+    foresee: Callable[[Task, int, int], Foreseen] | None = None
 
     def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset: Dataset):
         self.config, self.run, self.num_classes = config, run, num_classes
@@ -138,7 +166,7 @@ def count_prediction(source: ReplaySource) -> int | None:
     """Count the FLOPs with which ``source.network`` predicts the noise of a training batch, (xt, t, labels) -> eps."""
     labels = torch.zeros(source.config.batch_size, dtype=torch.int64, device="meta")
     xt = torch.zeros(len(labels), *source.image_shape, device="meta")
-    return count_flops(source.network, xt, labels, labels)
+    return forward_flops(source.network, xt, labels, labels)
 
 
 def show_progress(source: ReplaySource, task: Task, epoch: int, before: int = 0) -> None:

@@ -98,8 +98,10 @@ class ImageFolder:
             for asked in requests:
                 for chunk in list(asked.chunks(source.config.sample_batch))[rank::world]:
                     # A chunk is redone as a whole: its images depend on each other in the last bit of the arithmetic.
-                    if not there >= set(stems_of(chunk)):
-                        self._save(source.generate(chunk), stems_of(chunk), source.config)
+                    if not there >= set(stems := stems_of(chunk)):
+                        with self.run.ledger.drawing(f"{self.folder}/{stems[0]}"):
+                            drawn = source.generate(chunk)
+                        self._save(drawn, stems, source.config)
                     bar.update(len(chunk))
         runtime.accelerator.wait_for_everyone()
         self.files |= self._noted()

@@ -34,6 +34,8 @@ class Replay:
         folder: where samples may be kept.
     """
 
+    whole_batches = False  # whether its batches are all of one size
+
     def __init__(self, config: RunConfig, source: ReplaySource | None, data: DataManager, run: Run, folder: Path):
         self.run_config, self.source, self.data, self.run, self.folder = config, source, data, run, Path(folder)
         self.config: SourceConfig | None = None if source is None else source.config
@@ -79,14 +81,14 @@ class Replay:
     def fit_before(self, task: Task, real: ImageSet) -> None:
         """Let the source look at a task's real images before the classifier trains."""
         if self.learns:
-            with self.run.timed("fit_source"):
+            with self.run.timed("fit"):
                 self.pupil.fit_before(task, real)
             self.learned(task)
 
     def fit_after(self, task: Task, real: ImageSet, past: Samples, exemplars: ImageSet, encoder: nn.Module) -> None:
         """Let the source learn once the classifier has trained; see `ReplaySource.fit_after`."""
         if self.learns and (task.num_seen < self.data.num_classes or self.config.fit_after_last_task):
-            with self.run.timed("fit_source"):
+            with self.run.timed("fit"):
                 self.pupil.fit_after(task, real, past, exemplars, encoder)
             self.learned(task)
 
@@ -115,6 +117,17 @@ class Replay:
     def expected(self) -> int:
         """Count the samples that a run draws to replay them, for `--plan`."""
         return 0
+
+    def num_shown(self, task: Task) -> tuple[int, int] | None:
+        """Count the images of new and of old classes that a training shows, for `--plan`; None: nobody knows it."""
+        if self.source is not None and self.source.samples != "images":
+            return None
+        old = 0 if self.source is None else self.old_samples()[task.index]
+        return sum(self.data.class_counts[label] for label in task.classes), old
+
+    def try_drawing(self, task: Task, requests: Requests) -> None:
+        """Draw as the task's training would, for `--plan`."""
+        self.source.generate(requests)
 
     def old_samples(self) -> list[int]:
         """Count the samples of old classes that each task replays."""
@@ -154,7 +167,7 @@ class Banked(Replay):
     def drawn_of_new(self, task: Task) -> ImageSet:
         if not self.source.fitted_classes.issuperset(task.classes):
             return ImageSet()
-        with self.run.timed("generate"):
+        with self.run.timed("draw"):
             self.bank.fill(task.index)
         return self.bank.stored(task.classes)
 
@@ -182,7 +195,7 @@ class Stored(Banked):
         self.drawn_of_new(task)
 
     def past(self, task: Task) -> ImageSet:
-        with self.run.timed("generate"):
+        with self.run.timed("draw"):
             return self.bank.stored(label for label in self.bank.task_of if label < task.num_old)
 
     def carried(self) -> list[Carried]:
@@ -194,7 +207,7 @@ class Redrawn(Banked):
     """All old classes are drawn anew from the newest source before every task; no image is carried on."""
 
     def past(self, task: Task) -> ImageSet:
-        with self.run.timed("generate"):
+        with self.run.timed("draw"):
             return self.bank.redraw(task.index)
 
 
@@ -220,7 +233,7 @@ class Features(Replay):
 
     def past(self, task: Task) -> FeatureSet:
         key, made = (self.run.seed, self.config.name, task.index), FeatureSet()
-        with self.run.timed("generate"):
+        with self.run.timed("draw"):
             for label, count in enumerate(self.data.class_counts[: task.num_old]):
                 asked = Requests.of_classes([label], self.config.syn_per_class or count, key)
                 made = made + self.source.generate(asked)

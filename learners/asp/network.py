@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.frozen import Frozen
 from utils.run.errors import ConfigError
+from utils.training.ledger import counted
 
 ENCODER_WIDTH = 256  # of both prompt encoders
 SOFTPLUS_SHIFT = -5.0  # the encoder's spread starts near softplus(-5) = 0.0067
@@ -93,6 +94,7 @@ class PromptViT(nn.Module):
         prompts = torch.cat([self.tip.expand_as(z), specific], dim=2)  # (B, L, P, D)
         return self._run(x, prompts).float(), mu, sigma
 
+    @counted
     def _run(self, x: Tensor, prompts: Tensor | None) -> Tensor:
         vit = self.vit.network.network  # timm's, within its adapter
         h = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, D)

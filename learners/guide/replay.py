@@ -35,6 +35,7 @@ class Guided(Replay):
     source: DDPM
     network: IncrementalNet
     bender: Callable[[Task, Requests], Bend] | None = None
+    whole_batches = True
 
     @classmethod
     def check(cls, config: RunConfig, source: type[ReplaySource]) -> None:
@@ -66,7 +67,7 @@ class Guided(Replay):
         bend = partial(self.bender, task) if guided and self.bender is not None else None
         chunks = list(requests.chunks(self.config.sample_batch))
         runtime.share_buffers(self.network)  # BatchNorm's, which every process has its own of
-        with self.run.timed("generate"), fixed(self.network):
+        with self.run.timed("draw"), fixed(self.network):
             drawn = runtime.share(chunks, lambda chunk: self.source.draw(chunk, sampling, bend))
         return sum(drawn, ImageSet())
 
@@ -77,6 +78,9 @@ class Guided(Replay):
     def expected(self) -> int:
         draws = -(-self.run_config.disjoint_classifier_num_steps // self.run_config.guid_generation_interval)
         return draws * sum(map(self.num_replayed, range(self.data.num_tasks)))
+
+    def try_drawing(self, task: Task, requests: Requests) -> None:
+        self.draw(task, requests)
 
     def show(self, task: Task, images: ImageSet) -> None:
         """Lay the last images of a task's training into `task_<t>/drawn`, to be looked at."""

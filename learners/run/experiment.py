@@ -35,9 +35,9 @@ from utils.run.errors import DataError, WeightsError
 from utils.run.files import write_json
 from utils.run.folder import RESULTS, claim_data, read_environment, replay_folder
 from utils.run.log import TOLD, log, log_to_file
+from utils.training.flops import forward_flops
 from utils.training.run import Run
 from utils.training.runtime import Runtime
-from utils.training.threads import count_flops
 
 GALLERY_IMAGES = 8
 
@@ -117,7 +117,7 @@ class Experiment:
         """
         config, learner = self.config, self._make_learner()
         shape = (getattr(config, "batch_size", learner.eval_batch), 3, *[learner.transform.size] * 2)
-        flops = [count_flops(learner.network.backbone, torch.zeros(shape, device="meta"))]
+        flops = [forward_flops(learner.network.backbone, torch.zeros(shape, device="meta"))]
         if config.synth is not None and config.synth.need_syn_imgs:
             flops.append(learner.replay.source.step_flops)
         return None if None in flops else max(flops)
@@ -148,6 +148,7 @@ class Experiment:
                     self._learn(task)
                     keep_to_budget(self.learner, task.index)
                     self._measure_replay(task)
+                self.run.ledger.close_task()
                 self._save(task)
             if self.runtime.is_main:  # once more: after the last checkpoint, a kill may have come before this
                 self.run.forget_fits()
@@ -179,7 +180,7 @@ class Experiment:
         """Write everything that the next task needs, then the results so far."""
         self.runtime.accelerator.wait_for_everyone()  # until all know what a budget takes
         if self.runtime.is_main:
-            learner, so_far = self.learner, {"results": self.results.state(), "seconds": self.run.seconds}
+            learner, so_far = self.learner, {"results": self.results.state(), "cost": self.run.ledger.state()}
             tensors, state = learner_state(learner)
             if learner.replay.learns and self.config.synth.keep_sources:
                 # First: what a checkpoint calls learned is not learned again.
@@ -194,6 +195,7 @@ class Experiment:
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; return the number of the next task."""
         if (found := self.checkpoints.load_newest(log)) is None:
+            self.run.ledger.load([])
             return 0
         index, tensors, state = found
         restore_learner(self.learner, tensors, state)
@@ -204,17 +206,14 @@ class Experiment:
             if self.runtime.is_main:
                 self.learner.replay.prune()
         self.results.load(state["results"])
-        self.run.seconds.update(state["seconds"])
+        self.run.ledger.load(state.get("cost", [{}] * (index + 1)))
         log.info("Task %d was learned before: continuing after it", index)
         return index + 1
 
     def _write(self) -> dict[str, Any]:
         """Write `results.json` and `report.html`; return the former's content."""
-        spent, num_learned = self.run.seconds, len(self.results.accuracy_matrix)
-        seconds = {name: spent.get(name, 0.0) for name in ("train", "fit_source", "generate", "evaluate")}
-        seconds["total"] = sum(spent.values())
-        memory = count_bytes(self.learner, self.checkpoints.path(num_learned - 1))
-        results = self.results.to_dict(memory, count_units(self.learner, memory), seconds)
+        memory = count_bytes(self.learner, self.checkpoints.path(len(self.results.accuracy_matrix) - 1))
+        results = self.results.to_dict(memory, count_units(self.learner, memory), self.run.ledger.report())
         if self.runtime.is_main:
             write_json(self.folder / RESULTS, results)
             config = self.config.model_dump(mode="json", exclude_none=True)

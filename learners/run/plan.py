@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from learners import LEARNERS
 from learners.base import Learner
 from learners.run.experiment import Experiment, missing_weights
+from learners.run.forecast import describe_cost
 from learners.run.ledger import describe_budget, unit_bytes
 from models import BACKBONES
 from models.options import backbone_options
@@ -65,6 +66,7 @@ def describe_run(config: RunConfig, name: str) -> Iterator[str]:
     yield f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}"
     if config.synth is not None:
         yield from (*describe_replay(learner, name), f"  {learner.replay.pupil.describe()}")
+    yield from describe_cost(learner)
 
 
 def _schedule(learner: Learner) -> Iterator[str]:

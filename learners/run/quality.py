@@ -61,7 +61,7 @@ def drawn_images(learner: Learner, label: int) -> ImageSet:
     if source.samples != "images" or label not in source.fitted_classes:
         return ImageSet()
     count = source.config.syn_per_class or learner.data.class_counts[label]
-    with learner.run.timed("generate"):
+    with learner.run.timed("draw"):
         return source.generate(Requests.of_classes([label], count, (learner.run.seed, source.config.name, "quality")))
 
 

@@ -79,7 +79,7 @@ class TDFA(PyCILLearner):
 
     def after_source_fit(self, task: Task) -> None:
         """Train a new head on real features and on made ones that are believable."""
-        with self.run.timed("generate"):
+        with self.run.timed("draw"):
             made = self._make(task)
         with self.run.timed("train"):
             retrain_head(self, task, self._balanced(made, task, "head"))

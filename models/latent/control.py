@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,6 +17,7 @@ from models.files.weights import check_weights_file, is_weights_file, what_is_mi
 from models.latent.text_to_image import ON_CPU, Placement, TextToImage
 from utils.run.errors import WeightsError
 from utils.training import seeding
+from utils.training.ledger import counted
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 BASE = PublishedModel("base", "text-to-image model", SD15, file="control_sd15_canny.pth")
@@ -58,6 +60,8 @@ class ControlNetPipeline(TextToImage):
             scheduler=DDIMScheduler.from_config(parts.schedule | DDIM), safety_checker=None, feature_extractor=None,
             requires_safety_checker=False)  # fmt: skip
         self.pipeline.set_progress_bar_config(disable=True)
+        for network in (parts.unet, controlnet):  # which the pipeline calls by itself
+            network.forward = MethodType(counted(type(network).forward), network)
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:

@@ -14,6 +14,7 @@ from models.latent.contract import NOISE, LatentDiffusion
 from models.latent.own import OwnModel
 from utils.run.config import Width
 from utils.run.errors import ConfigError
+from utils.training.ledger import counted
 
 
 class Denoiser(nn.Module):
@@ -106,10 +107,18 @@ class SmallLDM(OwnModel, LatentDiffusion):
         """Return the mean of the known classes' vectors, whatever the word."""
         return self.denoiser.table.detach().mean(0)
 
+    @counted
     def moments(self, images: Tensor) -> Tensor:
         latents = self.vae.encode(images.to(self.scale.device)).latent_dist
         return torch.cat([latents.mean, latents.std], 1).float() * self.scale
 
+    @counted
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Any]:
+        """Return images from one draw of their latents, (B, C, S, S), and the latents' distribution, of diffusers."""
+        posterior = self.vae.encode(images).latent_dist
+        return self.vae.decode(posterior.sample(), return_dict=False)[0], posterior
+
+    @counted
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents.to(self.scale.device) / self.scale, return_dict=False)[0].float()
 
@@ -122,6 +131,7 @@ class SmallLDM(OwnModel, LatentDiffusion):
         vectors = torch.zeros(1, self.vector_size) if vectors is None else vectors
         return (vectors.to(self.scale.device) * told).unflatten(1, (self.config.num_tokens, -1))
 
+    @counted
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
         device = self.scale.device
         if self.denoiser.unet is None:

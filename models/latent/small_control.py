@@ -14,6 +14,7 @@ from models.latent.own import OwnModel
 from models.latent.small import build_unet
 from utils.run.config import Side, Width
 from utils.run.errors import ConfigError
+from utils.training.ledger import counted
 
 
 class SmallControlNetConfig(NetworkConfig):
@@ -75,6 +76,7 @@ class SmallControlNet(OwnModel):
         widths = tuple(16 * 2**level for level in range(self.halvings + 1))
         return ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=widths, conditioning_channels=1)
 
+    @counted
     def predict(self, xt: Tensor, t: Tensor, edges: Tensor | None, strength: float = 1.0) -> Tensor:
         """Predict the noise, or the velocity (``schedule``), in noisy images.
 

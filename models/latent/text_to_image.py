@@ -13,6 +13,7 @@ from models.files.diffusers_parts import TextToImageParts, read_folder
 from models.files.weights import is_weights_file
 from models.latent.contract import PLACEHOLDER, LatentDiffusion
 from utils.run.errors import ConfigError, WeightsError
+from utils.training.ledger import counted
 from utils.training.runtime import Runtime
 
 LDM = PublishedModel("source", "text-to-image model", "CompVis/ldm-text2im-large-256", file="model.ckpt")
@@ -81,11 +82,13 @@ class TextToImage(LatentDiffusion):
             raise ConfigError(f"the model reads the word {word!r} as {', '.join(tokens)}, but {remedy}")
         return self.text_encoder.get_input_embeddings().weight[number].float().clone()
 
+    @counted
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         posterior = self.vae.encode(self.take(images)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float() * self.vae.config.scaling_factor
 
+    @counted
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(self.take(latents / self.vae.config.scaling_factor)).sample.float()
@@ -109,6 +112,7 @@ class TextToImage(LatentDiffusion):
         with self.text_encoder.get_input_embeddings().register_forward_hook(put_in):
             return self._encode(ids)
 
+    @counted
     def predict(self, zt: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return self.unet(self.take(zt), t.to(self.device), self.take(context), return_dict=False)[0].float()
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from synth.cbdm.augmentation import SIZE
 from synth.ddpm.network import ClassUNetConfig
+from utils.training.ledger import counted
 
 TINY = 1e-5  # gain of the layers that end a branch: a new network predicts noise of about 0
 
@@ -37,6 +38,7 @@ class LabelUNet(nn.Module):
         self.augmentation = nn.Linear(SIZE, width, bias=False) if augmented else None
         _initialise(self)
 
+    @counted
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Predict the noise in ``xt``.
 

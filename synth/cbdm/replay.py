@@ -53,7 +53,7 @@ class Filled(Stored):
         if task.num_seen < self.data.num_classes:
             super().learned(task)
         if task.index not in self.fills:
-            with self.run.timed("generate"):
+            with self.run.timed("draw"):
                 self.fills[task.index] = self._fill(task)
 
     def present(self, task: Task, real: ImageSet) -> ImageSet:
@@ -79,6 +79,10 @@ class Filled(Stored):
         """Count what fills every task, beside what is stored."""
         tasks = map(self.data.task, range(self.data.num_tasks))
         return super().expected() + sum(sum(self.lacking(task).values()) for task in tasks)
+
+    def num_shown(self, task: Task) -> tuple[int, int]:
+        new, old = super().num_shown(task)
+        return new + sum(self.lacking(task).values()), old
 
     def first_task_settings(self) -> dict[str, Any]:
         """Say what the first task is trained on beside its real images."""

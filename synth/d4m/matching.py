@@ -31,6 +31,7 @@ from utils.run.files import load_tensors, save_tensors
 from utils.run.manifest import Manifest
 from utils.training import seeding
 from utils.training.fit import Training, fit
+from utils.training.ledger import counted
 from utils.training.runtime import Runtime
 from utils.training.schedule import TrainConfig
 
@@ -174,6 +175,7 @@ class PublishedTeacher(nn.Module):
         self.network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
         self.order = class_order
 
+    @counted
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)[:, self.order]
 

@@ -57,7 +57,7 @@ class Distilled(Stored):
         super().fit_before(task, real)
         if self.config.soft_labels == "none":
             return
-        with self.run.timed("fit_source"):
+        with self.run.timed("fit"):
             self.teacher = self._make_teacher(task, real)
 
     def _make_teacher(self, task: Task, real: ImageSet) -> nn.Module:
@@ -112,6 +112,9 @@ class Distilled(Stored):
     def expected(self) -> int:
         """Count all classes, for what stands for the present is drawn too."""
         return sum(map(self.bank.per_class, range(self.data.num_classes))) if self.learns else 0
+
+    def num_shown(self, task: Task) -> tuple[int, int] | None:
+        return super().num_shown(task) if (self.config.stream, self.config.memory) == ("real", "distilled") else None
 
     def first_task_settings(self) -> dict[str, Any]:
         """Say what the first task is trained on, where it is not the real images."""

@@ -103,13 +103,15 @@ class Distilling:
         self.watcher = None  # whoever watches the model learn would see images without prototypes
         super().fit_before(task, images)
         for label in task.classes:
-            checkpoints = self.run.checkpoints(f"fit_{task.index}_prototypes_{label}")
+            checkpoints, before = self.run.checkpoints(f"fit_{task.index}_prototypes_{label}"), self.run.ledger.counts()
             if (found := checkpoints.load_newest(log)) is not None:
                 self._take(found[1]["prototypes"])
+                self.run.ledger.add(found[2].get("counts", {}))
                 continue
             self.prototypes[label] = self.learn(label, images.select([label]))
             if self.run.runtime.is_main:
-                checkpoints.save(1, {"prototypes": flatten({label: self.prototypes[label]})}, {})
+                counts = {"counts": self.run.ledger.since(before)}
+                checkpoints.save(1, {"prototypes": flatten({label: self.prototypes[label]})}, counts)
 
     def require_images(self, name: str, count: int) -> None:
         """Raise ConfigError if a class has fewer images than its prototypes need."""

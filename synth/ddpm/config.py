@@ -79,6 +79,11 @@ class DDPMConfig(ClassUNetConfig, SourceConfig):
         return self
 
     @property
+    def draws_anew(self) -> bool:
+        """Whether a teacher draws what it teaches in every step."""
+        return self.rehearsal == "trajectory" or (self.rehearsal == "distil" and self.teacher_draws == "step")
+
+    @property
     def num_teacher_steps(self) -> int:
         return self.teacher_steps or (10 if self.rehearsal == "trajectory" else 2)
 

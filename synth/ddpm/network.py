@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.config import NetworkConfig
 from utils.run.config import Width
 from utils.run.errors import ConfigError
+from utils.training.ledger import counted
 
 # From this many channels per group on, GroupNorm on CPUs is as fast in channels_last as in plain order, and the bf16
 # convolutions around it are 1.4 to 2 times faster; below, its backward pass is up to 25 times slower.
@@ -132,6 +133,7 @@ class ClassUNet(nn.Module):
                 module.training = False
         return self
 
+    @counted
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the noise in ``xt``.
 

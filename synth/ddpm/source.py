@@ -17,6 +17,7 @@ from synth import SOURCES
 from synth.base import ReplaySource, count_prediction, show_progress
 from synth.ddpm.averages import Averages, hold_out
 from synth.ddpm.config import DDPMConfig
+from synth.ddpm.forecast import foresee
 from synth.ddpm.network import ClassUNet, ClassUNetConfig
 from synth.ddpm.rehearsal import rehearse
 from synth.ddpm.sampling import Drawing, Sampling
@@ -56,6 +57,7 @@ class DDPM(ReplaySource):
 
     Config = DDPMConfig
     step_flops = property(count_prediction)
+    foresee = foresee
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)
@@ -103,15 +105,14 @@ class DDPM(ReplaySource):
     def learn(self, task: Task, images: ImageSet, past: ImageSet) -> None:
         """Train; where ``past`` is to be its own images, or there are none, it draws them itself."""
         config, whole = self.config, self.config.counts == "reference"
-        batch_size, distils = config.batch_size, config.rehearsal in ("distil", "trajectory")
+        batch_size = config.batch_size
         if self.fitted_classes and config.autoguidance != 1:
             self.before, self.classes_before = self._frozen_generator(), sorted(self.fitted_classes)
-        anew = distils and (config.rehearsal == "trajectory" or config.teacher_draws == "step")
-        if self.fitted_classes and anew:  # the shares of real and old are those of as many images of every task
-            past, batch_size = ImageSet(), max(1, batch_size // (task.index + 1))
+        if self.fitted_classes and config.draws_anew:
+            past, batch_size = ImageSet(), self.num_real(task)
         elif self.fitted_classes and (config.rehearsal != "replay" or not len(past)):
             past = rehearse(self, task, len(images))
-        self.teacher = self._teacher(config.batch_size - batch_size)
+        self.teacher = self.make_teacher(config.batch_size - batch_size) if self.fitted_classes else None
         if config.ema_rates:
             images, held_out = hold_out(images, config.ema_held_out)
         loading = self.run.loading(self.transform, batch_size, task.index, "ddpm", drop_last=whole)
@@ -128,10 +129,19 @@ class DDPM(ReplaySource):
         self.fitted_classes |= set(task.classes)
         show_progress(self, task, math.ceil(length.steps / len(batches)))
 
-    def _teacher(self, count: int) -> Teacher | None:
+    def num_real(self, task: Task) -> int:
+        """Count the real images of a step beside those of a teacher: shares are as of equally many of every task."""
+        return max(1, self.config.batch_size // (task.index + 1))
+
+    @property
+    def rehearsal_sampling(self) -> Sampling:
+        """How it draws for its own training; a teacher's word is the target, so its images need not be good."""
+        return Sampling(str(self.config.num_teacher_steps)) if self.config.rehearsal == "distil" else self.sampling
+
+    def make_teacher(self, count: int) -> Teacher | None:
         """Return what teaches old classes, with ``count`` rows of its own in every batch; None: they are shown."""
         config = self.config
-        if not self.fitted_classes or config.rehearsal not in ("distil", "trajectory"):
+        if config.rehearsal not in ("distil", "trajectory"):
             return None
         return Teacher(self._frozen_generator(), self.objective, self.train_process, self.alpha_bar,
                        sorted(self.fitted_classes), self.image_shape, config.num_teacher_steps, config.clip_x0, count,

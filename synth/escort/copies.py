@@ -82,7 +82,7 @@ class Copied(Banked):
         """
         tasks = torch.tensor([self.bank.task_of[label] for label in requests.labels.tolist()], dtype=torch.int64)
         paths: dict[int, str] = {}
-        with self.run.timed("generate"):
+        with self.run.timed("draw"):
             for index in tasks.unique().tolist():
                 places = (tasks == index).nonzero().flatten()
                 paths |= zip(places.tolist(), self._bring(index, requests.take(places)))

@@ -29,7 +29,7 @@ from utils.run.config import BatchSize, Factor, Rate
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import Training
-from utils.training.threads import count_flops
+from utils.training.flops import forward_flops
 
 
 @SOURCES.register("small_controlnet")
@@ -78,7 +78,7 @@ class SmallControlNetSource(OwnGenerator, ExemplarCompression):
         """Count those of the UNet; its ControlNet adds about half."""
         t = torch.zeros(self.config.batch_size, dtype=torch.int64, device="meta")
         model = self.new_model() if self.config.weights is None else self.model
-        return count_flops(model.unet, torch.zeros(len(t), *model.image_shape, device="meta"), t, None)
+        return forward_flops(model.unet, torch.zeros(len(t), *model.image_shape, device="meta"), t, None)
 
     def published_weights(self) -> str:
         return "" if self.config.weights is None else self.model.fingerprint()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.training.ledger import counted
+
 TIME_FEATURES = 128  # sines and cosines of the time step
 
 
@@ -46,6 +48,7 @@ class FeatureDenoiser(nn.Module):
         for value in self.last.parameters():
             nn.init.zeros_(value)  # as the last layer of a diffusion UNet starts
 
+    @counted
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the noise of xt, float (B, D), at times t, int64 (B,), of classes in [0, K) or -1 for none."""
         told = F.silu(self.time(_waves(t)) + self.label(labels % (self.num_classes + 1)))  # -1 becomes K

@@ -31,8 +31,8 @@ from utils.run.files import flatten, load_tensors, nest, read_json, save_tensors
 from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Training, fit
+from utils.training.flops import forward_flops
 from utils.training.schedule import TrainConfig
-from utils.training.threads import count_flops
 
 
 class FeatureReplay(Features):
@@ -106,7 +106,7 @@ class FeatureDiffusion(ReplaySource):
     def step_flops(self) -> int | None:
         """Count those of the MLP, as if features were as wide as its layers."""
         width, labels = self.config.width, torch.zeros(self.config.batch_size, dtype=torch.int64, device="meta")
-        return count_flops(self._build(width, 1), torch.zeros(len(labels), width, device="meta"), labels, labels)
+        return forward_flops(self._build(width, 1), torch.zeros(len(labels), width, device="meta"), labels, labels)
 
     # ------------------------------------------------------------------ learning
 

@@ -26,7 +26,7 @@ from utils.run.config import BatchSize, Factor, Rate, Side, Width
 from utils.run.errors import ConfigError
 from utils.training import seeding
 from utils.training.fit import Hooks, Training
-from utils.training.threads import count_flops
+from utils.training.flops import forward_flops
 
 
 @SOURCES.register("small_ldm")
@@ -69,7 +69,7 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
         """Count those of the autoencoder, the larger part."""
         model = self.new_model() if self.config.weights is None else self.model
         shape = (self.config.vae_batch_size, *model.data["image_shape"])
-        return count_flops(model.vae, torch.zeros(shape, device="meta"))
+        return forward_flops(model.vae, torch.zeros(shape, device="meta"))
 
     def fit_before(self, task: Task, images: ImageSet) -> None:
         """Train the model on the first task, which finds its classes' vectors too; invert the classes of later ones.
@@ -113,8 +113,7 @@ class SmallLDMSource(OwnGenerator, ClassInversion):
         batches = ImageBatches(images, None, run.loading(transform, config.vae_batch_size, task.index, "vae"))
 
         def loss(batch: Batch) -> dict[str, Tensor]:
-            posterior = model.vae.encode(batch.images).latent_dist
-            drawn = model.vae.decode(posterior.sample(), return_dict=False)[0]
+            drawn, posterior = model.reconstruct(batch.images)
             kl = posterior.kl().mean() / posterior.mean[0].numel()
             return {"reconstruction": F.mse_loss(drawn.float(), batch.images), "kl": config.kl_weight * kl}
 

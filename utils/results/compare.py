@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field, ValidationError
 from tabulate import tabulate
 
-from utils.results.figures import human_bytes, human_seconds
+from utils.results.cost import TITLES, Cost, add_up, join
+from utils.results.figures import human_bytes, human_count, human_seconds
 from utils.results.plot import SUFFIXES, Line, plot_lines
 from utils.run.command import exit_code
 from utils.run.errors import CheckpointError, RepriseError
@@ -26,12 +27,14 @@ WORDS = ("run", "learner", "source", "data set", "seeds")  # titles of the first
 NUMBERS = {"final_accuracy": "final acc. (%)", "task_incremental": "task known (%)",
            "average_incremental_accuracy": "avg. incremental (%)", "forgetting": "forgetting (pts)",
            "replay_memory_bytes": "replay memory", "seconds": "time", "training": "training",
-           "time_saved": "saved (%)"}  # fmt: skip
+           "time_saved": "saved (%)", "evaluations": "evaluations", "flops": "FLOPs",
+           "peak_memory": "peak memory"}  # fmt: skip
 # Of the last session; columns that only few-shot runs have.
 FEW_SHOT = {"base": "base (%)", "novel": "novel (%)", "harmonic_mean": "harmonic mean (%)",
             "performance_drop": "drop (pts)"}  # fmt: skip
 # Others: mean ± deviation.
-WRITTEN_AS = {"replay_memory_bytes": human_bytes, "seconds": human_seconds, "training": human_seconds}
+WRITTEN_AS = {"replay_memory_bytes": human_bytes, "seconds": human_seconds, "training": human_seconds,
+              "evaluations": human_count, "flops": human_count, "peak_memory": human_bytes}  # fmt: skip
 
 
 class RunFacts(BaseModel, protected_namespaces=()):
@@ -46,6 +49,12 @@ class RunManifest(BaseModel):
     """What a `config.json` holds."""
 
     config: RunFacts = RunFacts()
+
+
+class RunCost(BaseModel):
+    """What a run took, by part."""
+
+    total: dict[str, Cost]
 
 
 class SeedResults(BaseModel, protected_namespaces=()):
@@ -63,27 +72,44 @@ class SeedResults(BaseModel, protected_namespaces=()):
     seconds: dict[str, float | None] | None = None
     fscil: dict[str, list[float | None]] | None = Field(None, description="figures per session")
     task_incremental_curve: list[float | None] | None = None
+    cost: RunCost | None = None
     time_saved: float | None = Field(None, description="% of the training time of the first run in the table")
 
-    def numbers(self) -> dict[str, float | None]:
-        """Return every number that can be compared, by its name in csv; of few-shot sessions the last one's."""
+    def numbers(self, part: str | None = None) -> dict[str, float | None]:
+        """Return every number that can be compared, by its name in csv; of few-shot sessions the last one's.
+
+        Args:
+            part: of the run, whose cost is compared; None: the run as a whole.
+        """
+        costs = self.cost.total if self.cost else {}
+        if part is not None:
+            return vars(costs[part]) if part in costs else {}
         memory, seconds, sessions = self.memory_bytes, self.seconds or {}, self.fscil or {}
         replay = None if memory is None else sum(memory.get(part) or 0 for part in REPLAY_MEMORY)
         last = {name: values[-1] for name, values in sessions.items() if values}
         known = {"task_incremental": (self.task_incremental_curve or [None])[-1], "training": seconds.get("train")}
-        return dict(self) | last | known | {"replay_memory_bytes": replay, "seconds": seconds.get("total")}
+        spent = vars(add_up(costs.values())) if costs else {}
+        return dict(self) | last | known | spent | {"replay_memory_bytes": replay, "seconds": seconds.get("total")}
 
 
 class Row(NamedTuple):
-    """One run: who it is, and the results of its finished seeds."""
+    """One run, or a part of it: who it is, and the results of its finished seeds."""
 
     words: list[str]  # below the titles of `WORDS`
     finished: dict[str, SeedResults]  # by seed
     unfinished: list[str]
+    part: str | None = None  # whose costs alone are compared
+
+    def parts(self) -> list[Row]:
+        """Return a row for each part of the run."""
+        return [
+            self._replace(part=part)
+            for part in join(*(seed.cost.total for seed in self.finished.values() if seed.cost))
+        ]
 
     def spread(self, number: str) -> tuple[float | None, float | None]:
         """Return mean and sample standard deviation over seeds; None where there are too few values."""
-        values = [seed.numbers().get(number) for seed in self.finished.values()]
+        values = [seed.numbers(self.part).get(number) for seed in self.finished.values()]
         known = [value for value in values if value is not None]
         return fmean(known) if known else None, stdev(known) if len(known) > 1 else None
 
@@ -162,10 +188,14 @@ def as_csv(rows: Sequence[Row]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     head = ["run", "learner", "source", "dataset", "seeds", "unfinished_seeds"]
-    writer.writerow(head + [f"{name}_{part}" for name in numbers for part in ("mean", "std")])
+    writer.writerow(
+        head + ["part"] * _by_part(rows) + [f"{name}_{part}" for name in numbers for part in ("mean", "std")]
+    )
     for row in rows:
         words = [*row.words[:-1], " ".join(row.finished), " ".join(row.unfinished)]
-        writer.writerow(words + [value for number in numbers for value in row.spread(number)])
+        writer.writerow(
+            words + [row.part] * _by_part(rows) + [value for number in numbers for value in row.spread(number)]
+        )
     return file.getvalue()
 
 
@@ -177,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.results.compare", description="One table over runs.")
     parser.add_argument("folders", nargs="*", default=["outputs"], help="run folders, or folders of runs (outputs)")
     parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("--cost", action="store_true", help="a line per part of a run: what it has cost")
     parser.add_argument("--output", type=Path, help="write to this file instead of the terminal")
     parser.add_argument("--plot", type=Path, help="also draw accuracy over classes seen: a .pdf, .png or .svg file")
     return exit_code(_compare, parser.parse_args(arguments))
@@ -186,7 +217,12 @@ def _compare(options: argparse.Namespace) -> None:
     if options.plot and options.plot.suffix.lower() not in SUFFIXES:
         raise RepriseError(f"cannot draw {options.plot}: its name must end in .pdf, .png or .svg")
     rows = find_runs(options.folders)
-    table = FORMATS[options.format](rows)
+    parts = [part for row in rows for part in row.parts()]
+    if options.cost and not parts:
+        raise RepriseError(
+            "no run here says what its parts have cost: it has not finished, or is older than the ledger"
+        )
+    table = FORMATS[options.format](parts if options.cost else rows)
     if options.output:
         atomic_write(options.output, table)
     else:
@@ -208,16 +244,23 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
 
 def _numbers(rows: Sequence[Row]) -> dict[str, str]:
     """Return the columns of numbers: titles by name."""
+    if _by_part(rows):
+        return TITLES
     few_shot = any(seed.fscil for row in rows for seed in row.finished.values())
     return NUMBERS | (FEW_SHOT if few_shot else {})
+
+
+def _by_part(rows: Sequence[Row]) -> bool:
+    return rows[0].part is not None
 
 
 def _table(rows: Sequence[Row], style: str) -> str:
     """Return titles and a line per run in one of tabulate's styles."""
     numbers = _numbers(rows)
-    cells = [[*row.words, *map(row.text, numbers)] for row in rows]
-    sides = ["left"] * len(WORDS) + ["right"] * len(numbers)
-    return tabulate(cells, [*WORDS, *numbers.values()], style, colalign=sides, disable_numparse=True)
+    cells = [[*row.words, *[row.part] * _by_part(rows), *map(row.text, numbers)] for row in rows]
+    titles = [*WORDS, *["part"] * _by_part(rows)]
+    sides = ["left"] * len(titles) + ["right"] * len(numbers)
+    return tabulate(cells, [*titles, *numbers.values()], style, colalign=sides, disable_numparse=True)
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:

@@ -17,6 +17,15 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def human_count(count: float) -> str:
+    """Write a number with three digits as `7`, `1.25 k`, `20.3 M`, `4.1 T`, ..."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}".rstrip()
+        count /= 1000
+    return f"{count:.3g} E"
+
+
 def human_seconds(seconds: float) -> str:
     """Write seconds as `4.2 s`, `102 s`, `12 min`, `3 h 05 min`."""
     if seconds < 600:

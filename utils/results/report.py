@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from utils.results.figures import Chart, human_bytes, human_seconds
+from utils.results.cost import TITLES
+from utils.results.figures import Chart, human_bytes, human_count, human_seconds
 from utils.results.gallery import GalleryRow, thumbnail
 from utils.results.metrics import FSCIL, forgetting_per_task, spans
 from utils.results.panels import Panel
@@ -30,7 +31,8 @@ CURVES = {"top-1": "top1_curve", "top-5": "top5_curve", "NME top-1": "nme_top1_c
           "task known": "task_incremental_curve"}  # fmt: skip
 # A misspelled variable is an error instead of an empty place on the page.
 PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-PAGES.filters.update(human_bytes=human_bytes, human_seconds=human_seconds, thumbnail=thumbnail)
+PAGES.filters.update(human_bytes=human_bytes, human_count=human_count, human_seconds=human_seconds,
+                     thumbnail=thumbnail)  # fmt: skip
 
 
 class Column(NamedTuple):
@@ -38,8 +40,8 @@ class Column(NamedTuple):
 
     Args:
         title: its head.
-        kind: "text", "n" (numbers), "share" (%), "bytes", "seconds", "bar" (a share), "change" (a signed one), or
-            "phase", "unit" and "memory", whose words the template has.
+        kind: "text", "n" (numbers), "share" (%), "bytes", "count", "seconds", "bar" (a share), "change" (a signed one),
+            or "phase", "part", "unit" and "memory", whose words the template has.
         values: a cell per row; None is shown as a dash, text as it is.
     """
 
@@ -73,7 +75,7 @@ def write_report(
         gallery=[row for row in gallery if row.real or row.synthetic],
         panels=[(*key, list(group)) for key, group in groupby(panels, lambda panel: (panel.title, panel.note))],
         memory=_memory(results["memory_bytes"] or {}), units=_units(results["memory_units"] or {}),
-        seconds=results["seconds"] and _seconds(dict(results["seconds"])),
+        seconds=results["seconds"] and _seconds(dict(results["seconds"])), costs=_costs(results["cost"] or {}),
         environment=_pairs(environment or results["environment"] or {}), config=_pairs(_flat(config)),
     )  # fmt: skip
     atomic_write(path, page + "\n")
@@ -180,6 +182,24 @@ def _seconds(seconds: dict[str, float]) -> list[Column]:
     numbers = [Column("% of the total", "n", [*shares, 100.0]), Column("", "bar", [*shares, ""])]
     times = Column("time", "seconds", [*seconds.values(), total])
     return [Column("", "phase", [*seconds, "total"]), times, *numbers]
+
+
+def _costs(cost: dict[str, Any]) -> list[list[Column]]:
+    """A table of all tasks together, by part; one of every task."""
+    if not cost:
+        return []
+    rows = [(str(task), part) for task, costs in enumerate(cost["tasks"]) for part in costs]
+    tasks, parts = zip(*rows)
+    costs = [each for costs in cost["tasks"] for each in costs.values()]
+    total = cost["total"]
+    return [_cost_columns(list(total), list(total.values())),
+            [Column("task", "text", tasks), *_cost_columns(parts, costs)]]  # fmt: skip
+
+
+def _cost_columns(parts: Sequence[str], costs: Sequence[dict[str, Any]]) -> list[Column]:
+    kinds = zip(TITLES.items(), ("count", "count", "seconds", "bytes"))
+    return [Column("", "part", parts), *(Column(title, kind, [cost[name] for cost in costs])
+                                         for (name, title), kind in kinds)]  # fmt: skip
 
 
 def _pairs(values: dict[str, Any]) -> list[Column]:

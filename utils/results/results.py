@@ -11,6 +11,7 @@ from torch import Tensor
 
 from utils.data.manager import DataManager, Task
 from utils.results import metrics
+from utils.results.cost import seconds_of
 from utils.run.log import log
 
 Scores = dict[str, Tensor]  # "cnn" and perhaps "nme", float (N, num_seen), the larger the likelier
@@ -105,13 +106,13 @@ class Results:
         log.info("Accuracy Matrix (CNN): %s", [[round(value, 2) for value in row] for row in self.accuracy_matrix])
         log.info("Forgetting (CNN): %s", round(metrics.forgetting(self.accuracy_matrix), 2))
 
-    def to_dict(self, memory_bytes: Amounts, memory_units: Amounts, seconds: Amounts) -> dict[str, Any]:
+    def to_dict(self, memory_bytes: Amounts, memory_units: Amounts, cost: dict[str, Any]) -> dict[str, Any]:
         """Return the content of `results.json`.
 
         Args:
             memory_bytes: what the run keeps, by kind; a kind that the report does not know is shown by its name.
             memory_units: exemplars counted in raw images.
-            seconds: time by phase, and "total".
+            cost: see `utils.training.ledger.Ledger.report`.
         """
         matrix, counts, split = self.accuracy_matrix, self.data.class_counts, self.data.split
         accuracies = self.class_accuracies[-1]
@@ -134,7 +135,7 @@ class Results:
             "long_tail": metrics.many_medium_few(accuracies, counts) if self.data.long_tailed else None,
             "replay_quality": self.replay_quality,
             "memory_bytes": memory_bytes, "memory_units": memory_units,
-            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "seconds": seconds_of(cost.get("total", {})), "cost": cost,
         }  # fmt: skip
 
 

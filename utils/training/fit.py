@@ -110,6 +110,7 @@ class Progress:
         self.networks = {"module": module} if self.ema is None else {"module": module, "ema": self.ema}
         self.unseen: list[tuple[int, float, dict[str, Tensor]]] = []  # steps, rates and losses, kept on the device
         self.checkpoints = training.run.checkpoints(f"fit_{training.task.index}_{training.purpose}")
+        self.counts = training.run.ledger.counts()  # before it
 
     def at(self, epoch: int, batch: Batch | None = None) -> Step:
         """Tell a hook where the training stands."""
@@ -170,7 +171,7 @@ class Progress:
         if not self.training.run.runtime.is_main:
             return
         tensors = {name: network.state_dict() for name, network in self.networks.items()}
-        state = {"step": self.step, "json": {}}
+        state = {"step": self.step, "json": {}, "counts": self.training.run.ledger.since(self.counts)}
         tensors["optimizer"], state["optimizer"] = _split(flatten(self.optimizer.state_dict()["state"]))
         for name, thing in self.stateful.items():
             tensors[f"of_{name}"], state["json"][name] = _split(thing.state_dict())
@@ -181,6 +182,7 @@ class Progress:
         if (found := self.checkpoints.load_newest(log)) is None:
             return
         self.step, tensors, state = found
+        self.training.run.ledger.add(state.get("counts", {}))
         for name, network in self.networks.items():
             network.load_state_dict(tensors[name])
         moments = {int(i): values for i, values in nest({**tensors["optimizer"], **state["optimizer"]}).items()}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from utils.results.panels import Panels
 from utils.run.errors import ConfigError
 from utils.run.files import atomic_write
 from utils.training.checkpoint import Checkpoints
+from utils.training.ledger import Ledger
 from utils.training.runtime import Runtime
 
 
@@ -78,7 +77,7 @@ class Run:
     Attributes:
         metrics: of its trainings.
         panels: pictures for the report.
-        seconds: spent on each kind of work.
+        ledger: what it costs.
     """
 
     def __init__(
@@ -89,8 +88,7 @@ class Run:
         self.checkpoint_every, self.progress = checkpoint_every, progress and runtime.is_main
         self.metrics = Metrics(self.folder / "metrics.jsonl", runtime.is_main)
         self.panels = Panels(self.folder / "panels", runtime.is_main)
-        self.seconds: dict[str, float] = {}
-        self._inside = 0.0  # seconds of the timed blocks inside the present one
+        self.ledger = Ledger(runtime, self.folder / "checkpoints")
 
     def loading(self, transform: Any, batch_size: int, task: int, purpose: str, **options: Any) -> Loading:
         """Say how this run makes batches of a training, named by task and purpose; options are `Loading`'s."""
@@ -109,17 +107,14 @@ class Run:
         """Make a progress bar on a terminal, from the main process."""
         return tqdm(total=total, initial=start, desc=label, disable=None if self.progress else True)
 
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Add the seconds spent inside to `seconds[what]`, but for those of a timed block inside it."""
-        start, outside = time.perf_counter(), self._inside
-        self._inside = 0.0
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[what] = self.seconds.get(what, 0.0) + spent - self._inside
-            self._inside = outside + spent
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Count seconds, memory and evaluations inside as this part's, but for those of a timed block inside it."""
+        return self.ledger.part(part)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent on each part so far."""
+        return {part: cost.seconds for part, cost in self.ledger.total().items()}
 
     def track(self, log_with: str | None, name: str, config: dict[str, Any]) -> None:
         """Send metrics to one of Accelerate's trackers too.

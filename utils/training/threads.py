@@ -9,34 +9,12 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor, nn
 
 from utils.run.log import log
 
 FLOPS_PER_THREAD = 2e9  # of a forward pass of one batch; `python -m tests.benchmarks.threads` says what a thread gains
 OF_USER = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 AVAILABLE = _standing = torch.get_num_threads()  # by the machine's cores, unless a user says otherwise
-
-
-def count_flops(network: nn.Module, *inputs: Tensor | None) -> int | None:
-    """Count the FLOPs of a forward pass, of which nothing but shapes is computed.
-
-    Args:
-        network: in eval mode, since in train mode BatchNorm counts its batches.
-        inputs: of the right shapes and the device "meta", so that a large batch takes no memory.
-
-    Returns:
-        Products and sums of convolutions, matrix products and attention; None for a network that looks at values.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-            network(*(given if given is None else torch.zeros(given.shape, dtype=given.dtype) for given in inputs))
-    except RuntimeError:
-        return None
-    return counter.get_total_flops()
 
 
 def take_threads(flops: int | None) -> None:

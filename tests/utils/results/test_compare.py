@@ -48,6 +48,29 @@ def test_training_time_is_compared_with_the_first_run_and_evaluation_does_not_co
     assert [row["training_mean"] for row in rows] == ["40.0", "10.0", ""]
 
 
+def costs(evaluations, part="train"):
+    """What a run says of its cost, all of it in one part."""
+    return {"total": {part: {"evaluations": evaluations, "flops": 10**9, "seconds": 4.0, "peak_memory": 3 << 20}}}
+
+
+def test_costs_are_compared_as_a_whole_or_part_by_part(tmp_path, capsys):
+    cost = costs(1000)
+    cost["total"] |= costs(500, "draw")["total"]
+    run = write_run(tmp_path, "real", {1: 80.0, 2: 82.0}, cost=cost)
+    old = write_run(tmp_path, "old", {1: 60.0})  # before costs were counted
+    first, second = csv_of(capsys, run, old)
+    assert (first["evaluations_mean"], first["flops_mean"]) == ("1500.0", "2000000000.0")
+    assert first["peak_memory_mean"] == str(float(3 << 20)) and second["evaluations_mean"] == ""
+    table = table_of(capsys, run, old, "--cost").splitlines()
+    assert [line.split()[-8:] for line in table[2:]] == [
+        [part, count, *unit, "1", "G", "4.0", "s", "3.0", "MiB"][-8:]
+        for part, count, unit in (("train", "1", "k"), ("draw", "500", ""))
+    ]
+    train, draw = csv_of(capsys, run, old, "--cost")
+    assert (train["part"], train["evaluations_mean"], draw["part"]) == ("train", "1000.0", "draw")
+    assert main([old, "--cost"]) == 2 and "what its parts have cost" in capsys.readouterr().err
+
+
 def table_of(capsys, *arguments):
     assert main(arguments) == 0
     return capsys.readouterr().out
@@ -151,7 +174,7 @@ def test_latex_has_booktabs_rules_and_escapes(tmp_path, capsys):
     assert r"cifar\_wa & wa & ddpm" in plain and r"51.00 $\pm$ 1.41" in plain and r"(\%)" in plain
     assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert {line.count(" & ") for line in rows} == {12}
+    assert {line.count(" & ") for line in rows} == {15}
 
 
 def test_the_command_line_writes_the_table_to_a_file_without_loading_matplotlib(tmp_path, run):

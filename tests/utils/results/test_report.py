@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.results.figures import Chart, human_bytes, human_seconds
+from utils.results.figures import Chart, human_bytes, human_count, human_seconds
 from utils.results.gallery import GalleryRow
 from utils.results.panels import Cell, Panel, PanelRow
 from utils.results.report import write_report
@@ -236,6 +236,12 @@ def test_names_at_the_ends_of_lines_never_overlap():
         (human_bytes, 1536, "1.5 KiB"),
         (human_bytes, 3 << 20, "3.0 MiB"),
         (human_bytes, 1 << 50, "1024.0 TiB"),
+        (human_count, 0, "0"),
+        (human_count, 999, "999"),
+        (human_count, 999.6, "1 k"),
+        (human_count, 20_349_000, "20.3 M"),
+        (human_count, 4.1e12, "4.1 T"),
+        (human_count, 2e18, "2 E"),
         (human_seconds, 0.04, "0.0 s"),
         (human_seconds, 4.21, "4.2 s"),
         (human_seconds, 102, "102 s"),
@@ -243,5 +249,19 @@ def test_names_at_the_ends_of_lines_never_overlap():
         (human_seconds, 11100, "3 h 05 min"),
     ],
 )
-def test_bytes_and_times_are_written_for_people(write, number, text):
+def test_bytes_counts_and_times_are_written_for_people(write, number, text):
     assert write(number) == text
+
+
+@pytest.mark.parametrize(
+    ("whose", "words"), [("GPU", "allocated on the GPU."), ("process", "the resident set of the process")]
+)
+def test_costs_are_shown_by_part_as_a_whole_and_task_by_task(tmp_path, whose, words):
+    one = {"evaluations": 20_349_000, "flops": 41 * 10**11, "seconds": 102.0, "peak_memory": 3 << 20}
+    tasks = [{"train": one, "rehearse": one}, {"evaluate": one}]
+    cost = {"total": {**tasks[0], **tasks[1]}, "tasks": tasks, "peak_memory_of": whose}
+    page, _ = page_of(tmp_path, results_of(2, cost=cost))
+    section = page[page.index("<h2>Cost</h2>") :]
+    assert words in section and "draw for the source&#39;s own training" in section
+    assert [section.count(text) for text in ("20.3 M", "4.1 T", "102 s", "3.0 MiB")] == [6, 6, 6, 6]
+    assert "<h2>Cost</h2>" not in page_of(tmp_path, results_of(2))[0]

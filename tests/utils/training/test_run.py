@@ -89,7 +89,7 @@ def test_a_task_forgets_the_checkpoints_inside_its_trainings(run):
 
 def test_times_of_one_name_add_up_without_what_is_timed_inside_even_when_something_fails(run, monkeypatch):
     clock = iter([0, 1, 3, 10, 20, 25])
-    monkeypatch.setattr("utils.training.run.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("utils.training.ledger.time.perf_counter", lambda: next(clock))
     with run.timed("train"), run.timed("generate"):
         pass
     with pytest.raises(ValueError), run.timed("train"):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from utils.training import threads
-from utils.training.threads import count_flops, set_threads, take_threads
+from utils.training.flops import forward_flops
+from utils.training.threads import set_threads, take_threads
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_a_run_chooses_anew_after_another_in_the_same_process():
 def test_flops_are_two_for_every_product_and_nothing_is_computed():
     layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 5)).eval()
     before = {name: value.clone() for name, value in layers.state_dict().items()}
-    assert count_flops(layers, torch.zeros(2, 3, 4, 4, device="meta")) == 2 * 2 * (8 * 3 * 9 * 16 + 8 * 16 * 5)
+    assert forward_flops(layers, torch.zeros(2, 3, 4, 4, device="meta")) == 2 * 2 * (8 * 3 * 9 * 16 + 8 * 16 * 5)
     assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
 
 
@@ -60,7 +61,7 @@ def test_a_network_that_looks_at_values_has_no_count():
         def forward(self, x):
             return x @ x if x.sum() > 0 else x
 
-    assert count_flops(Choosy(), torch.zeros(2, 2, device="meta")) is None
+    assert forward_flops(Choosy(), torch.zeros(2, 2, device="meta")) is None
 
 
 def test_waiting_threads_sleep_unless_the_user_wants_otherwise():
