@@ -1,7 +1,7 @@
 """What every core together gain over one thread, by the FLOPs of a forward pass: networks from small to large.
 
-`python -m tests.benchmarks.threads`, without OMP_NUM_THREADS, on an idle machine; then with OMP_WAIT_POLICY=ACTIVE, to
-see what it costs that waiting threads sleep; then beside `python -c "while True: pass"`, to see what a busy core costs.
+`OMP_WAIT_POLICY=PASSIVE python -m tests.benchmarks.threads`, as a run has it, without OMP_NUM_THREADS, on an idle
+machine; then with ACTIVE, to see what it costs that waiting threads sleep; then beside `python -c "while True: pass"`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def with_threads(count: int, arm: Arm) -> Arm:
 def main() -> int:
     print(f"steps/s; a run takes a thread for every {FLOPS_PER_THREAD / 1e9:g} GFLOP, of {AVAILABLE}")
     with tempfile.TemporaryDirectory() as folder:
-        run = cpu_run(Path(folder), "fp32")
-        made = [classifier(run, *each) for each in CLASSIFIERS] + [unet(run, widths) for widths in UNETS]
+        places = map(Path(folder).joinpath, map(str, range(len(CLASSIFIERS + UNETS))))
+        runs = (cpu_run(place, "fp32") for place in places)
+        made = [classifier(next(runs), *each) for each in CLASSIFIERS] + [unet(next(runs), each) for each in UNETS]
         for name, flops, arm in sorted(made, key=lambda one: one[1]):
             one, more = alternate({f"{count} thread(s)": with_threads(count, arm) for count in (1, AVAILABLE)}).values()
             print(f"{name}: {flops / 1e9:.2f} GFLOP, {one:.2f} and {more:.2f} steps/s, {more / one:.2f} times")
