@@ -84,7 +84,8 @@ def describe_cost(learner: Learner) -> Iterator[str]:
         shown = num_shown(training.config, training.samples, training.batch_size, training.whole)
         fits.append(_times(forecast.of(training.step), shown / training.rows))
         rehearsals.append(_times(forecast.of(partial(training.draw, one)), training.rehearsed))
-    yield _line("fit", add_up(fits))
+    if fits:
+        yield _line("fit", add_up(fits))
     if (rehearse := add_up(rehearsals)).evaluations:
         yield _line("rehearse", rehearse)
     if count := replay.expected():

@@ -102,10 +102,8 @@ class Row(NamedTuple):
 
     def parts(self) -> list[Row]:
         """Return a row for each part of the run."""
-        return [
-            self._replace(part=part)
-            for part in join(*(seed.cost.total for seed in self.finished.values() if seed.cost))
-        ]
+        costs = [seed.cost.total for seed in self.finished.values() if seed.cost]
+        return [self._replace(part=part) for part in join(*costs)]
 
     def spread(self, number: str) -> tuple[float | None, float | None]:
         """Return mean and sample standard deviation over seeds; None where there are too few values."""
@@ -188,14 +186,11 @@ def as_csv(rows: Sequence[Row]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     head = ["run", "learner", "source", "dataset", "seeds", "unfinished_seeds"]
-    writer.writerow(
-        head + ["part"] * _by_part(rows) + [f"{name}_{part}" for name in numbers for part in ("mean", "std")]
-    )
+    head += ["part"] * _by_part(rows)
+    writer.writerow(head + [f"{name}_{part}" for name in numbers for part in ("mean", "std")])
     for row in rows:
-        words = [*row.words[:-1], " ".join(row.finished), " ".join(row.unfinished)]
-        writer.writerow(
-            words + [row.part] * _by_part(rows) + [value for number in numbers for value in row.spread(number)]
-        )
+        words = [*row.words[:-1], " ".join(row.finished), " ".join(row.unfinished), *[row.part] * _by_part(rows)]
+        writer.writerow(words + [value for number in numbers for value in row.spread(number)])
     return file.getvalue()
 
 
@@ -219,9 +214,7 @@ def _compare(options: argparse.Namespace) -> None:
     rows = find_runs(options.folders)
     parts = [part for row in rows for part in row.parts()]
     if options.cost and not parts:
-        raise RepriseError(
-            "no run here says what its parts have cost: it has not finished, or is older than the ledger"
-        )
+        raise RepriseError("no run here says what its parts have cost: wait for one to finish, or repeat an old one")
     table = FORMATS[options.format](parts if options.cost else rows)
     if options.output:
         atomic_write(options.output, table)
