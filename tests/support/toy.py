@@ -108,6 +108,11 @@ def without_clock(results: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in results.items() if key not in left_out}, "counts": counts}
 
 
+def without_cost(results: dict[str, Any]) -> dict[str, Any]:
+    """Results but for what two runs may differ in that get the same bits by another work."""
+    return {key: value for key, value in without_clock(results).items() if key != "counts"}
+
+
 def toy_images(per_class: int, num_classes: int, key: str) -> ImageSet:
     """Stripes whose row tells the class, under noise."""
     labels = torch.arange(num_classes).repeat_interleave(per_class)

@@ -17,7 +17,7 @@ from synth import evaluate, sample
 from synth.accuracy_score import score_images
 from synth.extractors import Extractor, load_extractor
 from tests.support.sources import write_folders
-from tests.support.toy import tiny_source, toy_dataset, toy_experiment, toy_images, without_clock
+from tests.support.toy import tiny_source, toy_dataset, toy_experiment, toy_images, without_cost
 from utils.data.images import ImageSet, encode_image
 from utils.run.files import read_json as read
 from utils.training.runtime import Runtime
@@ -107,7 +107,7 @@ def test_results_of_other_runs_are_the_same_and_a_resumed_one_keeps_its_measures
     told = toy_experiment("finetune", tmp_path / "told", "ddpm", evaluate_replay=True, **keys).learn_all()
     assert plain["replay_quality"] is None and told["replay_quality"]["overall"]
     assert "Replay quality" not in Path(tmp_path, "plain/outputs/toy/seed_7/report.html").read_text()
-    assert without_clock({**told, "replay_quality": None}) == without_clock(plain)
+    assert without_cost({**told, "replay_quality": None}) == without_cost(plain)
     again = toy_experiment("finetune", tmp_path / "told", "ddpm", evaluate_replay=True, **keys)
     again.dataset = None  # nothing is looked at again
     assert again.learn_all()["replay_quality"] == told["replay_quality"]

@@ -14,7 +14,7 @@ from synth.replay import Stored
 from synth.stored import keep_source
 from tests.support.disk import contents
 from tests.support.sources import write_folders
-from tests.support.toy import tiny_source, toy_experiment, toy_images, toy_raw, without_clock
+from tests.support.toy import tiny_source, toy_experiment, toy_images, toy_raw, without_cost
 from utils.run.errors import CheckpointError, ConfigError
 from utils.run.files import load_tensors, read_json
 from utils.training.checkpoint import Checkpoints
@@ -46,7 +46,7 @@ def taking(folder, source_dir, **keys):
 
 def assert_same_outcome(*runs):
     """Of results without times, and the classifier's weights."""
-    first, second = (without_clock(read_json(run.folder / "results.json", "")) for run in runs)
+    first, second = (without_cost(read_json(run.folder / "results.json", "")) for run in runs)
     ours, theirs = (load_tensors(run.folder / "checkpoints" / "task_2" / "network.safetensors") for run in runs)
     assert first == second
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

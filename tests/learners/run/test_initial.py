@@ -15,7 +15,7 @@ from learners.run.state import learner_state
 from main import run_seeds
 from models.incremental import IncrementalNet
 from synth.replay import Stored
-from tests.support.toy import toy_dataset, toy_experiment, toy_raw, without_clock
+from tests.support.toy import toy_dataset, toy_experiment, toy_raw, without_cost
 from utils.data.batches import Batch
 from utils.run.errors import CheckpointError, ConfigError
 
@@ -63,7 +63,7 @@ def test_a_run_that_takes_the_first_task_ends_like_one_that_trained_it(giver, ta
     tasks, train = [], Learner.train
     monkeypatch.setattr(Learner, "train", lambda self, task: tasks.append(task.index) or train(self, task))
     taken, results = run_of(taker, tmp_path, init_from=str(first.folder.parent))
-    assert tasks == [1] and without_clock(results) == without_clock(expected)
+    assert tasks == [1] and without_cost(results) == without_cost(expected)
     torch.testing.assert_close(learner_state(taken.learner), learner_state(trained.learner), rtol=0, atol=0)
 
 
