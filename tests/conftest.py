@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: no run of a test then chooses its threads
 import torch
 
 ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar100_mini.tar.xz"
