@@ -1,7 +1,7 @@
 """What every core together gain over one thread, by the FLOPs of a forward pass: networks from small to large.
 
-`OMP_WAIT_POLICY=PASSIVE python -m tests.benchmarks.threads`, as a run has it, without OMP_NUM_THREADS, on an idle
-machine; then with ACTIVE, to see what it costs that waiting threads sleep; then beside `python -c "while True: pass"`.
+`GOMP_SPINCOUNT=1000 python -m tests.benchmarks.threads`, as a run has it, without OMP_NUM_THREADS, on an idle machine;
+then without it, to see what it costs that waiting threads soon sleep; then beside `python -c "while True: pass"`.
 """
 
 from __future__ import annotations

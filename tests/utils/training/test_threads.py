@@ -65,9 +65,8 @@ def test_a_network_that_looks_at_values_has_no_count():
 
 
 def test_waiting_threads_sleep_unless_the_user_wants_otherwise():
-    said = "import sys, utils, os; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
-    for policy, shown in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        own = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        environment = own if policy is None else {**own, "OMP_WAIT_POLICY": policy}
-        done = subprocess.run([sys.executable, "-c", said], env=environment, capture_output=True, text=True)
+    said = "import sys, utils, os; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for set_by_user, shown in (({}, 1000), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, 5)):
+        done = subprocess.run([sys.executable, "-c", said], env=own | set_by_user, capture_output=True, text=True)
         assert done.stdout == f"False {shown}\n"
