@@ -62,7 +62,7 @@ def start(args: argparse.Namespace) -> None:
     name = args.name or run_name(args.config, config, args.overrides)
     # One folder below output_dir, so that --overwrite can never delete another, with room for what is added to it.
     if not re.fullmatch(r"\w[\w.+-]*", name) or len(name.encode()) > 200:
-        rule = "give --name letters, digits and _-+. alone, up to 200 bytes, none of -+. first"
+        rule = "give --name (or the key prefix) letters, digits and _-+. alone, up to 200 bytes, none of -+. first"
         raise ConfigError(f"the run's name {shown(name)}: {rule}")
     require_places(config, name)
     if args.plan:

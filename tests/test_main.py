@@ -190,3 +190,8 @@ def test_help_answers_in_under_two_seconds():
     start = time.monotonic()
     subprocess.run([sys.executable, "main.py", "--help"], check=True, capture_output=True)
     assert time.monotonic() - start < 2
+
+
+def test_a_prefix_that_begins_no_name_is_named(capsys):
+    assert main.main(keys("prefix=-1") + ["--plan"]) == 2
+    assert "give --name (or the key prefix) letters" in capsys.readouterr().err
