@@ -193,5 +193,5 @@ def test_help_answers_in_under_two_seconds():
 
 
 def test_a_prefix_that_begins_no_name_is_named(capsys):
-    assert main.main(keys("prefix=-1") + ["--plan"]) == 2
+    assert main.main([*keys("prefix=-1"), "--plan"]) == 2
     assert "give --name (or the key prefix) letters" in capsys.readouterr().err
