@@ -19,7 +19,7 @@ from utils.data import subsets
 from utils.data.datasets import Dataset
 from utils.data.images import ImageSet, map_in_threads, read_header
 from utils.run.config import RunConfig
-from utils.run.errors import SealedDataError
+from utils.run.errors import ConfigError, SealedDataError
 from utils.training import seeding
 
 
@@ -30,10 +30,12 @@ class Split(NamedTuple):
         init_cls, increment: classes in the first and in every later task; the last may be smaller.
         limit_tasks: keep only so many tasks, as if the classes of the others did not exist; None: all.
         shuffle: permute the classes by ``order_seed`` (PyCIL); else they come by id.
+        class_order: original ids as they come, instead.
         run_seed: seed of few-shot and validation draws; None: ``order_seed``.
+        train_per_class: training images per class, the first in the data set; None: all.
         kshot: training images per class after the first task; 0: all.
         few_shot_draw: "reference" is the reference's draw (Liu et al., arXiv:2403.09857).
-        imb_factor, imb_type: long tail over the original class ids; 1 is balanced.
+        imb_factor, imb_type: long tail over the original class ids, of what ``train_per_class`` leaves; 1 is balanced.
         val_share: share of every class's training images that is held out, before few shots are drawn.
     """
 
@@ -41,8 +43,10 @@ class Split(NamedTuple):
     increment: int
     limit_tasks: int | None = None
     shuffle: bool = True
+    class_order: list[int] | None = None
     order_seed: int = 1993
     run_seed: int | None = None
+    train_per_class: int | None = None
     kshot: int = 0
     few_shot_draw: Literal["own", "reference"] = "own"
     imb_factor: float = 1.0
@@ -90,7 +94,8 @@ class DataManager:
         few_shot_indices: by class, positions of its few shots within its images in the data set.
 
     Raises:
-        ConfigError: if ``init_cls`` exceeds the classes, or a long tail leaves a class empty.
+        ConfigError: if ``init_cls`` exceeds the classes, ``class_order`` is of other classes, or a long tail leaves a
+            class empty.
         DataError: if a class has fewer than ``kshot`` images.
     """
 
@@ -101,7 +106,9 @@ class DataManager:
         sizes = subsets.task_sizes(dataset.num_classes, split.init_cls, split.increment, dataset.name)
         self.task_sizes = sizes[: split.limit_tasks]
         self.num_tasks, self.num_classes = len(self.task_sizes), sum(self.task_sizes)
-        order = subsets.class_order(dataset.num_classes, split.shuffle, split.order_seed)
+        order = split.class_order or subsets.class_order(dataset.num_classes, split.shuffle, split.order_seed)
+        if len(order) != dataset.num_classes:
+            raise ConfigError(f"class_order names {len(order)} classes, but {dataset.name} has {dataset.num_classes}")
         self.class_order = order[: self.num_classes]
         self.class_names = [dataset.class_names[original] for original in self.class_order]
         spans = [range(stop - size, stop) for size, stop in zip(self.task_sizes, accumulate(self.task_sizes))]
@@ -200,10 +207,12 @@ class DataManager:
         """
         split, kept = self.split, torch.arange(len(labels))
         seed = split.order_seed if split.run_seed is None else split.run_seed
+        if split.train_per_class is not None:
+            kept = subsets.first_indices(originals, split.train_per_class)
         if split.imb_factor < 1:
             # By original ids: the tail is the same whatever the order of learning.
-            num_classes, names = self.dataset.num_classes, self.dataset.class_names
-            kept = subsets.long_tail_indices(originals, num_classes, split.imb_factor, split.imb_type, names)
+            classes = self.dataset.num_classes, split.imb_factor, split.imb_type, self.dataset.class_names
+            kept = kept[subsets.long_tail_indices(originals[kept], *classes)]
         kept = kept[labels[kept] < self.num_classes]
         fit, held_out = subsets.split_validation(labels[kept], split.val_share, seed)
         kept, held_out = kept[fit], kept[held_out]

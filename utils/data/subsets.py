@@ -40,6 +40,16 @@ def task_sizes(num_classes: int, init_cls: int, increment: int, dataset: str = "
     return [init_cls] + [increment] * full + [rest] * (rest > 0)
 
 
+def first_indices(labels: Tensor, per_class: int) -> Tensor:
+    """Return positions of the first ``per_class`` images of every class, int64 (M,), ascending.
+
+    Args:
+        labels: int64 (N,). A class with fewer images keeps them all.
+    """
+    firsts = [(labels == label).nonzero().flatten()[:per_class] for label in labels.unique()]
+    return torch.cat(firsts).sort().values if firsts else torch.arange(0)
+
+
 def long_tail_counts(num_images: int, num_classes: int, imb_factor: float, kind: Tail = "exp") -> list[int]:
     """Return images per class of a long-tailed set, by label index (Cao et al., NeurIPS 2019, arXiv:1906.07413).
 

@@ -58,9 +58,16 @@ def _require_once(value: list[int]) -> list[int]:
     return value
 
 
+def _require_order(value: list[int]) -> list[int]:
+    if sorted(value) != list(range(len(value))):
+        raise ValueError("name every original id from 0 on, each once")
+    return value
+
+
 Place = Annotated[str, AfterValidator(_require_place)]  # a file, a folder or an id on a hub
 Name = Annotated[str, AfterValidator(_require_name)]  # of a data set
 Seeds = Annotated[list[Seed], AfterValidator(_require_once)]
+ClassOrder = Annotated[list[int], AfterValidator(_require_order)]
 
 
 def _kinds(annotation: Any) -> set[type]:
@@ -194,6 +201,7 @@ class RunConfig(BaseConfig):
     model_name: str = Field(description="which learner: see `python main.py --list`")
     seed: Seeds = Field([1993], min_length=1, description="one full run per entry; also the class order's seed")
     class_order_seed: Seed | None = Field(None, description="seed of the class order alone; null: the seed")
+    class_order: ClassOrder | None = Field(None, description="every original id, as they are learned; null: shuffle")
     model_seed: Seed | None = Field(None, description="if given, `seed` is the class order's and this the training's")
     device: list[int | str] = Field(["auto"], min_length=1, description='GPU ids, "cpu", -1 (the CPU) or "auto"')
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is fast at it")
@@ -210,6 +218,7 @@ class RunConfig(BaseConfig):
     init_cls: int = Field(ge=1, description="classes in the first task")
     increment: int = Field(ge=1, description="classes in every later task; the last one may be smaller")
     limit_tasks: int | None = Field(None, ge=1, description="learn so many tasks, as if there were no more; null: all")
+    train_per_class: PerClass | None = Field(None, ge=1, description="use the first so many of a class; null: all")
     kshot: int = Field(0, ge=0, description="images per class after the first task; 0: all")
     few_shot_draw: Literal["own", "reference"] = Field("own", description="reference: as Liu et al. draw")
     imb_factor: float = Field(1.0, gt=0, le=1, description="smallest over largest class; 1: balanced")
@@ -238,6 +247,12 @@ class RunConfig(BaseConfig):
     def _require_replay(self) -> RunConfig:
         if self.evaluate_replay and self.synth is None:
             raise ValueError("evaluate_replay=true, but nothing is replayed: add synth, or leave the key out")
+        return self
+
+    @model_validator(mode="after")
+    def _require_one_order(self) -> RunConfig:
+        if self.class_order is not None and self.class_order_seed is not None:
+            raise ValueError("class_order and class_order_seed both say how the classes come: leave one of them out")
         return self
 
     @property

@@ -89,6 +89,26 @@ def test_few_shot_positions_name_the_images_that_are_used():
     assert of_class[data.few_shot_indices[4]].tolist() == used.tolist()
 
 
+def test_classes_come_in_an_order_that_is_given():
+    own = manager(class_order=[4, 2, 0, 1, 3])
+    assert own.class_order == [4, 2, 0, 1, 3] and own.class_names[0] == toy_dataset().class_names[4]
+    with pytest.raises(ConfigError, match="class_order names 3 classes, but toy has 5"):
+        manager(class_order=[1, 0, 2])
+
+
+def test_the_first_images_of_a_class_are_used_before_a_tail_is_cut_and_shots_are_drawn():
+    data = numbered(100)
+    few = manager(data, train_per_class=8)
+    for task in few.tasks():
+        for label in task.classes:
+            numbers = few.train_images(task).select([label]).parts[0].images.flatten().tolist()
+            assert numbers == [few.class_order[label] + 5 * i for i in range(8)]
+    assert manager(data, train_per_class=50).class_counts == [20] * 5
+    tail = manager(data, train_per_class=10, imb_factor=0.1)
+    assert sorted(tail.class_counts, reverse=True) == long_tail_counts(50, 5, 0.1)
+    assert manager(data, train_per_class=8, kshot=3).class_counts == [8, 8, 3, 3, 3]
+
+
 def test_the_long_tail_follows_the_original_classes():
     data = manager(toy_dataset(per_class=100), imb_factor=0.1)
     by_original = [count for _, count in sorted(zip(data.class_order, data.class_counts))]

@@ -363,3 +363,17 @@ def test_an_asp_file_with_the_flat_keys_of_generated_replay_runs_unchanged():
     source = config.synth
     assert unused == ["top_k"] and config.convnet_type == "pretrained_vit_b16_224_vpt"
     assert (source.name, source.need_syn_imgs, source.ldm_ckpt, source.yaml) == ("ldm", True, "model.ckpt", "ldm.yaml")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"class_order": [0, 1, 1]}, "class_order.*name every original id from 0 on, each once"),
+        ({"class_order": [1, 2, 3]}, "class_order.*name every original id from 0 on, each once"),
+        ({"class_order": [1, 0], "class_order_seed": 1}, "class_order and class_order_seed both say"),
+        ({"train_per_class": 0}, "train_per_class=0"),
+    ],
+)
+def test_an_order_that_leaves_a_class_out_is_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        run_config(**keys)

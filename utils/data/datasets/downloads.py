@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.data.datasets import DATASETS
 from utils.data.datasets.base import CIFAR100_MEAN, CIFAR100_STD, DatasetRecipe, LoadedData, Provider
+from utils.data.transforms import resize_to_square
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -34,6 +36,11 @@ def _read_torchvision(name: str, folder: Path, offline: bool) -> LoadedData:
     return LoadedData(splits, names, channels=images.shape[1])
 
 
+def shrink_to_12(images: Tensor) -> Tensor:
+    """Shrink images, uint8 (..., C, H, W), to 12x12."""
+    return resize_to_square(images, 12, "bilinear")
+
+
 MNIST, FASHION_MNIST = (torchvision_provider(name, name) for name in ("MNIST", "FashionMNIST"))
 CIFAR10 = torchvision_provider("CIFAR10", "cifar-10-batches-py")
 CIFAR100 = torchvision_provider("CIFAR100", "cifar-100-python")
@@ -41,6 +48,8 @@ CIFAR100 = torchvision_provider("CIFAR100", "cifar-100-python")
 for name, recipe in {
     "mnist": DatasetRecipe("crop", (0.1307,) * 3, (0.3081,) * 3, provider=MNIST),
     "fashion_mnist": DatasetRecipe("cifar", (0.2860,) * 3, (0.3530,) * 3, provider=FASHION_MNIST),
+    # Small enough for a processor; whole garments, so none is cropped or mirrored.
+    "fashion_mnist12": DatasetRecipe("none", (0.2879,) * 3, (0.3120,) * 3, provider=FASHION_MNIST, view=shrink_to_12),
     "cifar10": DatasetRecipe("cifar", CIFAR10_MEAN, CIFAR10_STD, provider=CIFAR10),
     "cifar100": DatasetRecipe("cifar", CIFAR100_MEAN, CIFAR100_STD, provider=CIFAR100),
     # PILOT's CIFAR-100 for ViTs: 32x32 straight to 224, pixels in [0, 1] without mean and deviation.
