@@ -17,11 +17,6 @@ from utils.run.errors import ConfigError
 EXACT = {"rtol": 0, "atol": 0}
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("utils.run.files.os.fsync", lambda _: None)
-
-
 def make_learner(folder, name="simplecil", **keys):
     return toy_experiment(name, folder, **keys).check()
 

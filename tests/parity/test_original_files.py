@@ -81,11 +81,6 @@ TINY = ("init_cls=2", "increment=2", "limit_tasks=2", "device=cpu", "precision=f
         "epochs=1", "tuned_epoch=1", "kshot=0", "memory_size=8", "memory_per_class=2", "real_per_class=2")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("utils.run.files.os.fsync", lambda _: None)
-
-
 @pytest.mark.parametrize(("name", "raw"), FILES)
 def test_a_file_of_the_originals_is_read_with_all_its_values(name, raw, tmp_path):
     (tmp_path / f"{name}.json").write_text(json.dumps(raw))

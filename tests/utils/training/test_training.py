@@ -50,11 +50,6 @@ class RandomBatches:
         self.drawn = state["drawn"]
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("utils.run.files.os.fsync", lambda _: None)
-
-
 class Killed(Exception):
     """The process ends."""
 
