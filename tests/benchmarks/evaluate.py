@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import main
 from synth import evaluate, train
@@ -20,16 +21,26 @@ ONE_TASK = ["--set", "init_cls=10", "--set", "increment=10"]
 CONFIG = str(Path(__file__).parents[2] / "exps" / "digits.json")
 
 
-def measure(folder: Path, steps: int, cas_epochs: int) -> dict:
-    """Train so many steps, draw 70 images per class, and measure them."""
-    fitted = folder / f"{steps}_steps"
-    keys = {"first_task_num_steps": steps, "lr_schedule": "constant"}
-    flags = [word for key, value in keys.items() for word in ("--set", f"synth.{key}={value}")]
-    require(train.main(["--config", CONFIG, *ONE_TASK, *flags, "--ckpt_save_dir", str(fitted)]))
-    drawn, judge = folder / f"{steps}_images", folder / "judge"
+def train_judge(folder: Path) -> None:
+    """Train the classifier of all real digits that sees the images."""
+    flags = ["--set", "model_name=finetune", "--set", "synth=null", "--set", f"output_dir={folder}"]
+    require(main.main(["--config", CONFIG, "--name", "judge", *ONE_TASK, *flags]))
+
+
+def train_generator(fitted: Path, **keys: Any) -> None:
+    """Train a generator of all digits with these keys of `synth`."""
+    require(train.main(["--config", CONFIG, *ONE_TASK, *overrides(keys), "--ckpt_save_dir", str(fitted)]))
+
+
+def measure(folder: Path, fitted: Path, drawn: Path, cas_epochs: int, **keys: Any) -> dict[str, dict]:
+    """Draw 70 images per class with these keys of `synth`, and measure them."""
     require(evaluate.main(["--ckpt", str(fitted), "--output_dir", str(drawn), "--num_samples", "70", "--extractor",
-                           str(judge), "--cas_epochs", str(cas_epochs)]))  # fmt: skip
+                           str(folder / "judge"), "--cas_epochs", str(cas_epochs), *overrides(keys)]))  # fmt: skip
     return read_json(drawn / evaluate.MEASURES, "")["overall"]
+
+
+def overrides(keys: dict[str, Any]) -> list[str]:
+    return [word for key, value in keys.items() for word in ("--set", f"synth.{key}={value}")]
 
 
 def require(code: int) -> None:
@@ -39,9 +50,11 @@ def require(code: int) -> None:
 
 def run(folder: Path, cas_epochs: int) -> None:
     """Print a row per length of training."""
-    flags = ["--set", "model_name=finetune", "--set", "synth=null", "--set", f"output_dir={folder}"]
-    require(main.main(["--config", CONFIG, "--name", "judge", *ONE_TASK, *flags]))
-    found = {steps: measure(folder, steps, cas_epochs) for steps in STEPS}
+    train_judge(folder)
+    found = {}
+    for steps in STEPS:
+        train_generator(folder / f"{steps}_steps", first_task_num_steps=steps, lr_schedule="constant")
+        found[steps] = measure(folder, folder / f"{steps}_steps", folder / f"{steps}_images", cas_epochs)
     print("steps", *SHOWN, sep="\t")
     for steps, measures in found.items():
         print(steps, *(f"{measures[name]['value'] or float('nan'):.4g}" for name in SHOWN), sep="\t")
