@@ -54,7 +54,7 @@ class DDPMConfig(ClassUNetConfig, SourceConfig):
     loss_weighting: Literal["none", "min_snr", "soft_min_snr"] = Field("none", description="of the times in its loss")
     # What old classes are in its training: the learner's replay, or images that it draws itself from its raw weights.
     # Or what the denoiser before the task says (arXiv:2311.14028), of images that it draws, or on its way to some.
-    rehearsal: Literal["replay", "own", "distil", "trajectory"] = Field("replay", description="of old classes")
+    rehearsal: Literal["replay", "own", "distil", "trajectory", "none"] = Field("replay", description="of old classes")
     teacher_steps: int | None = Field(None, ge=1, le=10**5, description="of its drawing; null: 2, trajectory 10")
     teacher_draws: Literal["pool", "step"] = Field("pool", description="of distil: once, or anew in every step")
     # reference: as GUIDE has it, labels by chance in whole batches, and only whole batches in training

@@ -25,7 +25,7 @@ def foresee(source: DDPM, task: Task, num_images: int, num_replayed: int) -> For
     if task.index and config.draws_anew:
         old, batch_size = 0, source.num_real(task)
         real = max(1, ROWS // (task.index + 1))
-    elif config.rehearsal in ("own", "distil") or not num_replayed:
+    elif config.rehearsal in ("own", "distil") or (config.rehearsal == "replay" and not num_replayed):
         old = rehearsed = num_rehearsed(config, task.index, num_images)
         draw = partial(source.draw, sampling=source.rehearsal_sampling)
     teacher = source.make_teacher(real * task.index if config.draws_anew else 0) if task.index else None

@@ -99,7 +99,7 @@ class DDPM(ReplaySource):
     # ------------------------------------------------------------------ learning
 
     def fit_after(self, task: Task, images: ImageSet, past: ImageSet, exemplars: ImageSet, encoder) -> None:
-        """Train on the task's real images and on images of the old classes: the learner's replay, or its own."""
+        """Train on the task's real images and on what `rehearsal` says of the old classes."""
         self.learn(task, images, past)
 
     def learn(self, task: Task, images: ImageSet, past: ImageSet) -> None:
@@ -108,11 +108,12 @@ class DDPM(ReplaySource):
         batch_size = config.batch_size
         if self.fitted_classes and config.autoguidance != 1:
             self.before, self.classes_before = self._frozen_generator(), sorted(self.fitted_classes)
-        if self.fitted_classes and config.draws_anew:
+        rehearses = bool(self.fitted_classes) and config.rehearsal != "none"
+        if rehearses and config.draws_anew:
             past, batch_size = ImageSet(), self.num_real(task)
-        elif self.fitted_classes and (config.rehearsal != "replay" or not len(past)):
+        elif rehearses and (config.rehearsal != "replay" or not len(past)):
             past = rehearse(self, task, len(images))
-        self.teacher = self.make_teacher(config.batch_size - batch_size) if self.fitted_classes else None
+        self.teacher = self.make_teacher(config.batch_size - batch_size) if rehearses else None
         if config.ema_rates:
             images, held_out = hold_out(images, config.ema_held_out)
         loading = self.run.loading(self.transform, batch_size, task.index, "ddpm", drop_last=whole)
@@ -283,7 +284,7 @@ class DDPM(ReplaySource):
         """Say how large the UNet is, and how long it trains."""
         millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         first, later = (self.train_config(index).steps for index in (0, 1))
-        words = {"replay": "the learner's replay", "own": "its own images"}
+        words = {"replay": "the learner's replay", "own": "its own images", "none": "nothing"}
         past = words.get(self.config.rehearsal, "what it said itself")
         length = f"trained {first} steps on the first task and {later} on later ones"
         return f"UNet of {millions:.1f} M parameters, {length}, with {past} of the classes before"

@@ -209,6 +209,15 @@ def test_a_ddpm_learns_from_the_one_before_it_without_replay_of_the_learner(keys
     assert not (tmp_path / "rehearsal").exists()  # images that nobody would look at
 
 
+def test_without_rehearsal_the_new_classes_alone_are_shown(tmp_path):
+    source, shown = fitted("ddpm", tmp_path, rehearsal="none"), []
+    task, source.before_training = DATA.task(1), lambda labels: shown.extend(labels.unique().tolist())
+    DATA.advance(task)
+    source.fit_after(task, DATA.train_images(task), ImageSet(), ImageSet(), None)
+    assert shown == [2, 3] and not source.wants_past and not (tmp_path / "rehearsal").exists()
+    assert source.generate(TWO_EACH).parts[0].images.shape == (8, 1, 8, 8)  # the old ones as far as it knows them
+
+
 def test_of_several_averages_the_best_on_held_out_images_generates(tmp_path, caplog):
     caplog.set_level("INFO", "reprise")
     keys = {"ema_rate": 0.0, "ema_rates": [0.5, 0.999999], "ema_held_out": 0.2, "first_task_num_steps": 60, "lr": 0.01}
