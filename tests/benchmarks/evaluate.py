@@ -16,6 +16,9 @@ from synth import evaluate, train
 from utils.run.files import read_json
 
 STEPS = (50, 150, 400, 1200)
+# Which learns slowly enough to be looked at on its way.
+GENERATOR = {"block_out_channels": [32, 64], "batch_size": 64, "lr": 0.002, "lr_schedule": "constant", "ema_rate": 0.99,
+             "prediction": "epsilon", "loss_weighting": "none", "timestep_respacing": "ddim50"}  # fmt: skip
 SHOWN = ("FD", "KD", "precision", "recall", "F_8", "F_1/8", "IS", "nearest", "CAS")
 ONE_TASK = ["--set", "init_cls=10", "--set", "increment=10"]
 CONFIG = str(Path(__file__).parents[2] / "exps" / "digits.json")
@@ -53,7 +56,7 @@ def run(folder: Path, cas_epochs: int) -> None:
     train_judge(folder)
     found = {}
     for steps in STEPS:
-        train_generator(folder / f"{steps}_steps", first_task_num_steps=steps, lr_schedule="constant")
+        train_generator(folder / f"{steps}_steps", first_task_num_steps=steps, **GENERATOR)
         found[steps] = measure(folder, folder / f"{steps}_steps", folder / f"{steps}_images", cas_epochs)
     print("steps", *SHOWN, sep="\t")
     for steps, measures in found.items():
