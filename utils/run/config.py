@@ -59,7 +59,7 @@ def _require_once(value: list[int]) -> list[int]:
 
 
 def _require_order(value: list[int]) -> list[int]:
-    if sorted(value) != list(range(len(value))):
+    if not value or sorted(value) != list(range(len(value))):
         raise ValueError("name every original id from 0 on, each once")
     return value
 
