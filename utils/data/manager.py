@@ -108,7 +108,8 @@ class DataManager:
         self.num_tasks, self.num_classes = len(self.task_sizes), sum(self.task_sizes)
         order = split.class_order or subsets.class_order(dataset.num_classes, split.shuffle, split.order_seed)
         if len(order) != dataset.num_classes:
-            raise ConfigError(f"class_order names {len(order)} classes, not all {dataset.num_classes} of {dataset.name}")
+            every = f"all {dataset.num_classes} of {dataset.name}"
+            raise ConfigError(f"class_order names {len(order)} classes: name {every}")
         self.class_order = order[: self.num_classes]
         self.class_names = [dataset.class_names[original] for original in self.class_order]
         spans = [range(stop - size, stop) for size, stop in zip(self.task_sizes, accumulate(self.task_sizes))]

@@ -92,7 +92,7 @@ def test_few_shot_positions_name_the_images_that_are_used():
 def test_classes_come_in_an_order_that_is_given():
     own = manager(class_order=[4, 2, 0, 1, 3])
     assert own.class_order == [4, 2, 0, 1, 3] and own.class_names[0] == toy_dataset().class_names[4]
-    with pytest.raises(ConfigError, match="class_order names 3 classes, not all 5 of toy"):
+    with pytest.raises(ConfigError, match="class_order names 3 classes: name all 5 of toy"):
         manager(class_order=[1, 0, 2])
 
 
