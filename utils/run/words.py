@@ -143,8 +143,9 @@ def read_experiment(path: str | Path, parse: Callable[[bytes], Any] = parse_file
     except FileNotFoundError as error:
         raise ConfigError(f"no experiment file {path}; the ones that come with Reprise lie in exps/") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # JSON's and YAML's name line and column
-        why = " ".join(str(error).split()) + "; save it as UTF-8" * isinstance(error, UnicodeError)
-        raise ConfigError(f"cannot read the experiment file {path}: {why}") from error
+        remedy = "; save it as UTF-8" * isinstance(error, UnicodeError)
+        remedy += "; leave lists and objects out that lie so deep" * isinstance(error, RecursionError)
+        raise ConfigError(f"cannot read the experiment file {path}: {' '.join(str(error).split())}{remedy}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values as one object, not a {type(raw).__name__}")
     return raw
