@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models import BACKBONES
 from models.files.weights import UNREADABLE, check_weights_file, load_exactly, published_weights, read_weights
 from models.options import BackboneOptions
-from utils.run.errors import ConfigError
+from utils.run.errors import ConfigError, WeightsError
 from utils.run.registry import nearest, shown
 
 PILOT_ALIASES = {
@@ -81,7 +81,10 @@ def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
     name = _full_name(name, options)
     network = BACKBONES[name](options) if name in BACKBONES else _build_timm(name, options)
     if options.weights is not None:
-        _load_local(network, options.weights)
+        try:
+            _load_local(network, options.weights)
+        except WeightsError as error:
+            raise WeightsError(f"backbone_weights: {error}") from error
     return network if name in BACKBONES else TimmBackbone(network)
 
 

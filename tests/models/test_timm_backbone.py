@@ -115,7 +115,7 @@ def test_a_local_file_replaces_published_weights(published, side):
 
 
 def test_a_local_file_of_another_network_is_refused_and_an_absent_one_is_missed_at_once(published):
-    with pytest.raises(WeightsError, match=r"model.safetensors does not fit this backbone \(0 of"):
+    with pytest.raises(WeightsError, match=r"backbone_weights: .*model.safetensors does not fit this backbone \(0 of"):
         build_backbone("resnet32", BackboneOptions(weights=str(published[1])))
     with pytest.raises(WeightsError, match="there is no such file"):
         check_backbone_name("resnet32", BackboneOptions(weights="nowhere.pth"))
