@@ -43,7 +43,10 @@ def check_weights_file(path: str | Path, key: str = "backbone_weights", hint: st
         raise WeightsError(f"{key}={str(path)!r}: use a file that ends in {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
         raise WeightsError(f"{key}={str(path)!r}: there is no such file{hint}")
-    check_content(Path(path))
+    try:
+        check_content(Path(path))
+    except WeightsError as error:
+        raise WeightsError(f"{key}: {error}") from error
 
 
 def check_content(path: Path) -> None:
