@@ -77,6 +77,8 @@ def finished(tmp_path_factory) -> Path:
         (f"--plan --set output_dir={'x' * 300}", ["output_dir=", "too long"]),
         ("--set synth.syn_image_path=README.md", ["synth.syn_image_path='README.md'", "is a file"]),
         ("--plan --set synth.syn_image_path=README.md/x", ["synth.syn_image_path=", "a part of this path is a file"]),
+        ("--set output_dir=/proc/x", ["output_dir='/proc/x", "choose another place"]),  # where root may do everything
+        ("--plan --set synth.syn_image_path=/proc/x", ["synth.syn_image_path='/proc/x'", "choose another place"]),
     ],
 )
 def test_bad_input_gets_one_message_and_writes_nothing(arguments, words, tmp_path, capsys):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ SHORT = ["init_epoch=8", "epochs=8", "synth.first_task_num_steps=20", "synth.num
 def start(folder: Path, *arguments: str, out: int = subprocess.DEVNULL) -> subprocess.Popen:
     settings = (part for key in [*SHORT, f"output_dir={folder}"] for part in ("--set", key))
     command = [sys.executable, "main.py", "--name", "run", *settings, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=out, text=True)
+    # What a shell starts with & would ignore it.
+    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, cwd=ROOT, stdout=out, text=True, preexec_fn=heeds_ctrl_c)
 
 
 def children(process: subprocess.Popen) -> list[int]:

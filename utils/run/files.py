@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def explained_refusal(what: Path | str | None = None) -> Iterator[None]:
 
 
 def require_writable(folder: Path) -> None:
-    """See that a folder is there or can be made, without making it.
+    """See that a folder is there or can be made; afterwards it is as it was.
 
     Raises:
         OSError: as the system would refuse to write there.
@@ -84,9 +84,24 @@ def require_writable(folder: Path) -> None:
     try:
         os.stat(folder / "file")  # asks for every part of the path
     except FileNotFoundError:
-        parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent)) from None
+        above = [folder, *folder.absolute().parents]
+        known = next(index for index, place in enumerate(above) if place.exists())
+        if not os.access(above[known], os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above[known])) from None
+        if known:
+            _try_to_make(above[known - 1])
+
+
+def _try_to_make(folder: Path) -> None:
+    """Make a folder and delete it; /proc and its like allow everything, and keep nothing."""
+    try:
+        folder.mkdir()
+    except FileExistsError:  # by another process, now
+        return
+    except FileNotFoundError as error:
+        raise PermissionError(errno.EACCES, "nothing can be made there", str(folder)) from error
+    with suppress(OSError):  # unless another process has begun to use it
+        folder.rmdir()
 
 
 def write_json(path: str | Path, value: Any) -> None:
