@@ -72,6 +72,9 @@ def plot(found: dict[str, Scores], path: Path) -> None:
             for curve, points in found[panel].items():
                 axis.plot([int(x) for x in points], [scores[row] for scores in points.values()], "o-", label=curve)
             axis.set(xscale="log", xlabel=title if row else "", ylabel="" if column else label)
+            ticks = [int(x) for x in next(iter(found[panel].values()))]
+            axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[0, column].legend(fontsize=8)
     figure.savefig(path, dpi=110)
