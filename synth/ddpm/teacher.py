@@ -72,6 +72,8 @@ class Teacher:
         if self.count:
             return rows + (self.states() if self.whole_chain else self.images())
         old = is_replay.nonzero()[:, 0]
+        if not len(old):  # by chance none is: a network need not take an empty batch
+            return rows
         said = self.say(rows.xt[old], rows.t[old], rows.labels[old])
         return rows._replace(target=rows.target.index_copy(0, old, said))
 

@@ -1,5 +1,7 @@
 """What a DDPM predicts, who teaches it, how it is drawn and guided: against formulas and against diffusers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -171,6 +173,11 @@ def test_a_teacher_gives_the_target_of_replay_alone():
     taught = teacher().teach(given, is_replay)
     assert_close(taught.target[is_replay], (0.5 * given.xt + given.labels.view(-1, 1, 1, 1))[is_replay])
     assert not taught.target[~is_replay].any() and taught[:3] == given[:3]
+
+
+def test_a_teacher_is_not_asked_about_a_batch_without_replay():
+    silent = replace(teacher(), network=None)  # an attention layer, for one, takes no empty batch
+    assert silent.teach(given := rows(), torch.zeros(4, dtype=torch.bool)) is given
 
 
 @pytest.mark.parametrize("whole_chain", [False, True])
