@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.run.errors import WeightsError
+from utils.run.log import log
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts put the weights
@@ -135,6 +136,23 @@ def _read_file(path: str | Path) -> Any:
         raise WeightsError(f"{path} is damaged, or reading it could run foreign code: {remedy}") from error
     except (SafetensorError, *UNREADABLE) as error:
         raise WeightsError(f"{path} is no whole file of weights ({first_line(error)}); fetch it again") from error
+
+
+def renamed_in_order(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights of another implementation of the same network its names here, where nothing but names differs.
+
+    So it is if both have tensors of the same kinds and shapes in the same order; a classifier at the end of the file is
+    left out. Else the weights are returned as they are.
+    """
+    wanted = network.state_dict()
+    here, there = ([(name.rpartition(".")[2], tensor.shape) for name, tensor in state.items()]
+                   for state in (wanted, weights))  # fmt: skip
+    rest = [(kind, len(shape)) for kind, shape in there[len(here) :]]
+    is_classifier = rest in ([], [("weight", 2)], [("weight", 2), ("bias", 1)])
+    if weights.keys() & wanted.keys() or here != there[: len(here)] or not is_classifier:
+        return weights
+    log.info("The weights have names of another implementation: taken in their order, in which kinds and shapes agree")
+    return dict(zip(wanted, weights.values()))
 
 
 def load_exactly(

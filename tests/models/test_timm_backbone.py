@@ -4,7 +4,9 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
+from torch.testing import assert_close
 
 from models.options import BackboneOptions
 from models.timm_backbone import PILOT_ALIASES, build_backbone, check_backbone_name
@@ -146,3 +148,29 @@ def test_a_backbone_reads_back_what_it_saved_also_with_arguments(tmp_path, name,
     save_file(getattr(saved, "network", saved).state_dict(), tmp_path / "saved.safetensors")
     loaded = build_backbone(name, BackboneOptions(weights=str(tmp_path / "saved.safetensors"), **options))
     torch.testing.assert_close(loaded.state_dict(), saved.state_dict())
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_weights_of_another_implementation_are_taken_in_their_order(classifier, tmp_path, caplog):
+    caplog.set_level("INFO", "reprise")
+    original = torchvision.models.mobilenet_v2().eval()  # timm has it with other names
+    weights = original.state_dict()
+    if not classifier:
+        weights = {key: value for key, value in weights.items() if not key.startswith("classifier")}
+    torch.save(weights, tmp_path / "weights.pth")
+    backbone = build_backbone("mobilenetv2_100", BackboneOptions(weights=str(tmp_path / "weights.pth"))).eval()
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(backbone(x), original.features(x).mean((2, 3)), rtol=1e-4, atol=1e-5)
+    assert "names of another implementation" in caplog.text
+
+
+@pytest.mark.parametrize("change", [
+    lambda weights: dict(sorted(weights.items())),  # another order
+    lambda weights: {**weights, "more.weight": torch.ones(1, 1, 1, 1)},
+    lambda weights: {**weights, "features.0.0.weight": torch.ones(32, 3, 5, 5)},
+])  # fmt: skip
+def test_weights_that_differ_in_more_than_names_are_refused(change, tmp_path):
+    torch.save(change(torchvision.models.mobilenet_v2().state_dict()), tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"weights.pth does not fit this backbone \(0 of 312 keys do\)"):
+        build_backbone("mobilenetv2_100", BackboneOptions(weights=str(tmp_path / "weights.pth")))
