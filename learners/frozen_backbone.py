@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,23 +13,29 @@ from pydantic import Field
 from torch import Tensor
 
 from learners.base import Learner
+from learners.kept_features import KeptFeatures
 from models.frozen import Frozen, weight_bytes
 from models.heads import CosineHead, Head, LinearHead
 from models.incremental import IncrementalNet
 from models.options import backbone_options
-from models.timm_backbone import build_backbone, has_weights
+from models.timm_backbone import build_backbone, end_after_block, has_weights
+from synth.replay import Replay
 from utils.data.batches import Batch, ImageBatches
+from utils.data.datasets.base import IMAGENET_MEAN, IMAGENET_STD
 from utils.data.images import ImageSet
-from utils.data.manager import Task
+from utils.data.manager import DataManager, Task
 from utils.data.transforms import ClassifierTransform, classifier_transform
 from utils.run.carried import Carried
-from utils.run.config import BatchSize, Decay, Rate, RunConfig
+from utils.run.config import BatchSize, Decay, Place, Rate, RunConfig
 from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Training, fit
+from utils.training.run import Run
 from utils.training.schedule import TrainConfig
 
-NORMALIZE = {"none": ((0.0,) * 3, (1.0,) * 3), "0.5": ((0.5,) * 3, (0.5,) * 3)}
+NORMALIZE = {
+    "none": ((0.0,) * 3, (1.0,) * 3), "0.5": ((0.5,) * 3, (0.5,) * 3), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)
+}  # fmt: skip
 
 
 class FrozenBackboneLearner(Learner):
@@ -36,16 +43,25 @@ class FrozenBackboneLearner(Learner):
 
     class Config(RunConfig):
         shuffle: bool = Field(False, description="permute the class order with the seed")
-        normalize: Literal["none", "0.5", "dataset"] = Field(
-            "none", description="pixels: none: in [0, 1]; 0.5: in [-1, 1]; dataset: by its own mean"
+        normalize: Literal["none", "0.5", "imagenet", "dataset"] = Field(
+            "none", description="pixels: none: in [0, 1]; 0.5: in [-1, 1]; imagenet: by its mean; dataset: by its own"
         )
         batch_size: BatchSize = Field(48, description="images per step of the first task")
+        features_from: int | None = Field(
+            None, ge=0, le=1000, description="block of a ViT, from 0, whose class token is the feature; null: the last"
+        )
+        feature_cache: Place | None = Field(None, description="folder of frozen features for other runs; null: none")
         pretrain_epochs: int = Field(0, ge=0, description="epochs that train the backbone on the first task; 0: none")
         pretrain_lr: Rate = Field(1e-3, description="AdamW's rate there, with cosine decay")
         pretrain_weight_decay: Decay = Field(0.05, description="AdamW's there")
         pretrain_batch_size: BatchSize = Field(128, description="images per step there")
 
     head = "cosine"
+
+    def __init__(self, config, data: DataManager, run: Run, replay: Replay):
+        super().__init__(config, data, run, replay)
+        folder = None if config.feature_cache is None else Path(config.feature_cache)
+        self.kept = KeptFeatures(folder, self.features_made_by)
 
     def build_transform(self) -> ClassifierTransform:
         """Normalise as the backbone's weights want it."""
@@ -57,16 +73,22 @@ class FrozenBackboneLearner(Learner):
         seeding.seed_everything(self.run.seed, "network")
         name, options = self.config.convnet_type, backbone_options(self.config, self.data.dataset)
         network = build_backbone(name, options).to(self.run.device)
+        if self.config.features_from is not None:
+            end_after_block(network, self.config.features_from)
         # Checkpoints hold weights that are nowhere else: trained here or drawn at random.
         self.frozen = Frozen(network, learned=self.config.pretrain_epochs > 0 or not has_weights(name, options))
         if not self.frozen.learned:
             self.frozen.freeze(self.run.runtime.bf16)
         backbone = self.build_backbone(self.frozen)
-        return IncrementalNet(backbone, CosineHead(backbone.num_features)).to(self.run.device).eval()
+        return IncrementalNet(backbone, self.build_head(backbone.num_features)).to(self.run.device).eval()
 
     def build_backbone(self, frozen: Frozen) -> torch.nn.Module:
         """Return what stands before the head; default: the frozen network itself."""
         return frozen
+
+    def build_head(self, num_features: int) -> Head:
+        """Return what turns features into logits; default: cosines to class vectors."""
+        return CosineHead(num_features)
 
     def before_training(self, task: Task) -> None:
         """Train the backbone on the first task if the config wants it."""
@@ -94,6 +116,15 @@ class FrozenBackboneLearner(Learner):
         """Name the backbone apart unless it was learned here."""
         nbytes = 0 if self.frozen.learned else weight_bytes(self.frozen.network)
         return [*super().carried(), Carried("frozen", nbytes=nbytes, frozen=True)]
+
+    def extract_features(self, images: ImageSet) -> Tensor:
+        """Return the frozen backbone's features of un-augmented images, computed once for each image."""
+        return self.kept.of(images, super().extract_features)
+
+    def features_made_by(self) -> str:
+        """Return what shapes a feature beside its image, down to the last bits."""
+        runtime, parts = self.run.runtime, (self.frozen.fingerprint(), self.transform.describe())
+        return repr((*parts, runtime.bf16, runtime.device.type, torch.get_num_threads(), self.eval_batch))
 
     @torch.no_grad()
     def set_prototypes(self, images: ImageSet) -> None:

@@ -55,6 +55,10 @@ class Frozen(nn.Module):
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(torch.bfloat16)
 
+    def fingerprint(self) -> str:
+        """Compute the SHA-256 over all weights."""
+        return seeding.hash_tensors(self.network.state_dict())
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Return what the network says, without gradients."""

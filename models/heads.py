@@ -41,7 +41,7 @@ class Head(nn.Module):
             generator: CPU generator of the new rows; None draws from torch's global one.
         """
         assert num_classes >= self.num_classes, f"a head of {self.num_classes} classes cannot shrink to {num_classes}"
-        rows = self._draw(num_classes - self.num_classes, self.num_features, generator)
+        rows = self._draw(num_classes - self.num_classes, self.weight.shape[1], generator)
         self.weight = nn.Parameter(torch.cat([self.weight.data, rows]))
 
     def widen(self, num_features: int, generator: torch.Generator | None = None) -> None:

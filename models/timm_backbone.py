@@ -8,7 +8,14 @@ from contextlib import suppress
 from torch import Tensor, nn
 
 from models import BACKBONES
-from models.files.weights import UNREADABLE, check_weights_file, load_exactly, published_weights, read_weights
+from models.files.weights import (
+    UNREADABLE,
+    check_weights_file,
+    load_exactly,
+    published_weights,
+    read_weights,
+    renamed_in_order,
+)
 from models.options import BackboneOptions
 from utils.run.errors import ConfigError, WeightsError
 from utils.run.registry import nearest, shown
@@ -88,6 +95,27 @@ def build_backbone(name: str, options: BackboneOptions) -> nn.Module:
     return network if name in BACKBONES else TimmBackbone(network)
 
 
+def end_after_block(backbone: nn.Module, block: int) -> None:
+    """Cut what follows a block of a ViT, so that its class token, behind the last norm, is the feature.
+
+    Args:
+        backbone: of `build_backbone`.
+        block: counted from 0.
+
+    Raises:
+        ConfigError: if the network has no class token, or not so many blocks.
+    """
+    network, key = getattr(backbone, "network", backbone), f"features_from={block}"
+    blocks = getattr(network, "blocks", None)
+    if blocks is None or getattr(network, "cls_token", None) is None:
+        remedy = "leave it out, or choose a ViT with one as convnet_type"
+        raise ConfigError(f"{key} asks for a class token, which {type(network).__name__} has not: {remedy}")
+    if block >= len(blocks):
+        raise ConfigError(f"{key}: this ViT has the blocks 0 to {len(blocks) - 1}")
+    network.blocks = blocks[: block + 1]
+    network.global_pool = "token"
+
+
 def _full_name(name: str, options: BackboneOptions) -> str:
     """Return one of our names, or a timm name that says all that is needed."""
     if options.args and name.lower() in BACKBONES:
@@ -152,4 +180,5 @@ def _load_local(network: nn.Module, path: str) -> None:
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", lambda weights, _: weights)
     with suppress(AssertionError, *UNREADABLE):  # of another width: what does not fit is said below
         weights = translate(weights, network)
+    weights = renamed_in_order(network, weights)
     load_exactly(network, weights, path, "this backbone", "Check convnet_type, stem and image size")

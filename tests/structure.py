@@ -19,7 +19,7 @@ FILES = [ROOT / "main.py", *sorted(path for layer in LAYERS for path in (ROOT / 
 ROOMS = re.compile(
     r"(learners|synth)/(asp|cbdm|d4m|dddr|ddpm|escort|expandable|guide|features|inversion|tdfa)/|learners/[^/]+\.py"
 )
-GENERAL_LEARNERS = {"base", "frozen_backbone", "losses", "memory", "predict", "pycil", "__init__"}
+GENERAL_LEARNERS = {"base", "frozen_backbone", "kept_features", "losses", "memory", "predict", "pycil", "__init__"}
 METHODS = re.compile(r"escort|guide(?!d|s\b)|dddr|(?<![a-z])asp(?![a-z])|cbdm|tdfa|d4m", re.IGNORECASE)
 # Names that users write: of data, of a split, of an experiment file.
 ALLOWED = re.compile(r"asp80|ldm_dddr")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Literal
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from learners import LEARNERS
 from learners.asp.network import PromptViT
-from learners.asp.queries import remembered
 from learners.base import map_images
 from learners.dddr.separate_replay import SeparateReplay
 from learners.frozen_backbone import FrozenBackboneLearner
@@ -72,7 +70,6 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
 
     def build_backbone(self, frozen: Frozen) -> PromptViT:
         self.backbone = PromptViT(frozen, self.config.prompt_token_num, self.config.avg_alpha, self.config.TIP_init)
-        self.queries: dict[Hashable, Tensor] = {}  # what the bare backbone says of images; see `remembered`
         return self.backbone
 
     def train_config(self, task: Task) -> TrainConfig:
@@ -168,7 +165,7 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
 
     def image_queries(self, images: ImageSet) -> Tensor:
         """Return the bare ViT's features of un-augmented images, float32 (N, D) on the CPU; computed once per image."""
-        return remembered(self.queries, images, lambda new: map_images(self, new, lambda x, _: self.backbone.query(x)))
+        return self.kept.of(images, lambda new: map_images(self, new, lambda x, _: self.backbone.query(x)))
 
     @torch.no_grad()
     def extract_features(self, images: ImageSet) -> Tensor:

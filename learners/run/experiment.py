@@ -86,8 +86,9 @@ class Experiment:
         self, config: RunConfig, name: str, seed: int, dataset: Dataset, runtime: Runtime, unused: Sequence[str] = ()
     ):
         self.config, self.name, self.seed, self.runtime, self.unused = config, name, seed, runtime, unused
-        self.dataset = dataset  # for the evaluator, once all is learned
         self.data = cut_tasks(config, seed, dataset, LEARNERS[config.model_name].upper_bound)
+        # For the evaluator, once all is learned.
+        self.dataset = replace(dataset, image_size=self.data.dataset.image_size)
         self.folder = Path(config.output_dir) / name / config.seed_tag(seed)
         workers, every = config.num_workers, config.checkpoint_every
         self.run = Run(self.folder, config.train_seed(seed), runtime, num_workers=workers, checkpoint_every=every)

@@ -61,7 +61,7 @@ def describe_run(config: RunConfig, name: str) -> Iterator[str]:
     yield from _schedule(learner)
     if config.memory_budget_mb is not None:
         yield describe_budget(learner)
-    options = backbone_options(config, dataset)
+    options = backbone_options(config, learner.data.dataset)
     weights = f", weights {options.weights}" if options.weights else ""
     yield f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}"
     if config.synth is not None:

@@ -1,5 +1,6 @@
 """Learners on a backbone that never changes: where it comes from, what is kept of it, and what stands on it."""
 
+import re
 from pkgutil import resolve_name
 
 import pytest
@@ -48,9 +49,46 @@ def test_a_backbone_is_saved_as_memory_or_counted_as_frozen(pretrain_epochs, fro
     assert learner.frozen.learned == learner_state(learner)[1]["holds_backbone"] == saved
 
 
-@pytest.mark.parametrize(
-    ("normalize", "black", "white"), [("none", 0.0, 1.0), ("0.5", -1.0, 1.0), ("dataset", -0.2 / 0.3, 0.8 / 0.3)]
-)
+def test_features_of_an_earlier_block_are_its_class_token_behind_the_last_norm(tmp_path):
+    whole = make_learner(tmp_path / "whole", **TINY_LEARNERS["asp"])
+    cut = make_learner(tmp_path / "cut", **TINY_LEARNERS["asp"], features_from=0)
+    images, vit = whole.data.test_images([0]), whole.frozen.network.network
+    x = whole.transform.test(images.parts[0].images)
+    tokens = vit.blocks[0](vit._pos_embed(vit.patch_embed(x)))
+    assert_close(cut.extract_features(images), vit.norm(tokens)[:, 0])
+    assert_close(whole.extract_features(images), vit.norm(vit.blocks[1](tokens))[:, 0])
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({**TINY_LEARNERS["asp"], "features_from": 2}, "features_from=2: this ViT has the blocks 0 to 1"),
+    ({"features_from": 0}, "features_from=0 asks for a class token, which CifarResNet has not: leave it out, or"),
+    ({"features_from": 0, "convnet_type": "mobilenetv3_small_050", "pretrained": False},
+     "features_from=0 asks for a class token, which MobileNetV3 has not"),
+])  # fmt: skip
+def test_a_block_that_is_not_there_is_refused(keys, message, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_learner(tmp_path, **keys)
+
+
+@pytest.mark.parametrize("name", ["simplecil", "finetune"])
+def test_a_network_sees_images_in_the_size_that_the_config_says(name, tmp_path):
+    learner = make_learner(tmp_path, name, image_size=12)
+    images = learner.data.test_images([0]).parts[0].images
+    assert learner.transform.test(images).shape == (4, 3, 12, 12)
+
+
+def test_another_run_takes_features_from_the_folder(tmp_path, monkeypatch):
+    keys = {"pretrain_epochs": 0, "feature_cache": str(tmp_path / "features"), "precision": "fp32"}
+    first = learned_toy("simplecil", tmp_path / "first", **keys)
+    monkeypatch.setattr("learners.base.map_images", None)  # whoever computes fails
+    second = learned_toy("fecam", tmp_path / "second", **keys, tukey=False)
+    assert len(list((tmp_path / "features").iterdir())) == 12  # training and test images of six classes
+    assert_close(*(each.learner.network.head.weight for each in (first, second)), **EXACT)
+
+
+@pytest.mark.parametrize(("normalize", "black", "white"), [
+    ("none", 0.0, 1.0), ("0.5", -1.0, 1.0), ("dataset", -0.2 / 0.3, 0.8 / 0.3),
+])  # fmt: skip
 def test_pixels_reach_the_backbone_as_normalize_says(normalize, black, white, tmp_path):
     transform = make_learner(tmp_path, normalize=normalize).transform
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)

@@ -86,6 +86,8 @@ TINY_LEARNERS = {
     "distilled": {"epochs": 20},
     "er": {"memory_batch_size": 8},
     "task_arithmetic": {"anchor": "first_task"},
+    "fecam": {"pretrain_epochs": 8, "pretrain_batch_size": 8, "init_epoch": 0},
+    "ranpac": {"pretrain_epochs": 8, "pretrain_batch_size": 8, "init_epoch": 0, "M": 64},
     "simplecil": {"pretrain_epochs": 8, "pretrain_batch_size": 8, "init_epoch": 0},
 }  # fmt: skip
 TINY_TRAINING = {"init_epoch": 2, "epochs": 2, "init_lr": 0.05, "lrate": 0.05, "batch_size": 16}

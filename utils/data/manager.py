@@ -236,7 +236,8 @@ class DataManager:
 
 
 def cut_tasks(config: RunConfig, seed: int, dataset: Dataset, upper_bound: bool = False) -> DataManager:
-    """Cut the tasks of one seed of an experiment."""
+    """Cut the tasks of one seed of an experiment, whose images a network sees in the config's size."""
+    dataset = replace(dataset, image_size=config.image_size or dataset.image_size)
     seeds = {"order_seed": config.order_seed(seed), "run_seed": config.train_seed(seed)}
     shared = {name: getattr(config, name) for name in Split._fields if name not in seeds}
     return DataManager(dataset, Split(**shared, **seeds), upper_bound)

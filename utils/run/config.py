@@ -214,6 +214,7 @@ class RunConfig(BaseConfig):
 
     dataset: Name = Field(description="a known data set or the name of a folder in data_dir")
     cub_split: Literal["asp80", "official"] = Field("asp80", description="of cub: class folders, or its own split")
+    image_size: Side | None = Field(None, description="side of the network's input in pixels; null: the data set's")
     shuffle: bool = Field(True, description="permute the class order with the seed")
     init_cls: int = Field(ge=1, description="classes in the first task")
     increment: int = Field(ge=1, description="classes in every later task; the last one may be smaller")
