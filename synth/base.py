@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +23,6 @@ from utils.run.errors import NotFittedError, WeightsError
 from utils.run.log import log
 from utils.training.flops import forward_flops
 from utils.training.run import Run
-from utils.training.schedule import TrainConfig
-
-
-class Foreseen(NamedTuple):
-    """What a source's training on one task will be, as `--plan` can know it.
-
-    Attributes:
-        config: length of the training.
-        samples: that it shows, of new and old classes.
-        batch_size: of its steps.
-        whole: whether only whole batches are shown.
-        rehearsed: images that the source draws for it first.
-        step: computes the loss of some images.
-        rows: how many those are.
-        draw: requests to images, as the source draws them for itself.
-    """
-
-    config: TrainConfig
-    samples: int
-    batch_size: int
-    whole: bool
-    rehearsed: int
-    step: Callable[[], object]
-    rows: int
-    draw: Callable[[Requests], object]
 
 
 class ReplaySource(ABC):
@@ -65,8 +41,6 @@ class ReplaySource(ABC):
     samples = "images"  # or "features": what `generate` makes
     wants_past = False  # whether `fit_after` looks at the samples of the past
     step_flops: int | None = None  # of a forward pass of one training batch; None: a published model's, which are many
-    # (task, number of its real images, number of replayed ones that it gets) to the training; None: nobody knows it
-    foresee: Callable[[Task, int, int], Foreseen] | None = None
 
     def __init__(self, config, run: Run, num_classes: int, class_names: list[str], dataset: Dataset):
         self.config, self.run, self.num_classes = config, run, num_classes
@@ -149,6 +123,10 @@ class ReplaySource(ABC):
             torch.OutOfMemoryError: if a single request is too many.
         """
         samples: list[Tensor] = []
+        if (ledger := self.run.ledger).foresees:
+            few = requests.take(torch.arange(min(ledger.rows, len(requests))))
+            samples = ledger.times(len(requests) / len(few), partial(draw, few)) if len(few) else []
+            return list(islice(cycle(samples), len(requests)))
         while len(samples) < len(requests):
             chunk = requests.take(torch.arange(len(samples), len(requests))[: self.chunk_size])
             try:

@@ -34,8 +34,6 @@ class Replay:
         folder: where samples may be kept.
     """
 
-    whole_batches = False  # whether its batches are all of one size
-
     def __init__(self, config: RunConfig, source: ReplaySource | None, data: DataManager, run: Run, folder: Path):
         self.run_config, self.source, self.data, self.run, self.folder = config, source, data, run, Path(folder)
         self.config: SourceConfig | None = None if source is None else source.config
@@ -118,13 +116,6 @@ class Replay:
         """Count the samples that a run draws to replay them, for `--plan`."""
         return 0
 
-    def num_shown(self, task: Task) -> tuple[int, int] | None:
-        """Count the images of new and of old classes that a training shows, for `--plan`; None: nobody knows it."""
-        if self.source is not None and self.source.samples != "images":
-            return None
-        old = 0 if self.source is None else self.old_samples()[task.index]
-        return sum(self.data.class_counts[label] for label in task.classes), old
-
     def try_drawing(self, task: Task, requests: Requests) -> None:
         """Draw as the task's training would, for `--plan`."""
         self.source.generate(requests)
@@ -172,8 +163,7 @@ class Banked(Replay):
         return self.bank.stored(task.classes)
 
     def expected(self) -> int:
-        old = self.old_samples()
-        return sum(old) if self.config.replay == "redraw" else old[-1]
+        return sum(self.old_samples())
 
     def newest(self, label: int) -> list[str]:
         return self.bank.newest(label)
@@ -193,6 +183,12 @@ class Stored(Banked):
 
     def learned(self, task: Task) -> None:
         self.drawn_of_new(task)
+
+    def expected(self) -> int:
+        # Where the last task is learned, it is drawn too, though nobody replays it.
+        learns_last = not self.source.learns_after or self.config.fit_after_last_task
+        drawn = self.data.num_classes if learns_last else self.data.task(self.data.num_tasks - 1).num_old
+        return sum(map(self.bank.per_class, range(drawn)))
 
     def past(self, task: Task) -> ImageSet:
         with self.run.timed("draw"):

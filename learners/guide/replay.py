@@ -35,7 +35,6 @@ class Guided(Replay):
     source: DDPM
     network: IncrementalNet
     bender: Callable[[Task, Requests], Bend] | None = None
-    whole_batches = True
 
     @classmethod
     def check(cls, config: RunConfig, source: type[ReplaySource]) -> None:

@@ -1,131 +1,151 @@
-"""What the trainings and drawings of a run will cost, for `--plan`: a step and an image of each, times their number."""
+"""What the trainings and drawings of a run will cost, for `--plan`.
+
+The run is gone through from task to task, with its own data, learner and source, but in each training a few steps stand
+for all, in each drawing a few images, and a network that has answered once answers noise.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from learners.base import Learner
+from learners.run.experiment import Experiment
+from synth.bank import Bank
+from synth.drawing import ImageFolder
+from synth.replay import Features, Replay
 from synth.requests import Requests
-from utils.data.batches import Batch
 from utils.data.images import ImageSet
-from utils.data.manager import Task
-from utils.results.cost import Cost, add_up
+from utils.data.manager import DataManager, Task
+from utils.results.cost import Cost
 from utils.results.figures import human_count
 from utils.training.ledger import Ledger
-from utils.training.schedule import TrainConfig
 
-ROWS = 8  # images of a classifier's step that is tried
+PARTS = ("train", "fit", "rehearse", "draw")
+T = TypeVar("T")
 
 
 class Forecast(Ledger):
-    """Counts without computing: a network that has answered once answers zeros, and every gradient is taken."""
+    """Counts by few steps, images and rows, and computes nothing twice.
+
+    Attributes:
+        steps: of a training that are taken.
+        rows: of what a network is first given, and images of a drawing.
+    """
+
+    foresees = True
+    steps, rows = 4, 8
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._answers: dict[tuple, tuple[torch.Size, bool, int]] = {}  # shape of a row, whether it has a gradient
 
-    def of(self, work: Callable[[], object]) -> Cost:
-        """Return what some work costs."""
-        self.now.clear()
-        with self.part("forecast"):
-            work()
-        return add_up(self.now.values())
+    def times(self, factor: float, work: Callable[[], T]) -> T:
+        """Do some work and count it so many times."""
+        before = self.counts()
+        result = work()
+        for part, counted in self.since(before).items():
+            self.now[part].add(Cost(*(round(count * (factor - 1)) for count in counted)))
+        return result
 
     def forget(self) -> None:
         """Ask every network again: it has grown."""
         self._answers.clear()
-        self._begin_task()
+        self._flops.clear()
 
-    def _call(self, call: partial, network: nn.Module, tensors: list[Tensor]) -> tuple[Tensor, int]:
+    def _call(self, call: partial, network: nn.Module, tensors: list[Tensor]) -> tuple[Any, int]:
+        if not len(tensors[0]) or isinstance(call.args[1], tuple):  # no images, or features among them
+            return super()._call(call, network, tensors)
         gradients = torch.is_grad_enabled(), *(one.requires_grad for one in tensors)
         key = id(network), call.func.__name__, gradients, *(one.shape[1:] for one in tensors)
         if key not in self._answers:
-            out, flops = super()._call(call, network, tensors)
+            few = partial(self._few, len(tensors[0]))
+            first = partial(call.func, *map(few, call.args), **{name: few(one) for name, one in call.keywords.items()})
+            out, flops = super()._call(first, network, list(map(few, tensors)))
+            if not isinstance(out, Tensor):
+                return call(), flops
             self._answers[key] = out.shape[1:], out.requires_grad, flops
-            return out, flops
         shape, has_gradient, flops = self._answers[key]
-        out = torch.zeros(len(tensors[0]), *shape, device=tensors[0].device)
+        out = torch.randn(len(tensors[0]), *shape, device=tensors[0].device)
         # A sampler that is bent asks for the gradient with respect to what the network is given.
         out = sum((0 * one.sum() for one in tensors if one.requires_grad), out)
         return out.requires_grad_() if has_gradient and not out.requires_grad else out, flops
 
-    def _count(self, result: Tensor, rows: int, flops: int) -> None:
-        times = rows * (3 if result.requires_grad else 1)
-        self.now.setdefault("forecast", Cost()).add(Cost(times, times * flops))
+    def _few(self, rows: int, one: Any) -> Any:
+        """Return the first rows of whatever has as many."""
+        return one[: self.rows] if isinstance(one, Tensor) and one.ndim and len(one) == rows else one
+
+    def _count(self, result: Any, rows: int, flops: int) -> None:
+        times = rows * (3 if result is not None and result.requires_grad else 1)
+        self.now.setdefault(self._parts[-1], Cost()).add(Cost(times, times * flops))
 
 
-def describe_cost(learner: Learner) -> Iterator[str]:
-    """Yield a line per part of a run; the learner and its source serve nothing else afterwards."""
+class BlankBank(Bank):
+    """Black images in the place of those that a run draws and keeps."""
+
+    def fill(self, index: int, later: int | None = None) -> ImageFolder:
+        return ImageFolder(self._folder(index), self.run, {}, "")  # in which nothing is drawn
+
+    def stored(self, classes: Iterable[int]) -> ImageSet:
+        return black_images(self.data, {label: self.per_class(label) for label in classes})
+
+    def redraw(self, index: int) -> ImageSet:
+        return self.stored(label for label, task in self.task_of.items() if task < index)
+
+
+class Unasked(Replay):
+    """Black images of the past, of a published generator that is not built for a plan."""
+
+    def past(self, task: Task) -> ImageSet:
+        wanted, counts = self.config.syn_per_class, self.data.class_counts[: task.num_old]
+        return black_images(self.data, {label: wanted or count for label, count in enumerate(counts)})
+
+
+def black_images(data: DataManager, counts: dict[int, int]) -> ImageSet:
+    """Return so many black images of each class, which take the memory of one."""
+    labels = torch.tensor([label for label, count in counts.items() for _ in range(count)], dtype=torch.int64)
+    side = data.dataset.image_size
+    pixels = torch.zeros(1, data.dataset.channels, side, side, dtype=torch.uint8)
+    return ImageSet.of(pixels.expand(len(labels), -1, -1, -1), labels) if len(labels) else ImageSet()
+
+
+def describe_cost(experiment: Experiment) -> Iterator[str]:
+    """Yield a line per part of a run that is planned."""
     yield "Cost per seed, about, without evaluation:"
-    replay, source, data = learner.replay, learner.replay.source, learner.data
-    tasks = [data.task(index) for index in range(data.num_tasks)]
-    learner.run.ledger = forecast = Forecast(learner.run.runtime, learner.run.folder)
+    with TemporaryDirectory() as folder:
+        yield from _describe(experiment.elsewhere(Path(folder)))
+
+
+def _describe(experiment: Experiment) -> Iterator[str]:
+    learner = experiment.check()
+    replay, source, run = learner.replay, learner.replay.source, experiment.run
+    run.ledger = ledger = Forecast(run.runtime, run.folder)
+    published = source is not None and replay.learns and source.step_flops is None
+    if published:
+        learner.replay = Unasked(experiment.config, source, learner.data, run, replay.folder)
+        learner.replay.learns = False
+    elif hasattr(replay, "bank"):
+        replay.bank = BlankBank(replay.bank.root, source, learner.data)
+    one = Requests.of_classes([0], 1, ("forecast",))
     try:
-        yield _line("train", add_up(_training(learner, task, forecast) for task in tasks))
-    except Exception as error:  # a loss may ask for whatever a run alone has, and a plan must not end with it
-        yield f"  train: not foreseen ({error or type(error).__name__})"
-    if not replay.learns:
+        for task in learner.data.tasks():
+            ledger.forget()
+            learner.learn_task(task)
+    except Exception as error:  # a learner may ask for whatever a run alone has, and a plan must not end with it
+        yield f"  not foreseen ({error or type(error).__name__})"
         return
-    if source.foresee is None:
+    if replay.learns and not published and not isinstance(replay, Features):  # of which all were drawn
+        ledger.now.pop("draw", None)
+        with ledger.part("draw"):
+            ledger.times(replay.expected(), lambda: replay.try_drawing(task, one))
+    yield from (_line(part, cost) for part in PARTS if (cost := ledger.now.get(part, Cost())).evaluations)
+    if published:
         yield f"  fit, draw: not foreseen of {source.config.name}"
-        return
-    source.fitted_classes, one = set(range(data.num_classes)), Requests.of_classes([0], 1, ("forecast",))
-    fits, rehearsals = [], []
-    waits = source.learns_after and not source.config.fit_after_last_task
-    for task in tasks[: len(tasks) - waits] if replay.pupil is source else ():
-        real = sum(data.class_counts[label] for label in task.classes)
-        training = source.foresee(task, real, replay.old_samples()[task.index] if source.wants_past else 0)
-        shown = num_shown(training.config, training.samples, training.batch_size, training.whole)
-        fits.append(_times(forecast.of(training.step), shown / training.rows))
-        rehearsals.append(_times(forecast.of(partial(training.draw, one)), training.rehearsed))
-    if fits:
-        yield _line("fit", add_up(fits))
-    if (rehearse := add_up(rehearsals)).evaluations:
-        yield _line("rehearse", rehearse)
-    if count := replay.expected():
-        yield _line("draw", _times(forecast.of(partial(replay.try_drawing, tasks[-1], one)), count))
-
-
-def _training(learner: Learner, task: Task, forecast: Forecast) -> Cost:
-    """Foresee the classifier's training on a task; it must have been done for all tasks before."""
-    counts, memory, shown = learner.data.class_counts, learner.memory, learner.replay.num_shown(task)
-    if shown is None or (type(learner).batches is not Learner.batches and learner.replay_kind is None):
-        raise NotImplementedError("its batches are its own")
-    new, old = (sum(counts[: task.num_seen]), 0) if learner.upper_bound else shown
-    if learner.uses_exemplars and task.num_old:
-        new += sum(min(memory.budget(task.num_old), count) for count in counts[: task.num_old])
-    learner.grow_network(task)
-    forecast.forget()
-    learner.past = ImageSet.of(torch.zeros(old, 1, 1, 1, dtype=torch.uint8), torch.zeros(old, dtype=torch.int64))
-    replayed, size = torch.arange(ROWS) < round(ROWS * old / (new + old)), learner.transform.size
-    batch = Batch(torch.zeros(ROWS, 3, size, size), torch.where(replayed, 0, task.num_old), replayed)
-    cost = forecast.of(partial(learner.compute_loss, batch, task))
-    learner.old_network = learner.network.frozen_copy()
-    whole = learner.replay.whole_batches
-    return _times(cost, num_shown(learner.train_config(task), new + old, learner.config.batch_size, whole) / ROWS)
-
-
-def num_shown(config: TrainConfig, samples: int, batch_size: int, whole: bool) -> float:
-    """Count the images that a training shows, one as often as it is shown.
-
-    Args:
-        config: of the training.
-        samples: of an epoch.
-        batch_size: of a step.
-        whole: whether each step has so many, or an epoch's last one fewer.
-    """
-    steps = max(1, samples // batch_size) if whole else math.ceil(samples / batch_size)
-    return config.num_steps(steps) * (batch_size if whole else samples / steps)
-
-
-def _times(cost: Cost, factor: float) -> Cost:
-    return Cost(round(cost.evaluations * factor), round(cost.flops * factor))
 
 
 def _line(part: str, cost: Cost) -> str:

@@ -66,7 +66,7 @@ def describe_run(config: RunConfig, name: str) -> Iterator[str]:
     yield f"Backbone: {config.convnet_type}, stem {options.stem}, input {options.image_size} px{weights}"
     if config.synth is not None:
         yield from (*describe_replay(learner, name), f"  {learner.replay.pupil.describe()}")
-    yield from describe_cost(learner)
+    yield from describe_cost(experiment)
 
 
 def _schedule(learner: Learner) -> Iterator[str]:

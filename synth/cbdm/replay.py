@@ -76,13 +76,10 @@ class Filled(Stored):
     # ------------------------------------------------------------------ what is said and kept of it
 
     def expected(self) -> int:
-        """Count what fills every task, beside what is stored."""
-        tasks = map(self.data.task, range(self.data.num_tasks))
-        return super().expected() + sum(sum(self.lacking(task).values()) for task in tasks)
-
-    def num_shown(self, task: Task) -> tuple[int, int]:
-        new, old = super().num_shown(task)
-        return new + sum(self.lacking(task).values()), old
+        """Count what fills every task, beside what is stored of all but the last one."""
+        *old, last = map(self.data.task, range(self.data.num_tasks))
+        stored = sum(map(self.bank.per_class, range(last.num_old)))
+        return stored + sum(sum(self.lacking(task).values()) for task in (*old, last))
 
     def first_task_settings(self) -> dict[str, Any]:
         """Say what the first task is trained on beside its real images."""

@@ -113,9 +113,6 @@ class Distilled(Stored):
         """Count all classes, for what stands for the present is drawn too."""
         return sum(map(self.bank.per_class, range(self.data.num_classes))) if self.learns else 0
 
-    def num_shown(self, task: Task) -> tuple[int, int] | None:
-        return super().num_shown(task) if (self.config.stream, self.config.memory) == ("real", "distilled") else None
-
     def first_task_settings(self) -> dict[str, Any]:
         """Say what the first task is trained on, where it is not the real images."""
         return {} if self.config.stream == "real" else self.config.model_dump(mode="json")

@@ -39,7 +39,7 @@ def rehearse(source: DDPM, task: Task, num_images: int) -> ImageSet:
     labels = draw_labels(old, count, chance, balanced=config.counts == "balanced")
     log.info("Task %d: the generator rehearses on %d images of its own", task.index, count)
     asked = Requests.of_labels(labels, (source.run.seed, "ddpm-rehearsal", task.index))
-    if config.rehearsal == "distil":
+    if config.rehearsal == "distil" or source.run.ledger.foresees:  # nothing is written to plan a run
         with source.run.timed("rehearse"):
             return source.draw(asked, source.rehearsal_sampling)
     source.generator = source.network.eval()

@@ -17,7 +17,6 @@ from synth import SOURCES
 from synth.base import ReplaySource, count_prediction, show_progress
 from synth.ddpm.averages import Averages, hold_out
 from synth.ddpm.config import DDPMConfig
-from synth.ddpm.forecast import foresee
 from synth.ddpm.network import ClassUNet, ClassUNetConfig
 from synth.ddpm.rehearsal import rehearse
 from synth.ddpm.sampling import Drawing, Sampling
@@ -57,7 +56,6 @@ class DDPM(ReplaySource):
 
     Config = DDPMConfig
     step_flops = property(count_prediction)
-    foresee = foresee
 
     def __init__(self, config, run, num_classes, class_names, dataset):
         super().__init__(config, run, num_classes, class_names, dataset)

@@ -57,8 +57,8 @@ def test_features_are_made_anew_before_every_task_and_nothing_is_carried(tmp_pat
     ("kind", "keys", "count"),
     [
         (Replay, {}, 0),
-        (Stored, {}, 4 * 3),  # all but the last task's classes, once
-        (Stored, {"syn_per_class": None}, 4 * 10),  # as many as there are real ones
+        (Stored, {}, 6 * 3),  # all classes, once, for this source learns before the classifier, also the last task
+        (Stored, {"syn_per_class": None}, 6 * 10),  # as many as there are real ones
         (Redrawn, {"replay": "redraw"}, (2 + 4) * 3),
         (Features, {}, (2 + 4) * 3),
     ],

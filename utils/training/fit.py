@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -226,6 +227,8 @@ def fit(module: nn.Module, batches: Batches, loss_fn: LossFunction, config: Trai
     progress = Progress(module, config, training, {"batches": batches, **hooks.stateful})
     per_epoch = len(batches)
     total = config.num_steps(per_epoch)
+    if run.ledger.foresees:
+        return _foresee(progress, batches, loss_fn, hooks, total)
     progress.load()
     if progress.step:
         log.info("Task %d: %s continues at step %d of %d", task, purpose, progress.step, total)
@@ -253,4 +256,17 @@ def fit(module: nn.Module, batches: Batches, loss_fn: LossFunction, config: Trai
     if progress.checkpoints.numbers()[:1] != [progress.step]:
         progress.save()
     module.eval()
+    return progress.ema
+
+
+def _foresee(progress: Progress, batches: Batches, loss_fn: LossFunction, hooks: Hooks, total: int) -> nn.Module | None:
+    """Take the first steps in the place of all, and count them as often; see `fit`."""
+    ledger = progress.training.run.ledger
+    epochs, tried = -(-total // len(batches)), min(ledger.steps, total, len(batches))
+    ledger.times(epochs, lambda: hooks.before_epoch(progress.at(0)))
+    progress.module.train()
+    for batch in islice(batches.epoch(0), tried):
+        step, rate = progress.at(0, batch), progress.config.lr
+        ledger.times(total / tried, partial(progress.take, step, loss_fn, rate, hooks.after_backward))
+    progress.module.eval()
     return progress.ema

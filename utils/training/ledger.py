@@ -70,6 +70,7 @@ class Ledger:
     """
 
     current: ClassVar[Ledger | None] = None  # whose part is being timed; None inside an evaluation
+    foresees = False  # whether a few steps and images stand for all; see `learners.run.forecast`
 
     def __init__(self, runtime: Runtime, folder: Path):
         self.runtime, self.folder = runtime, Path(folder)
