@@ -31,6 +31,7 @@ class Split(NamedTuple):
         limit_tasks: keep only so many tasks, as if the classes of the others did not exist; None: all.
         shuffle: permute the classes by ``order_seed`` (PyCIL); else they come by id.
         class_order: original ids as they come, instead.
+        task_order: tasks of that order as they come, from 0; None: as they are.
         run_seed: seed of few-shot and validation draws; None: ``order_seed``.
         train_per_class: training images per class, the first in the data set; None: all.
         kshot: training images per class after the first task; 0: all.
@@ -44,6 +45,7 @@ class Split(NamedTuple):
     limit_tasks: int | None = None
     shuffle: bool = True
     class_order: list[int] | None = None
+    task_order: list[int] | None = None
     order_seed: int = 1993
     run_seed: int | None = None
     train_per_class: int | None = None
@@ -94,8 +96,8 @@ class DataManager:
         few_shot_indices: by class, positions of its few shots within its images in the data set.
 
     Raises:
-        ConfigError: if ``init_cls`` exceeds the classes, ``class_order`` is of other classes, or a long tail leaves a
-            class empty.
+        ConfigError: if ``init_cls`` exceeds the classes, ``class_order`` is of other classes or ``task_order`` of other
+            tasks, or a long tail leaves a class empty.
         DataError: if a class has fewer than ``kshot`` images.
     """
 
@@ -104,12 +106,14 @@ class DataManager:
         self.dataset = replace(dataset, train=ImageSet(), test=ImageSet())
         self.split, self.upper_bound = split, upper_bound
         sizes = subsets.task_sizes(dataset.num_classes, split.init_cls, split.increment, dataset.name)
-        self.task_sizes = sizes[: split.limit_tasks]
-        self.num_tasks, self.num_classes = len(self.task_sizes), sum(self.task_sizes)
         order = split.class_order or subsets.class_order(dataset.num_classes, split.shuffle, split.order_seed)
         if len(order) != dataset.num_classes:
             every = f"all {dataset.num_classes} of {dataset.name}"
             raise ConfigError(f"class_order names {len(order)} classes: name {every}")
+        if split.task_order is not None:
+            order, sizes = subsets.reorder_tasks(order, sizes, split.task_order)
+        self.task_sizes = sizes[: split.limit_tasks]
+        self.num_tasks, self.num_classes = len(self.task_sizes), sum(self.task_sizes)
         self.class_order = order[: self.num_classes]
         self.class_names = [dataset.class_names[original] for original in self.class_order]
         spans = [range(stop - size, stop) for size, stop in zip(self.task_sizes, accumulate(self.task_sizes))]

@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,24 @@ def task_sizes(num_classes: int, init_cls: int, increment: int, dataset: str = "
         raise ConfigError(f"init_cls={init_cls}, but {dataset} has only {num_classes} classes: {remedy}")
     full, rest = divmod(num_classes - init_cls, increment)
     return [init_cls] + [increment] * full + [rest] * (rest > 0)
+
+
+def reorder_tasks(order: list[int], sizes: list[int], wanted: list[int]) -> tuple[list[int], list[int]]:
+    """Return class order and task sizes with the tasks in another order.
+
+    Args:
+        order: all classes in the order of learning.
+        sizes: classes of each task, which sum to all.
+        wanted: numbers of all tasks, from 0, as they are to come.
+
+    Raises:
+        ConfigError: if it has other tasks.
+    """
+    if len(wanted) != len(sizes):
+        raise ConfigError(f"task_order names {len(wanted)} tasks: name all {len(sizes)} that the classes are cut into")
+    stops = list(accumulate(sizes))
+    blocks = [order[stop - size : stop] for size, stop in zip(sizes, stops)]
+    return [label for task in wanted for label in blocks[task]], [sizes[task] for task in wanted]
 
 
 def first_indices(labels: Tensor, per_class: int) -> Tensor:

@@ -60,14 +60,14 @@ def _require_once(value: list[int]) -> list[int]:
 
 def _require_order(value: list[int]) -> list[int]:
     if not value or sorted(value) != list(range(len(value))):
-        raise ValueError("name every original id from 0 on, each once")
+        raise ValueError("name every number from 0 on, each once")
     return value
 
 
 Place = Annotated[str, AfterValidator(_require_place)]  # a file, a folder or an id on a hub
 Name = Annotated[str, AfterValidator(_require_name)]  # of a data set
 Seeds = Annotated[list[Seed], AfterValidator(_require_once)]
-ClassOrder = Annotated[list[int], AfterValidator(_require_order)]
+Order = Annotated[list[int], AfterValidator(_require_order)]
 
 
 def _kinds(annotation: Any) -> set[type]:
@@ -201,7 +201,8 @@ class RunConfig(BaseConfig):
     model_name: str = Field(description="which learner: see `python main.py --list`")
     seed: Seeds = Field([1993], min_length=1, description="one full run per entry; also the class order's seed")
     class_order_seed: Seed | None = Field(None, description="seed of the class order alone; null: the seed")
-    class_order: ClassOrder | None = Field(None, description="every original id, as they are learned; null: shuffle")
+    class_order: Order | None = Field(None, description="every original id, as they are learned; null: shuffle")
+    task_order: Order | None = Field(None, description="the tasks that this order is cut into, as they are learned")
     model_seed: Seed | None = Field(None, description="if given, `seed` is the class order's and this the training's")
     device: list[int | str] = Field(["auto"], min_length=1, description='GPU ids, "cpu", -1 (the CPU) or "auto"')
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is fast at it")

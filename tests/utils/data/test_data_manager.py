@@ -96,6 +96,14 @@ def test_classes_come_in_an_order_that_is_given():
         manager(class_order=[1, 0, 2])
 
 
+def test_tasks_come_in_an_order_that_is_given():
+    own = manager(class_order=[4, 2, 0, 1, 3], task_order=[2, 0, 1])
+    assert own.class_order == [3, 4, 2, 0, 1] and own.task_sizes == [1, 2, 2]
+    assert manager(class_order=[4, 2, 0, 1, 3], task_order=[2, 0, 1], limit_tasks=2).class_order == [3, 4, 2]
+    with pytest.raises(ConfigError, match="task_order names 2 tasks: name all 3"):
+        manager(task_order=[1, 0])
+
+
 def test_the_first_images_of_a_class_are_used_before_a_tail_is_cut_and_shots_are_drawn():
     data = numbered(100)
     few = manager(data, train_per_class=8)

@@ -368,9 +368,10 @@ def test_an_asp_file_with_the_flat_keys_of_generated_replay_runs_unchanged():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"class_order": [0, 1, 1]}, "class_order.*name every original id from 0 on, each once"),
-        ({"class_order": []}, "class_order.*name every original id from 0 on, each once"),
-        ({"class_order": [1, 2, 3]}, "class_order.*name every original id from 0 on, each once"),
+        ({"class_order": [0, 1, 1]}, "class_order.*name every number from 0 on, each once"),
+        ({"task_order": [0, 2]}, "task_order.*name every number from 0 on, each once"),
+        ({"class_order": []}, "class_order.*name every number from 0 on, each once"),
+        ({"class_order": [1, 2, 3]}, "class_order.*name every number from 0 on, each once"),
         ({"class_order": [1, 0], "class_order_seed": 1}, "class_order and class_order_seed both say"),
         ({"train_per_class": 0}, "train_per_class=0"),
     ],
