@@ -27,6 +27,7 @@ from utils.data.manager import DataManager, Task
 from utils.data.transforms import ClassifierTransform, classifier_transform
 from utils.run.carried import Carried
 from utils.run.config import BatchSize, Decay, Place, Rate, RunConfig
+from utils.run.files import explained_refusal, require_writable
 from utils.run.log import log
 from utils.training import seeding
 from utils.training.fit import Training, fit
@@ -61,6 +62,9 @@ class FrozenBackboneLearner(Learner):
     def __init__(self, config, data: DataManager, run: Run, replay: Replay):
         super().__init__(config, data, run, replay)
         folder = None if config.feature_cache is None else Path(config.feature_cache)
+        if folder is not None:
+            with explained_refusal(f"feature_cache={config.feature_cache!r}"):
+                require_writable(folder)
         self.kept = KeptFeatures(folder, self.features_made_by)
 
     def build_transform(self) -> ClassifierTransform:

@@ -13,7 +13,7 @@ from learners.run.state import learner_state
 from tests.support.learned import learned_toy, snapshot
 from tests.support.tiny_asp import tiny_vit_file
 from tests.support.toy import TINY_LEARNERS, TINY_SOURCES, Interrupted, toy_experiment, toy_raw
-from utils.run.errors import ConfigError
+from utils.run.errors import ConfigError, RepriseError
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -75,6 +75,12 @@ def test_a_network_sees_images_in_the_size_that_the_config_says(name, tmp_path):
     learner = make_learner(tmp_path, name, image_size=12)
     images = learner.data.test_images([0]).parts[0].images
     assert learner.transform.test(images).shape == (4, 3, 12, 12)
+
+
+def test_a_place_in_which_nothing_can_be_kept_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RepriseError, match=r"feature_cache='.*/file'"):
+        make_learner(tmp_path, feature_cache=str(tmp_path / "file"))
 
 
 def test_another_run_takes_features_from_the_folder(tmp_path, monkeypatch):
