@@ -210,6 +210,10 @@ def map_images(learner: Learner, images: ImageSet, function: Callable[[Tensor, s
         images: at least one.
         function: a batch, float (B, 3, H, W), and which of the images it holds, to (B, ...).
     """
+    if (ledger := learner.run.ledger).foresees and len(images) > ledger.rows:
+        few = images.take(torch.arange(ledger.rows))
+        rows = ledger.times(len(images) / ledger.rows, lambda: map_images(learner, few, function))
+        return rows[torch.arange(len(images)) % ledger.rows]
     pieces, start = [], 0
     for x in test_batches(images, learner.transform, learner.eval_batch, learner.run.device, learner.run.num_workers):
         with learner.run.runtime.autocast():

@@ -25,7 +25,7 @@ class MahalanobisHead(Head):
 
     Args:
         num_features: D.
-        shrinkage: what is added, as parts of the mean variance to the diagonal and of the mean covariance beside it.
+        shrinkage: what is added, as parts of the mean variance to the diagonal and of the mean covariance off it.
         correlations: divide by the standard deviations.
         per_class: False: all classes share one covariance.
     """
@@ -35,6 +35,7 @@ class MahalanobisHead(Head):
         self.shrinkage, self.correlations, self.per_class = shrinkage, correlations, per_class
         self.register_buffer("covariance", torch.empty(0, num_features, num_features))
         self.register_buffer("power", torch.ones(()))
+        self.inverses: dict[int, Tensor] = {}  # by row of ``covariance``, for as long as that stays
 
     def grow(self, num_classes: int, generator: torch.Generator | None = None) -> None:
         """Add means and covariances up to a total of ``num_classes``; see `Head.grow`."""
@@ -44,34 +45,40 @@ class MahalanobisHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, D) to negative squared distances (B, num_classes)."""
-        unit, means, inverse = F.normalize(self.transformed(features)), F.normalize(self.weight), None
-        distances = []
-        for label, mean in enumerate(means):
-            if inverse is None or self.per_class:
-                inverse = self.inverse(self.covariance[label])
+        unit, distances = F.normalize(self.transformed(features)), []
+        for label, mean in enumerate(F.normalize(self.weight)):
             apart = unit - mean
-            distances.append(((apart @ inverse) * apart).sum(1))
+            distances.append(((apart @ self.inverse(label if self.per_class else 0)) * apart).sum(1))
         return -torch.stack(distances, dim=1)
 
     def transformed(self, features: Tensor) -> Tensor:
         """Return features (B, D) under Tukey's transform."""
         return features if self.power == 1 else features.clamp(min=0) ** self.power
 
-    def inverse(self, covariance: Tensor) -> Tensor:
-        """Return the inverse (D, D) of a covariance as it is used, computed in float64."""
-        used = shrunk(covariance.double(), *self.shrinkage)
-        if self.correlations:
-            spread = used.diagonal().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-            used = used / torch.outer(spread, spread)
-        return torch.linalg.pinv(used, hermitian=True).to(covariance)
+    def inverse(self, row: int) -> Tensor:
+        """Return the inverse (D, D) of a covariance as it is used, computed in float64 when it is first asked for."""
+        if row not in self.inverses:
+            used, kind = shrunk(self.covariance[row].double(), *self.shrinkage), torch.finfo(self.covariance.dtype)
+            if self.correlations:
+                spread = used.diagonal().clamp(min=kind.tiny).sqrt()
+                used = used / torch.outer(spread, spread)
+            # What is smaller was measured as nothing but rounding.
+            inverse = torch.linalg.pinv(used, rtol=len(used) * kind.eps, hermitian=True)
+            self.inverses[row] = inverse.to(self.covariance)
+        return self.inverses[row]
+
+    def set_covariance(self, row: int, covariance: Tensor) -> None:
+        """Take a covariance (D, D)."""
+        self.covariance[row] = covariance
+        self.inverses.pop(row, None)
 
 
-def shrunk(covariance: Tensor, diagonal: float, beside: float) -> Tensor:
-    """Add parts of its mean variance to the diagonal and of its mean covariance to all else; (D, D)."""
+def shrunk(covariance: Tensor, diagonal: float, off_diagonal: float) -> Tensor:
+    """Add parts of the mean variance to the diagonal and of the mean covariance off it; (D, D)."""
     eye = torch.eye(len(covariance)).to(covariance)
     variance, pairs = covariance.diagonal().mean(), len(covariance) * (len(covariance) - 1)
     mean_covariance = (covariance.sum() - covariance.diagonal().sum()) / max(pairs, 1)
-    return covariance + diagonal * variance * eye + beside * mean_covariance * (1 - eye)
+    return covariance + diagonal * variance * eye + off_diagonal * mean_covariance * (1 - eye)
 
 
 @LEARNERS.register("fecam")
@@ -88,7 +95,7 @@ class FeCAM(SimpleCIL):
         beta: float = Field(0.5, gt=0, le=10, description="that power")
         shrink: bool = Field(True, description="add to covariances what makes them invertible")
         alpha1: Factor = Field(1.0, description="part of the mean variance that shrink adds to the diagonal")
-        alpha2: Factor = Field(1.0, description="part of the mean covariance that shrink adds beside it")
+        alpha2: Factor = Field(1.0, description="part of the mean covariance that shrink adds off it")
         norm_cov: bool = Field(True, description="use correlations instead of covariances")
         per_class: bool = Field(True, description="false: all classes share the mean covariance")
 
@@ -113,20 +120,19 @@ class FeCAM(SimpleCIL):
     def set_covariances(self, measured: dict[int, Tensor], task: Task) -> None:
         """Keep the covariances of new classes, or bring the one that all share up to date."""
         head, single = self.network.head, [label for label in self.present.classes if label not in measured]
-        old = head.covariance[: task.num_old] if self.config.per_class else head.covariance[: task.num_old > 0]
-        mean = _mean([*old, *measured.values()], len(head.weight[0]), head.covariance)
         if single:
             log.warning("Classes of one image have no covariance and take the mean of all others: %s", single)
+            old = head.covariance[: task.num_old] if self.config.per_class else head.covariance[: task.num_old > 0]
+            mean = _mean([*old, *measured.values()], head.covariance)
+            measured = {**dict.fromkeys(single, mean), **measured}
         if self.config.per_class:
-            for label in self.present.classes:
-                head.covariance[label] = measured.get(label, mean)
-        elif measured:
-            new = torch.stack(list(measured.values())).mean(0)
-            head.covariance[0] += (new - head.covariance[0]) * len(self.present.classes) / task.num_seen
-        elif task.num_old == 0:
-            head.covariance[0] = mean
+            for label, covariance in measured.items():
+                head.set_covariance(label, covariance)
+        else:
+            new, share = torch.stack(list(measured.values())).mean(0), len(measured) / task.num_seen
+            head.set_covariance(0, head.covariance[0] + (new - head.covariance[0]) * share)
 
 
-def _mean(covariances: list[Tensor], size: int, like: Tensor) -> Tensor:
+def _mean(covariances: list[Tensor], like: Tensor) -> Tensor:
     """Return the mean (D, D); the identity if there are none."""
-    return torch.stack(covariances).mean(0) if covariances else torch.eye(size).to(like)
+    return torch.stack(covariances).mean(0) if covariances else torch.eye(like.shape[1]).to(like)

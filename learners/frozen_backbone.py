@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +43,14 @@ class FrozenBackboneLearner(Learner):
     """A learner whose backbone never changes after it was loaded, or after the first task has trained it."""
 
     class Config(RunConfig):
+        shelves: ClassVar[set[str]] = {"feature_cache"}
+
         shuffle: bool = Field(False, description="permute the class order with the seed")
         normalize: Literal["none", "0.5", "imagenet", "dataset"] = Field(
             "none", description="pixels: none: in [0, 1]; 0.5: in [-1, 1]; imagenet: by its mean; dataset: by its own"
         )
         batch_size: BatchSize = Field(48, description="images per step of the first task")
-        features_from: int | None = Field(
-            None, ge=0, le=1000, description="block of a ViT, from 0, whose class token is the feature; null: the last"
-        )
+        features_from: int | None = Field(None, ge=0, le=1000, description="ViT's block whose class token is taken")
         feature_cache: Place | None = Field(None, description="folder of frozen features for other runs; null: none")
         pretrain_epochs: int = Field(0, ge=0, description="epochs that train the backbone on the first task; 0: none")
         pretrain_lr: Rate = Field(1e-3, description="AdamW's rate there, with cosine decay")
@@ -127,8 +127,12 @@ class FrozenBackboneLearner(Learner):
 
     def features_made_by(self) -> str:
         """Return what shapes a feature beside its image, down to the last bits."""
-        runtime, parts = self.run.runtime, (self.frozen.fingerprint(), self.transform.describe())
-        return repr((*parts, runtime.bf16, runtime.device.type, torch.get_num_threads(), self.eval_batch))
+        config, runtime, device = self.config, self.run.runtime, self.run.runtime.device
+        network = (type(self.network.backbone).__name__, config.convnet_type, config.backbone_args, config.stem,
+                   config.features_from, self.frozen.fingerprint())  # fmt: skip
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
+        machine = (torch.__version__, device.type, card, runtime.bf16, self.eval_batch)
+        return repr((network, self.transform.describe(), machine))
 
     @torch.no_grad()
     def set_prototypes(self, images: ImageSet) -> None:

@@ -27,7 +27,7 @@ class KeptFeatures:
             folder are.
     """
 
-    def __init__(self, folder: Path | None = None, identity: Callable[[], str] = str):
+    def __init__(self, folder: Path | None = None, identity: Callable[[], str] = lambda: ""):
         self.folder, self.identity = folder, identity
         self.rows: dict[Hashable, Tensor] = {}
 
@@ -40,21 +40,21 @@ class KeptFeatures:
         """
         keys = image_keys(images)
         missing = torch.tensor([key not in self.rows for key in keys])
+        made_by = self.identity() if self.folder is not None and bool(missing.any()) else ""
         for label in images.labels[missing].unique().tolist():
             positions = (missing & (images.labels == label)).nonzero().flatten()
             new = [keys[position] for position in positions.tolist()]
-            self.rows.update(zip(new, self._kept(new, lambda at=positions: compute(images.take(at)))))
+            self.rows.update(zip(new, self._kept(made_by, new, lambda at=positions: compute(images.take(at)))))
         return torch.stack([self.rows[key] for key in keys])
 
-    def _kept(self, keys: list[Hashable], compute: Callable[[], Tensor]) -> Tensor:
+    def _kept(self, made_by: str, keys: list[Hashable], compute: Callable[[], Tensor]) -> Tensor:
         if self.folder is None:
             return compute()
-        made_by = repr([self.identity(), [_with_content(key) for key in keys]])
-        path = self.folder / f"{hashlib.sha256(made_by.encode()).hexdigest()}.safetensors"
+        of_what = repr([made_by, [_with_content(key) for key in keys]])
+        path = self.folder / f"{hashlib.sha256(of_what.encode()).hexdigest()}.safetensors"
         with suppress(CheckpointError):  # absent, or cut off by a full disk
             return load_tensors(path)["features"]
         features = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, {"features": features})
         return features
 

@@ -24,11 +24,11 @@ class ProjectedHead(Head):
 
     Args:
         num_features: D.
-        width: M, columns of R; None: no projection.
+        width: M, columns of R; 0: no projection.
         generator: CPU generator of R, standard normal (D, M).
     """
 
-    def __init__(self, num_features: int, width: int | None, generator: torch.Generator):
+    def __init__(self, num_features: int, width: int, generator: torch.Generator):
         super().__init__(width or num_features)
         drawn = torch.randn(num_features, width, generator=generator) if width else None
         self.register_buffer("projection", drawn)
@@ -52,17 +52,15 @@ class RanPAC(SimpleCIL):
     McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Continual Learning", NeurIPS 2023,
     arXiv:2307.02251, section 4 and Algorithm 1: G sums h h^T and Q sums h y^T over all images of all tasks, where
     h = relu(f R). Its first phase, parameter-efficient tuning on the first task, is left out; ``pretrain_epochs``
-    trains the whole backbone there. Without ``use_RP`` it is ridge regression on the features themselves.
+    trains the whole backbone there. With ``M`` 0 it is ridge regression on the features themselves.
     """
 
     class Config(SimpleCIL.Config):
-        use_RP: bool = Field(True, description="project features at random; false: ridge regression on them alone")
-        M: int = Field(10_000, ge=1, le=100_000, description="width of the projection; M^2 numbers are carried on")
+        M: int = Field(10_000, ge=0, le=100_000, description="width of the projection; M^2 numbers stay; 0: none")
         ridge: Factor | None = Field(None, description="null: for each task the best of 1e-8 to 1e8 on a fifth of it")
 
     def build_head(self, num_features: int) -> Head:
-        width = self.config.M if self.config.use_RP else None
-        head = ProjectedHead(num_features, width, seeding.generator(self.run.seed, "projection"))
+        head = ProjectedHead(num_features, self.config.M, seeding.generator(self.run.seed, "projection"))
         self.gram = torch.zeros(head.weight.shape[1], head.weight.shape[1], device=self.run.device)  # G, (M, M)
         self.sums = torch.zeros(head.weight.shape[1], 0, device=self.run.device)  # Q, (M, num_seen)
         return head
@@ -71,6 +69,8 @@ class RanPAC(SimpleCIL):
     def after_training(self, task: Task) -> None:
         """Add the task's images to both sums and solve for all class vectors."""
         features = self.network.head.expand(self.extract_features(self.present).to(self.run.device))  # (N, M)
+        if self.run.ledger.foresees:
+            return
         targets = F.one_hot(self.present.labels, task.num_seen).to(features)
         self.gram += features.T @ features
         self.sums = F.pad(self.sums, (0, task.num_seen - self.sums.shape[1])) + features.T @ targets
@@ -91,12 +91,15 @@ class RanPAC(SimpleCIL):
 def solve_ridge(gram: Tensor, sums: Tensor, ridge: float) -> Tensor:
     """Return class vectors (C, M), solved in float64, from G (M, M) and Q (M, C).
 
-    With ``ridge`` 0 and a G of low rank they are those of least length.
+    A ridge below what rounding leaves of G, a sum in float32, is raised to that.
     """
-    if ridge == 0:
-        rounding = len(gram) * torch.finfo(gram.dtype).eps  # of sums in float32
-        return (torch.linalg.pinv(gram.double(), rtol=rounding, hermitian=True) @ sums.double()).T.to(gram)
+    ridge = max(ridge, rounding_of(gram.trace(), gram.dtype))
     return torch.linalg.solve(gram.double() + ridge * torch.eye(len(gram)).to(gram), sums.double()).T.to(gram)
+
+
+def rounding_of(trace: Tensor, dtype: torch.dtype) -> float:
+    """Return how large the eigenvalues may be that are nothing but rounding, in a sum of products with this trace."""
+    return float(trace) * torch.finfo(dtype).eps
 
 
 def best_ridge(features: Tensor, targets: Tensor, generator: torch.Generator) -> float:
@@ -110,8 +113,17 @@ def best_ridge(features: Tensor, targets: Tensor, generator: torch.Generator) ->
     order = torch.randperm(len(features), generator=generator).to(features.device)
     cut = max(1, int(SHARE_FITTED * len(order)))
     fitted, held = order[:cut], order[cut:] if cut < len(order) else order
-    # All ridges at once: with H = U S V^T, H (H^T H + r I)^-1 H^T Y is made of S / (S^2 + r).
-    u, s, vh = torch.linalg.svd(features[fitted].double(), full_matrices=False)
-    inner, outer, wanted = u.T @ targets[fitted].double(), features[held].double() @ vh.T, targets[held].double()
-    errors = [(outer @ (s / (s.square() + ridge))[:, None].mul(inner) - wanted).square().mean() for ridge in RIDGES]
+    h, y, outer = features[fitted].double(), targets[fitted].double(), features[held].double()
+    least = rounding_of(h.square().sum(), features.dtype)
+    # All ridges by one decomposition of the smaller of H^T H and H H^T: (H^T H + r I)^-1 H^T = H^T (H H^T + r I)^-1.
+    if len(h) < h.shape[1]:
+        values, vectors = torch.linalg.eigh(h @ h.T)
+        outer, inner = outer @ h.T @ vectors, vectors.T @ y
+    else:
+        values, vectors = torch.linalg.eigh(h.T @ h)
+        outer, inner = outer @ vectors, vectors.T @ (h.T @ y)
+    wanted, errors = targets[held].double(), []
+    for ridge in RIDGES.tolist():
+        predicted = (outer / (values.clamp(min=0) + max(ridge, least))) @ inner
+        errors.append((predicted - wanted).square().mean())
     return float(RIDGES[torch.stack(errors).argmin().cpu()])

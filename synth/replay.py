@@ -188,7 +188,7 @@ class Stored(Banked):
         # Where the last task is learned, it is drawn too, though nobody replays it.
         learns_last = not self.source.learns_after or self.config.fit_after_last_task
         drawn = self.data.num_classes if learns_last else self.data.task(self.data.num_tasks - 1).num_old
-        return sum(map(self.bank.per_class, range(drawn)))
+        return sum(map(self.bank.per_class, range(drawn))) if self.learns else 0
 
     def past(self, task: Task) -> ImageSet:
         with self.run.timed("draw"):
@@ -214,6 +214,9 @@ class Given(Stored):
         """See that the images of every task but the last are there; those of the last one are never replayed."""
         for index in range(self.data.num_tasks - 1):
             self.bank.fill(index)
+
+    def expected(self) -> int:
+        return sum(map(self.bank.per_class, range(self.data.task(self.data.num_tasks - 1).num_old)))
 
     def drawn_of_new(self, task: Task) -> ImageSet:
         if task.num_seen == self.data.num_classes and not self.bank.holds(task.index):

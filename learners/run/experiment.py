@@ -97,10 +97,11 @@ class Experiment:
 
     def elsewhere(self, folder: Path) -> Experiment:
         """Return the same experiment with whatever it writes in another folder."""
-        places = {"output_dir": str(folder)}
-        if self.config.synth is not None and self.config.synth.need_syn_imgs:
-            places["synth"] = self.config.synth.model_copy(update={"syn_image_path": None})
-        return Experiment(self.config.model_copy(update=places), self.name, self.seed, self.dataset, self.runtime)
+        config, synth = self.config, self.config.synth
+        places = {"output_dir": str(folder), **dict.fromkeys(config.shelves)}
+        if synth is not None and synth.need_syn_imgs:
+            places["synth"] = synth.model_copy(update=dict.fromkeys(synth.shelves))
+        return Experiment(config.model_copy(update=places), self.name, self.seed, self.dataset, self.runtime)
 
     def check(self, anew: bool = False) -> Learner:
         """Build network and source once, so that whatever does not fit is said before anything is written.

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,13 @@ from synth.bank import Bank
 from synth.drawing import ImageFolder
 from synth.replay import Features, Replay
 from synth.requests import Requests
+from utils.data.batches import Mixed
 from utils.data.images import ImageSet
-from utils.data.manager import DataManager, Task
+from utils.data.manager import Task
 from utils.results.cost import Cost
 from utils.results.figures import human_count
 from utils.training.ledger import Ledger
 
-PARTS = ("train", "fit", "rehearse", "draw")
 T = TypeVar("T")
 
 
@@ -43,7 +44,8 @@ class Forecast(Ledger):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._answers: dict[tuple, tuple[torch.Size, bool, int]] = {}  # shape of a row, whether it has a gradient
+        # By network and kind of call: shape of a row, whether it has a gradient, FLOPs.
+        self._answers: WeakKeyDictionary[nn.Module, dict[tuple, tuple[torch.Size, bool, int]]] = WeakKeyDictionary()
 
     def times(self, factor: float, work: Callable[[], T]) -> T:
         """Do some work and count it so many times."""
@@ -59,18 +61,19 @@ class Forecast(Ledger):
         self._flops.clear()
 
     def _call(self, call: partial, network: nn.Module, tensors: list[Tensor]) -> tuple[Any, int]:
-        if not len(tensors[0]) or isinstance(call.args[1], tuple):  # no images, or features among them
+        if not len(tensors[0]) or any(isinstance(one, Mixed) for one in call.args):  # no images, or features among them
             return super()._call(call, network, tensors)
         gradients = torch.is_grad_enabled(), *(one.requires_grad for one in tensors)
-        key = id(network), call.func.__name__, gradients, *(one.shape[1:] for one in tensors)
-        if key not in self._answers:
+        known = self._answers.setdefault(network, {})
+        key = call.func.__name__, gradients, *(one.shape[1:] for one in tensors)
+        if key not in known:
             few = partial(self._few, len(tensors[0]))
             first = partial(call.func, *map(few, call.args), **{name: few(one) for name, one in call.keywords.items()})
             out, flops = super()._call(first, network, list(map(few, tensors)))
             if not isinstance(out, Tensor):
                 return call(), flops
-            self._answers[key] = out.shape[1:], out.requires_grad, flops
-        shape, has_gradient, flops = self._answers[key]
+            known[key] = out.shape[1:], out.requires_grad, flops
+        shape, has_gradient, flops = known[key]
         out = torch.randn(len(tensors[0]), *shape, device=tensors[0].device)
         # A sampler that is bent asks for the gradient with respect to what the network is given.
         out = sum((0 * one.sum() for one in tensors if one.requires_grad), out)
@@ -92,26 +95,14 @@ class BlankBank(Bank):
         return ImageFolder(self._folder(index), self.run, {}, "")  # in which nothing is drawn
 
     def stored(self, classes: Iterable[int]) -> ImageSet:
-        return black_images(self.data, {label: self.per_class(label) for label in classes})
+        labels = [label for label in classes for _ in range(self.per_class(label))]
+        side = getattr(self.source, "image_shape", (self.data.dataset.image_size,))[-1]
+        pixels = torch.zeros(1, self.data.dataset.channels, side, side, dtype=torch.uint8)
+        images = pixels.expand(len(labels), -1, -1, -1)  # which takes the memory of one
+        return ImageSet.of(images, torch.tensor(labels)) if labels else ImageSet()
 
     def redraw(self, index: int) -> ImageSet:
         return self.stored(label for label, task in self.task_of.items() if task < index)
-
-
-class Unasked(Replay):
-    """Black images of the past, of a published generator that is not built for a plan."""
-
-    def past(self, task: Task) -> ImageSet:
-        wanted, counts = self.config.syn_per_class, self.data.class_counts[: task.num_old]
-        return black_images(self.data, {label: wanted or count for label, count in enumerate(counts)})
-
-
-def black_images(data: DataManager, counts: dict[int, int]) -> ImageSet:
-    """Return so many black images of each class, which take the memory of one."""
-    labels = torch.tensor([label for label, count in counts.items() for _ in range(count)], dtype=torch.int64)
-    side = data.dataset.image_size
-    pixels = torch.zeros(1, data.dataset.channels, side, side, dtype=torch.uint8)
-    return ImageSet.of(pixels.expand(len(labels), -1, -1, -1), labels) if len(labels) else ImageSet()
 
 
 def describe_cost(experiment: Experiment) -> Iterator[str]:
@@ -125,28 +116,29 @@ def _describe(experiment: Experiment) -> Iterator[str]:
     learner = experiment.check()
     replay, source, run = learner.replay, learner.replay.source, experiment.run
     run.ledger = ledger = Forecast(run.runtime, run.folder)
-    published = source is not None and replay.learns and source.step_flops is None
-    if published:
-        learner.replay = Unasked(experiment.config, source, learner.data, run, replay.folder)
-        learner.replay.learns = False
-    elif hasattr(replay, "bank"):
+    if source is not None and replay.learns and source.step_flops is None:
+        yield f"  not foreseen of {source.config.name}, which is published and is not loaded for a plan"
+        return
+    if hasattr(replay, "bank"):
         replay.bank = BlankBank(replay.bank.root, source, learner.data)
-    one = Requests.of_classes([0], 1, ("forecast",))
     try:
         for task in learner.data.tasks():
             ledger.forget()
             learner.learn_task(task)
+        if replay.learns and not isinstance(replay, Features):  # of which all were drawn
+            _count_drawing(replay, task, ledger)
     except Exception as error:  # a learner may ask for whatever a run alone has, and a plan must not end with it
         yield f"  not foreseen ({error or type(error).__name__})"
         return
-    if replay.learns and not published and not isinstance(replay, Features):  # of which all were drawn
-        ledger.now.pop("draw", None)
+    for part in ("train", "fit", "rehearse", "draw"):
+        if (cost := ledger.now.get(part, Cost())).evaluations:
+            yield f"  {part}: {human_count(cost.evaluations)} evaluations, {human_count(cost.flops)} FLOPs"
+
+
+def _count_drawing(replay: Replay, task: Task, ledger: Forecast) -> None:
+    """Draw one image as the last task's training would, and count it as often as a run is expected to."""
+    ledger.now.pop("draw", None)
+    if count := replay.expected():
+        one = Requests.of_classes(sorted(replay.source.fitted_classes)[:1], 1, ("forecast",))
         with ledger.part("draw"):
-            ledger.times(replay.expected(), lambda: replay.try_drawing(task, one))
-    yield from (_line(part, cost) for part in PARTS if (cost := ledger.now.get(part, Cost())).evaluations)
-    if published:
-        yield f"  fit, draw: not foreseen of {source.config.name}"
-
-
-def _line(part: str, cost: Cost) -> str:
-    return f"  {part}: {human_count(cost.evaluations)} evaluations, {human_count(cost.flops)} FLOPs"
+            ledger.times(count, lambda: replay.try_drawing(task, one))

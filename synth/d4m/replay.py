@@ -109,10 +109,6 @@ class Distilled(Stored):
     def past(self, task: Task) -> ImageSet:
         return super().past(task) if self.shows_old else ImageSet()
 
-    def expected(self) -> int:
-        """Count all classes, for what stands for the present is drawn too."""
-        return sum(map(self.bank.per_class, range(self.data.num_classes))) if self.learns else 0
-
     def first_task_settings(self) -> dict[str, Any]:
         """Say what the first task is trained on, where it is not the real images."""
         return {} if self.config.stream == "real" else self.config.model_dump(mode="json")

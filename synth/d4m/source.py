@@ -48,6 +48,7 @@ class Distilling:
                                      "teacher_epochs", "teacher_lr", "teacher_weight_decay", "teacher_batch_size",
                                      "mix", "mix_alpha", "keep_topk"}  # fmt: skip
         elsewhere: ClassVar[set[str]] = SourceConfig.elsewhere | using
+        shelves: ClassVar[set[str]] = SourceConfig.shelves | {"soft_labels_dir"}
         drawing: ClassVar[set[str]] = ClassInversion.Config.drawing | using | {"strength", "saved_size"}
 
         stream: Literal["real", "distilled", "both", "subset"] = Field(

@@ -35,11 +35,13 @@ def test_class_vectors_are_those_of_ridge_regression(ridge):
     assert_close(weight.double(), expected.T, **CLOSE)
 
 
-def test_without_a_ridge_few_images_have_the_shortest_vectors():
-    features, labels = stripes(6)  # fewer than dimensions
+@pytest.mark.parametrize("ridge", [0.0, 1e-8])
+def test_a_ridge_below_rounding_finds_what_few_images_say(ridge):
+    features, labels = stripes(60, width=300)  # fewer than dimensions
     y = F.one_hot(labels).float()
-    weight = solve_ridge(features.T @ features, features.T @ y, 0.0)
-    assert_close(weight, (torch.linalg.pinv(features) @ y).T, rtol=1e-3, atol=1e-3)
+    weight = solve_ridge(features.T @ features, features.T @ y, ridge)
+    assert_close(features @ weight.T, y, rtol=0, atol=0.05)
+    assert weight.norm() < 1.1 * (torch.linalg.pinv(features) @ y).norm()  # and the shortest vectors that say it
 
 
 @pytest.mark.parametrize("count", [8, 60])  # fewer and more than dimensions
@@ -68,9 +70,9 @@ def test_a_projected_head_is_linear_in_rectified_projections():
     assert (head.num_features, head.weight.shape) == (12, (3, 30))
 
 
-@pytest.mark.parametrize("use_RP", [True, False])
-def test_ranpac_ends_the_same_however_classes_are_cut_into_tasks(use_RP, tmp_path):
-    keys = {"use_RP": use_RP, "M": 40, "ridge": 0.1, "pretrain_epochs": 0, "precision": "fp32"}
+@pytest.mark.parametrize("width", [40, 0])
+def test_ranpac_ends_the_same_however_classes_are_cut_into_tasks(width, tmp_path):
+    keys = {"M": width, "ridge": 0.1, "pretrain_epochs": 0, "precision": "fp32"}
     weights = [learned_toy("ranpac", tmp_path / str(size), init_cls=size, increment=size, **keys)
                .learner.network.head.weight for size in (1, 2, 6)]  # fmt: skip
     assert_close(weights[:2], [weights[2]] * 2, rtol=1e-3, atol=1e-3)
@@ -118,6 +120,17 @@ def test_logits_are_negative_mahalanobis_distances(power, alphas, norm_cov):
     means, covariances = head.weight.data.double(), head.covariance.double()
     expected = distances(transformed[:7].double(), means, covariances, *alphas, norm_cov)
     assert_close(-head(features[:7]).double(), expected, **CLOSE)
+
+
+def test_without_shrinkage_no_rounding_is_inverted_where_images_are_fewer_than_dimensions():
+    features = stripes(30, width=64)[0]
+    head = MahalanobisHead(64, (0.0, 0.0), correlations=False, per_class=True)
+    head.grow(1)
+    head.set_covariance(0, features.T.cov())
+    exact = torch.linalg.pinv(features.double().T.cov(), rtol=1e-10, hermitian=True)
+    assert_close(head.inverse(0).double(), exact, rtol=1e-2, atol=1e-3)
+    head.set_covariance(0, 2 * torch.eye(64))
+    assert_close(head.inverse(0), 0.5 * torch.eye(64))
 
 
 @pytest.mark.parametrize("per_class", [True, False])

@@ -77,6 +77,19 @@ def test_a_network_sees_images_in_the_size_that_the_config_says(name, tmp_path):
     assert learner.transform.test(images).shape == (4, 3, 12, 12)
 
 
+def test_features_are_known_by_the_network_that_made_them_and_not_by_its_weights_alone(tmp_path):
+    keys = TINY_LEARNERS["asp"]
+    pooled = {**keys, "backbone_args": {**keys["backbone_args"], "global_pool": "avg", "fc_norm": False}}
+    others = [keys, pooled, {**pooled, "features_from": 1}, {**keys, "normalize": "0.5"}]
+    made_by = {make_learner(tmp_path / str(place), **other).features_made_by() for place, other in enumerate(others)}
+    assert len(made_by | {make_learner(tmp_path / "asp", "asp", **keys).features_made_by()}) == 5
+
+
+def test_where_features_are_kept_makes_no_other_run(tmp_path):
+    kept = build_config(toy_raw("simplecil", tmp_path, feature_cache="somewhere"))[0]
+    assert kept.identity() == build_config(toy_raw("simplecil", tmp_path))[0].identity()
+
+
 def test_a_place_in_which_nothing_can_be_kept_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RepriseError, match=r"feature_cache='.*/file'"):

@@ -59,6 +59,7 @@ def test_features_are_made_anew_before_every_task_and_nothing_is_carried(tmp_pat
         (Replay, {}, 0),
         (Stored, {}, 6 * 3),  # all classes, once, for this source learns before the classifier, also the last task
         (Stored, {"syn_per_class": None}, 6 * 10),  # as many as there are real ones
+        (Given, {"need_syn_imgs": False}, 4 * 3),  # all but the last task's classes must be there
         (Redrawn, {"replay": "redraw"}, (2 + 4) * 3),
         (Features, {}, (2 + 4) * 3),
     ],

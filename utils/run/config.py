@@ -165,10 +165,12 @@ class SourceConfig(BaseConfig):
     """Keys of every replay source: the nested object `synth`.
 
     Attributes:
+        shelves: keys of folders that a run fills and others may use; a plan leaves them alone.
         elsewhere: keys that say where samples lie or how many are asked for, and not what they look like.
         drawing: keys of a subclass that shape the drawing alone, in which runs that share learned weights may differ.
     """
 
+    shelves: ClassVar[set[str]] = {"syn_image_path"}
     elsewhere: ClassVar[set[str]] = {"need_syn_imgs", "syn_image_path", "adopt_syn_images", "syn_per_class",
                                      "fit_after_last_task", "keep_sources", "source_dir"}  # fmt: skip
     drawing: ClassVar[set[str]] = set()
@@ -195,7 +197,13 @@ class SourceConfig(BaseConfig):
 
 
 class RunConfig(BaseConfig):
-    """Keys of the run, the data, the memory and the network, shared by all learners."""
+    """Keys of the run, the data, the memory and the network, shared by all learners.
+
+    Attributes:
+        shelves: keys of folders that a run fills and others may use; a plan leaves them alone.
+    """
+
+    shelves: ClassVar[set[str]] = set()
 
     prefix: str = Field("", max_length=100, description="free tag, first part of the run's name")
     model_name: str = Field(description="which learner: see `python main.py --list`")
@@ -215,7 +223,7 @@ class RunConfig(BaseConfig):
 
     dataset: Name = Field(description="a known data set or the name of a folder in data_dir")
     cub_split: Literal["asp80", "official"] = Field("asp80", description="of cub: class folders, or its own split")
-    image_size: Side | None = Field(None, description="side of the network's input in pixels; null: the data set's")
+    image_size: Side | None = Field(None, description="side in pixels, also of drawn images; null: the data set's")
     shuffle: bool = Field(True, description="permute the class order with the seed")
     init_cls: int = Field(ge=1, description="classes in the first task")
     increment: int = Field(ge=1, description="classes in every later task; the last one may be smaller")
@@ -265,7 +273,7 @@ class RunConfig(BaseConfig):
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two runs the same experiment: every resolved key that names no place and no machine."""
-        return self.dump_without(NOT_IDENTITY)
+        return self.dump_without({*NOT_IDENTITY, *self.shelves})
 
     def identity_hash(self) -> str:
         """Return six hexadecimal digits of the identity."""

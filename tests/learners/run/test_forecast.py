@@ -80,4 +80,19 @@ def test_every_learner_has_a_plan_of_its_cost(name, tmp_path):
 @pytest.mark.parametrize("source", ["ldm", "controlnet", "d4m"])
 def test_a_published_generator_is_not_built_for_a_plan(source, tmp_path):
     lines = list(describe_cost(toy_experiment("finetune", tmp_path, source)))
-    assert lines[-1] == f"  fit, draw: not foreseen of {source}" and "train" in foreseen(lines)
+    assert lines[1:] == [f"  not foreseen of {source}, which is published and is not loaded for a plan"]
+
+
+def test_a_generator_that_never_learns_draws_nothing(tmp_path):
+    lines = list(describe_cost(toy_experiment("finetune", tmp_path, "ddpm", init_cls=6)))
+    assert foreseen(lines).keys() == {"train"}
+
+
+def test_a_plan_leaves_folders_alone_that_serve_other_runs(tmp_path):
+    shared = {"feature_cache": str(tmp_path / "features"), "pretrain_epochs": 0}
+    assert "not foreseen" not in "".join(describe_cost(toy_experiment("simplecil", tmp_path / "a", **shared)))
+    synth = {**TINY_SOURCES["small_d4m"], "name": "small_d4m", "soft_labels": "stored", "teacher": "resnet20",
+             "teacher_epochs": 1, "soft_labels_dir": str(tmp_path / "labels")}  # fmt: skip
+    experiment = toy_experiment("distilled", tmp_path / "b", "small_d4m", synth=synth)
+    assert "not foreseen" not in "".join(describe_cost(experiment))
+    assert not (tmp_path / "features").exists() and not (tmp_path / "labels").exists()
