@@ -19,7 +19,7 @@ SHORT = {"init_epoch": 1, "epochs": 1, "batch_size": 64, "w_kd": 1.0}
 GUIDED = {"disjoint_classifier_init_num_steps": 5, "disjoint_classifier_num_steps": 6, "guid_generation_interval": 2,
           "classifier_scale_min_new": 0.2, "timestep_respacing": "ddim2", "batch_size": 32}  # fmt: skip
 FEW_SHOT = {**TINY_LEARNERS["asp"], "batch_size": 16, "kshot": 5, "pretrain_epochs": 2, "tuned_epoch": 1}
-EXEMPLARS = {"fixed_memory": True, "memory_per_class": 4, "init_epoch": 9, "epochs": 9}  # all copies come to be shown
+EXEMPLARS = {"fixed_memory": True, "memory_per_class": 4, "init_epoch": 5, "epochs": 5}  # nearly all copies come to be shown
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -39,7 +39,7 @@ def own(name, **keys):
     [
         ("asp", FEW_SHOT, own("small_ldm"), {"train", "fit", "draw"}),
         ("dddr", {"com_round": 2, "local_ep": 1}, {"syn_per_class": 20}, {"train", "fit", "draw"}),
-        ("finetune", {**SHORT, "imb_factor": 0.2}, own("cbdm", fill=True), {"train", "fit", "rehearse", "draw"}),
+        ("finetune", {**SHORT, "imb_factor": 0.5}, own("cbdm", fill=True), {"train", "fit", "rehearse", "draw"}),
         ("finetune", SHORT, own("small_d4m", stream="both", ipc=5, memory="distilled"), {"train", "fit", "draw"}),
         ("icarl", {**SHORT, **EXEMPLARS}, own("small_controlnet", augmentations_per_image=2), {"train", "fit", "draw"}),
         ("er", {**SHORT, "memory_size": 50}, own("small_d4m"), {"train", "fit", "draw"}),
