@@ -19,7 +19,7 @@ SHORT = {"init_epoch": 1, "epochs": 1, "batch_size": 64, "w_kd": 1.0}
 GUIDED = {"disjoint_classifier_init_num_steps": 5, "disjoint_classifier_num_steps": 6, "guid_generation_interval": 2,
           "classifier_scale_min_new": 0.2, "timestep_respacing": "ddim2", "batch_size": 32}  # fmt: skip
 FEW_SHOT = {**TINY_LEARNERS["asp"], "batch_size": 16, "kshot": 5, "pretrain_epochs": 2, "tuned_epoch": 1}
-EXEMPLARS = {"fixed_memory": True, "memory_per_class": 4, "init_epoch": 5, "epochs": 5}  # nearly all copies come to be shown
+EXEMPLARS = {"fixed_memory": True, "memory_per_class": 4, "init_epoch": 5, "epochs": 5}  # nearly all are shown
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
