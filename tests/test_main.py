@@ -89,6 +89,13 @@ def test_bad_input_gets_one_message_and_writes_nothing(arguments, words, tmp_pat
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_plan_names_all_that_is_missing_at_once(tmp_path, capsys):
+    absent = keys(f"data_dir={tmp_path}", "synth.ldm_ckpt=nobody/no-such-model")
+    assert run(tmp_path, "--config", "exps/cifar.json", "--plan", *absent) == 0
+    printed = capsys.readouterr().out
+    assert "Data, not on this machine yet" in printed and "Weights: ldm_ckpt='nobody/no-such-model'" in printed
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

@@ -40,22 +40,19 @@ def describe_run(config: RunConfig, name: str) -> Iterator[str]:
     """Yield the schedule, what will be trained and generated, data and weights, and what it takes on disk."""
     # A word that is no device and no backbone is said even where the data is not here.
     choose_device(config.device)
-    missing = missing_weights(config, offline=True)
+    missing = [f"Weights: {text}" for text in missing_weights(config, offline=True)]
     yield f"Run {name}: {config.model_name}, {len(config.seed)} seed(s) {config.seed}"
     found = find_dataset(config.data_name, config.data_dir)
-    if not found.present:
-        yield from (f"Data, not on this machine yet: {found.text}", "The schedule follows once the data is here.")
-        return
-    yield f"Data: {found.text}"
-    try:
-        dataset = load_dataset(config.data_name, config.data_dir, offline=True)
-    except DataError as error:
-        yield f"It cannot be read: {error}"
-        return
-    experiment = Experiment(config, name, config.seed[0], dataset, Runtime(["cpu"], "fp32"))
-    if missing:
-        yield from (f"Weights: {text}" for text in missing)
-        yield "The schedule follows once the weights are here."
+    yield f"Data{'' if found.present else ', not on this machine yet'}: {found.text}"
+    if found.present:
+        try:
+            dataset = load_dataset(config.data_name, config.data_dir, offline=True)
+        except DataError as error:
+            yield f"It cannot be read: {error}"
+            return
+        experiment = Experiment(config, name, config.seed[0], dataset, Runtime(["cpu"], "fp32"))
+    if missing or not found.present:
+        yield from (*missing, "The schedule follows once all is here.")
         return
     learner = experiment.check()
     yield from _schedule(learner)

@@ -18,16 +18,12 @@ def count_flops(call: Callable[[], Any]) -> tuple[Any, int]:
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
                  lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v)}  # fmt: skip
     counter = FlopCounterMode(display=False, custom_mapping=attention)
-    counter.mod_tracker = _Whole()  # its own follows every module, which takes longer than a small network
+    # Its own tracker follows every module, which takes longer than a small network does.
+    counter.mod_tracker = nullcontext()
+    counter.mod_tracker.parents = {"Global"}
     with counter:
         result = call()
     return result, counter.get_total_flops()
-
-
-class _Whole(nullcontext):
-    """Where an operation is counted: in what is called, and in none of its modules."""
-
-    parents = frozenset({"Global"})
 
 
 def forward_flops(network: nn.Module, *inputs: Tensor | None) -> int | None:
