@@ -11,29 +11,33 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import AutoAugment
+from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from utils.data.crops import Range
 
 
-class ImageNetPolicy(AutoAugment):
+class Policy(AutoAugment):
     """AutoAugment of PIL images, as the widely used code has it with which Duan et al. (arXiv:2311.18266) train.
 
-    torchvision's own fills with black what turns and shears into the image, turns to either side, and neither
-    interpolates when it shears nor solarizes above quite the same level.
+    torchvision's own fills with black what moves, turns and shears into the image, turns to either side, and neither
+    interpolates when it shears, nor moves by parts of a pixel, nor solarizes above quite the same level.
     """
 
     def _apply_image_or_video_transform(self, image, transform_id, level, *args, **kwargs):
+        # What leads from a place in the new image to its place in the old one.
+        maps = {"ShearX": (1, level, 0, 0, 1, 0), "ShearY": (1, 0, 0, level, 1, 0),
+                "TranslateX": (1, 0, level, 0, 1, 0), "TranslateY": (1, 0, 0, 0, 1, level)}  # fmt: skip
         if transform_id == "Rotate":
             return image.rotate(abs(level), fillcolor="grey")
-        if transform_id == "ShearX":
-            return image.transform(image.size, Image.AFFINE, (1, level, 0, 0, 1, 0), Image.BICUBIC, fillcolor="grey")
+        if transform_id in maps:
+            resample = Image.BICUBIC if "Shear" in transform_id else Image.NEAREST
+            return image.transform(image.size, Image.AFFINE, maps[transform_id], resample, fillcolor="grey")
         level *= 256 / 255 if transform_id == "Solarize" else 1
         return super()._apply_image_or_video_transform(image, transform_id, level, *args, **kwargs)
 
 
-IMAGENET_POLICY = ImageNetPolicy()
+POLICIES = {"imagenet": Policy(AutoAugmentPolicy.IMAGENET), "cifar": Policy(AutoAugmentPolicy.CIFAR10)}
 
 
 def scale_brightness(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
@@ -121,14 +125,15 @@ def erase(images: Tensor, p: float, area: Range, aspect: Range, generator: torch
     return images.masked_fill(erased, 0)
 
 
-def auto_augment(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Apply one of 25 pairs of operations, whose probabilities and strengths were found by search on ImageNet.
+def auto_augment(image: Tensor, policy: str, generator: torch.Generator) -> Tensor:
+    """Apply one of 25 pairs of operations, whose probabilities and strengths were found by search.
 
-    Cubuk et al., "AutoAugment: Learning Augmentation Strategies from Data", CVPR 2019, arXiv:1805.09501, Table 9.
-    Pixels that turn or shear into the image are grey.
+    Cubuk et al., "AutoAugment: Learning Augmentation Strategies from Data", CVPR 2019, arXiv:1805.09501, Tables 7, 9.
+    Pixels that come into the image are grey.
 
     Args:
         image: uint8 (3, H, W), on any device; it is changed on the CPU.
+        policy: "imagenet" or "cifar", where the search was made.
         generator: on the CPU.
 
     Returns:
@@ -138,7 +143,19 @@ def auto_augment(image: Tensor, generator: torch.Generator) -> Tensor:
     # the fork does not restore.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-        return pil_to_tensor(IMAGENET_POLICY(to_pil_image(image.cpu()))).to(image.device)
+        return pil_to_tensor(POLICIES[policy](to_pil_image(image.cpu()))).to(image.device)
+
+
+def cut_out(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Blacken a square of (C, H, W) about a random pixel, as far as it lies in the image; ``generator`` on the CPU.
+
+    DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", arXiv:1708.04552.
+    """
+    y, x = (int(torch.randint(length, (), generator=generator)) for length in image.shape[-2:])
+    rows, columns = (slice(max(middle - side // 2, 0), middle + side // 2) for middle in (y, x))
+    image = image.clone()
+    image[:, rows, columns] = 0
+    return image
 
 
 def rgb_to_hsv(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from utils.data.augment import auto_augment, erase, jiggle, rotate, scale_brightness
+from utils.data.augment import auto_augment, cut_out, erase, jiggle, rotate, scale_brightness
 from utils.data.crops import Range, crop_and_flip, random_resized_crop, shift_and_flip
 from utils.data.images import ImageSet, decode_image
 
@@ -33,7 +33,8 @@ class Augmentation:
     flip: bool = False  # horizontal, p = 0.5
     brightness: float = 0.0  # factor drawn from [1 - b, 1 + b]
     crop_scale: Range | None = None  # RandomResizedCrop's area; None: no resized crop
-    auto_augment: bool = False  # ImageNet's, image by image after crop, flip and brightness; needs crop_scale
+    auto_augment: str = ""  # a policy of `utils.data.augment`, image by image after crop, flip and brightness
+    hole: int = 0  # side of the square that is blackened behind it
     rotation: float = 0.0  # degrees to either side, p = 0.5
     jiggle: float = 0.0  # brightness, contrast, saturation and hue by up to this much: `utils.data.augment.jiggle`
     erasing: float = 0.0  # probability of a black rectangle
@@ -49,7 +50,8 @@ AUGMENTATIONS = {
     "imagenet": Augmentation(flip=True, crop_scale=(0.08, 1.0)),
     "imagenet_jitter": Augmentation(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0)),
     "vit_crop": Augmentation(flip=True, crop_scale=(0.05, 1.0), test_resize="bicubic"),
-    "auto_augment": Augmentation(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0), auto_augment=True),
+    "auto_augment": Augmentation(flip=True, brightness=63 / 255, crop_scale=(0.08, 1.0), auto_augment="imagenet"),
+    "cifar_aa": Augmentation(padding=4, flip=True, brightness=63 / 255, auto_augment="cifar", hole=16),
     "strong": Augmentation(padding=4, flip=True, rotation=30, jiggle=0.1, erasing=0.5),
 }
 
@@ -147,9 +149,13 @@ class ClassifierTransform:
     def load_train(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Turn one uint8 (C, H, W) image into uint8 (3, S, S), in a worker."""
         steps = self.augmentation
-        if steps.crop_scale is None:
+        if steps.crop_scale is not None:
+            image = match_channels(random_resized_crop(image, self.size, steps.crop_scale, generator), 3)
+        elif steps.auto_augment:
+            image = match_channels(resize_to_square(image, self.size, self.resize), 3)
+            image = shift_and_flip(image[None], steps.padding, False, generator)[0]
+        else:
             return self.load_test(image)
-        image = match_channels(random_resized_crop(image, self.size, steps.crop_scale, generator), 3)
         if not steps.auto_augment:
             return image
         # What comes before AutoAugment has to follow the crop here. Each step gives whole grey levels, as with PIL.
@@ -158,7 +164,8 @@ class ClassifierTransform:
         if steps.brightness:
             factor = torch.empty(()).uniform_(1 - steps.brightness, 1 + steps.brightness, generator=generator)
             image = F.adjust_brightness(image, float(factor))
-        return auto_augment(image, generator)
+        image = auto_augment(image, steps.auto_augment, generator)
+        return cut_out(image, steps.hole, generator) if steps.hole else image
 
     def load_test(self, image: Tensor) -> Tensor:
         """Turn one uint8 (C, H, W) image into uint8 (3, S, S), in a worker."""

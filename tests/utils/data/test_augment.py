@@ -146,7 +146,7 @@ def test_auto_augment_depends_on_its_generator_alone_and_leaves_the_global_ones(
     runs = []
     for global_seed in (5, 6):
         state = torch.manual_seed(global_seed).get_state()
-        runs.append([auto_augment(grey_levels(), generator(seed)) for seed in range(20)])
+        runs.append([auto_augment(grey_levels(), "imagenet", generator(seed)) for seed in range(20)])
         assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, *runs)) and not torch.equal(runs[0][1], runs[0][3])
 
@@ -154,7 +154,7 @@ def test_auto_augment_depends_on_its_generator_alone_and_leaves_the_global_ones(
 def test_images_are_inverted_as_often_as_the_published_table_says():
     # With every level once, equalising changes nothing: two of 25 pairs invert and equalise, one sharpens and inverts.
     image, draw = grey_levels(), generator()
-    inverted = [bool(auto_augment(image, draw)[0, 0, 0] > 250) for _ in range(3000)]
+    inverted = [bool(auto_augment(image, "imagenet", draw)[0, 0, 0] > 250) for _ in range(3000)]
     assert sum(inverted) / 3000 == pytest.approx(3 / 25 * 0.6, abs=0.015)
 
 

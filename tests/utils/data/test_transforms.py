@@ -141,12 +141,27 @@ def test_auto_augment_crops_flips_brightens_and_auto_augments_in_workers_and_nor
         image = random_resized_crop(image, 24, (0.08, 1.0), draw)
         image = image.flip(-1) if torch.rand((), generator=draw) < 0.5 else image
         factor = torch.empty(()).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw).item()
-        expected.append(auto_augment((image * factor).clamp(0, 255).to(torch.uint8), draw))
+        expected.append(auto_augment((image * factor).clamp(0, 255).to(torch.uint8), "imagenet", draw))
     files, same = transform("auto_augment", 24, in_memory=False), generator(5)
     loaded = torch.stack([files.load_train(image, same) for image in images])
     assert_close(loaded, torch.stack(expected), rtol=0, atol=0)
     assert_close(files.train(loaded, same), tv.Normalize(MEAN, STD)(loaded / 255))
     assert torch.equal(same.get_state(), draw.get_state())  # nothing else is drawn
+
+
+def test_cifar_auto_augment_shifts_flips_brightens_auto_augments_and_blackens_a_square():
+    images, draw, expected = noise_images(20, height=32, width=32), generator(5), []
+    for image in images:
+        image = shift_and_flip(image[None], 4, False, draw)[0]
+        image = image.flip(-1) if torch.rand((), generator=draw) < 0.5 else image
+        factor = torch.empty(()).uniform_(1 - 63 / 255, 1 + 63 / 255, generator=draw).item()
+        image = auto_augment((image * factor).clamp(0, 255).to(torch.uint8), "cifar", draw)
+        y, x = (int(torch.randint(32, (), generator=draw)) for _ in range(2))
+        near = torch.arange(32)
+        hole = ((near >= y - 8) & (near < y + 8))[:, None] & ((near >= x - 8) & (near < x + 8))
+        expected.append(image.masked_fill(hole, 0))
+    shown = transform("cifar_aa", 32).train(images, generator(5))
+    assert_close(shown, tv.Normalize(MEAN, STD)(torch.stack(expected) / 255))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

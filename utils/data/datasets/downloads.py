@@ -52,6 +52,8 @@ for name, recipe in {
     "fashion_mnist12": DatasetRecipe("none", (0.2879,) * 3, (0.3120,) * 3, provider=FASHION_MNIST, view=shrink_to_12),
     "cifar10": DatasetRecipe("cifar", CIFAR10_MEAN, CIFAR10_STD, provider=CIFAR10),
     "cifar100": DatasetRecipe("cifar", CIFAR100_MEAN, CIFAR100_STD, provider=CIFAR100),
+    "cifar10_aa": DatasetRecipe("cifar_aa", CIFAR10_MEAN, CIFAR10_STD, folders=("cifar10",), provider=CIFAR10),
+    "cifar100_aa": DatasetRecipe("cifar_aa", CIFAR100_MEAN, CIFAR100_STD, folders=("cifar100",), provider=CIFAR100),
     # PILOT's CIFAR-100 for ViTs: 32x32 straight to 224, pixels in [0, 1] without mean and deviation.
     "cifar224": DatasetRecipe("vit_crop", (0.0,) * 3, (1.0,) * 3, 224, folders=("cifar100",), provider=CIFAR100),
 }.items():
