@@ -89,11 +89,12 @@ class ExemplarMemory:
         """Count the exemplars of every class that has some."""
         return {label: int((self.images.labels == label).sum()) for label in self.images.classes}
 
-    def drop_last(self, label: int) -> int:
-        """Give up the least important exemplar of a class that has some; return its bytes, its label's among them."""
-        position = int((self.images.labels == label).nonzero()[-1])
-        freed = self.images.take([position]).nbytes + self.images.labels.element_size()
-        self.images = self.images.take((torch.arange(len(self.images)) != position).nonzero().flatten())
+    def drop_last(self, label: int, count: int = 1) -> int:
+        """Give up the least important exemplars of a class that has so many; return their bytes, with their labels'."""
+        positions = (self.images.labels == label).nonzero().flatten()[-count:]
+        freed = self.images.take(positions).nbytes + count * self.images.labels.element_size()
+        stays = torch.ones(len(self.images), dtype=torch.bool).index_fill(0, positions, False)
+        self.images = self.images.take(stays.nonzero().flatten())
         return freed
 
     def state(self, data_dir: str) -> tuple[dict[str, Tensor], list]:

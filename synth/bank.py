@@ -185,11 +185,11 @@ class Bank:
             return {}
         return {label: count for label in self.task_of if (count := len(self._images(label)))}
 
-    def drop_last(self, label: int) -> int:
-        """Give up the last image of a class, whose file goes with the next `prune`; return its bytes."""
-        *rest, last = self._images(label)
-        self.kept[label] = len(rest)
-        return last.stat().st_size
+    def drop_last(self, label: int, count: int = 1) -> int:
+        """Give up the last images of a class, whose files go with the next `prune`; return their bytes."""
+        images = self._images(label)
+        self.kept[label] = len(images) - count
+        return sum(path.stat().st_size for path in images[-count:])
 
     def prune(self) -> None:
         """Delete what was given up, once a checkpoint knows it: until then, a killed run repeats its task with all."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from learners.run.experiment import Experiment
+from learners.run.ledger import keep_to_budget
 from synth.bank import Bank
 from synth.drawing import ImageFolder
 from synth.replay import Features, Replay
@@ -125,6 +126,7 @@ def _describe(experiment: Experiment) -> Iterator[str]:
         for task in learner.data.tasks():
             ledger.forget()
             learner.learn_task(task)
+            keep_to_budget(learner, task.index)
         if replay.learns and not isinstance(replay, Features):  # of which all were drawn
             _count_drawing(replay, task, ledger)
     except Exception as error:  # a learner may ask for whatever a run alone has, and a plan must not end with it

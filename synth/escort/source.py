@@ -214,8 +214,8 @@ class ExemplarCompression(ReplaySource):
     def _counts(self) -> dict[int, int]:
         return {label: len(maps) for label, maps in self.maps.items() if maps}
 
-    def _drop_last(self, label: int) -> int:
-        return len(self.maps[label].pop().bits)
+    def _drop_last(self, label: int, count: int) -> int:
+        return sum(len(self.maps[label].pop().bits) for _ in range(count))
 
     def describe(self) -> str:
         """Say what becomes of an exemplar and of a new image."""

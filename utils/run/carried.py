@@ -14,14 +14,14 @@ class Items(NamedTuple):
         generated: whether a network made them.
         units: raw images that one of them counts as, by its method's own count; None: it is no exemplar.
         counts: gives how many are left of every class that has some.
-        drop_last: class -> bytes freed by giving up its last one.
+        drop_last: class, number -> bytes freed by giving up so many of its last ones.
     """
 
     name: str
     generated: bool
     units: float | None
     counts: Callable[[], dict[int, int]]
-    drop_last: Callable[[int], int]
+    drop_last: Callable[[int, int], int]
 
 
 class Carried(NamedTuple):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from learners.run.configure import build_config
 from learners.run.experiment import Experiment
-from learners.run.ledger import LINES, count_units
+from learners.run.ledger import LINES, _drop, count_units
 from learners.run.plan import describe_run
 from synth import SOURCES
 from synth.bank import Bank
@@ -62,9 +62,9 @@ class Compressor(SOURCES["ddpm"]):
         self.left = {label: 2 for label in self.fitted_classes} | getattr(self, "left", {})
         return {label: count for label, count in self.left.items() if count}
 
-    def drop_last(self, label):
-        self.left[label] -= 1
-        return 100
+    def drop_last(self, label, count):
+        self.left[label] -= count
+        return 100 * count
 
     def carried(self):
         items = Items("compressed exemplars", True, 1 / 24, self.counts, self.drop_last)
@@ -114,13 +114,29 @@ def test_a_source_is_split_by_what_its_files_hold(tmp_path):
 def test_units_count_exemplars_as_raw_images_nominally_and_by_their_bytes(tmp_path):
     experiment = toy_experiment("icarl", tmp_path, "ddpm")
     learner = experiment.check()
-    maps = Items("compressed exemplars", True, 1 / 24, lambda: {0: 40, 1: 8}, lambda label: 0)
+    maps = Items("compressed exemplars", True, 1 / 24, lambda: {0: 40, 1: 8}, lambda label, count: 0)
     learner.replay.source.carried = lambda: [Carried("edge_maps", items=maps)]
     learner.memory.images = ImageSet.of(torch.zeros(18, 1, 8, 8, dtype=torch.uint8), torch.zeros(18).long())
     units = count_units(learner, {"exemplars": 18 * 64, "edge_maps": 48 * 8})
     assert units == {
         "unit_bytes": 64, "real": 18, "compressed": 48, "compressed_units": 2, "nominal": 20, "true": 24
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("sizes", "excess"), [([8] * 90, 401), ([8] * 30 + [3] * 60, 200), ([1] * 90, 200)])
+def test_many_items_are_dropped_at_once_as_if_one_by_one(sizes, excess):
+    left, calls = {0: sizes[:50], 1: sizes[50:]}, []
+
+    def drop_last(label, count):
+        calls.append(count)
+        return sum(left[label].pop() for _ in range(count))
+
+    one_by_one, gone, freed = {0: sizes[:50], 1: sizes[50:]}, 0, 0
+    while freed < excess and any(one_by_one.values()):
+        freed += one_by_one[max(one_by_one, key=lambda label: (len(one_by_one[label]), label))].pop()
+        gone += 1
+    items = Items("toys", True, None, lambda: {label: len(each) for label, each in left.items()}, drop_last)
+    assert _drop(items, excess) == gone and left == one_by_one and len(calls) < gone / 2
 
 
 def test_a_unit_of_image_files_is_the_mean_of_their_pixels(tmp_path):
