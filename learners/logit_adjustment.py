@@ -36,8 +36,7 @@ class LogitAdjustment(Finetune):
         """Count what is trained with, then train."""
         labels = torch.cat([self.present.labels, self.past.labels])
         now = torch.bincount(labels, minlength=task.num_seen).float()  # (num_seen,)
-        before = torch.cat([self.counts, torch.zeros(task.num_seen - len(self.counts))])
-        self.counts = torch.where(now > 0, now, before)
+        self.counts = torch.where(now > 0, now, torch.cat([self.counts, torch.zeros(task.num_seen - len(self.counts))]))
         super().train(task)
 
     def compute_loss(self, batch: Batch, task: Task) -> dict[str, Tensor]:

@@ -30,8 +30,7 @@ class ProjectedHead(Head):
 
     def __init__(self, num_features: int, width: int, generator: torch.Generator):
         super().__init__(width or num_features)
-        drawn = torch.randn(num_features, width, generator=generator) if width else None
-        self.register_buffer("projection", drawn)
+        self.register_buffer("projection", torch.randn(num_features, width, generator=generator) if width else None)
 
     @property
     def num_features(self) -> int:

@@ -23,7 +23,7 @@ GENERAL_LEARNERS = {"base", "frozen_backbone", "kept_features", "losses", "memor
 METHODS = re.compile(r"escort|guide(?!d|s\b)|dddr|(?<![a-z])asp(?![a-z])|cbdm|tdfa|d4m", re.IGNORECASE)
 # Names that users write: of data, of a split, of an experiment file.
 ALLOWED = re.compile(r"asp80|ldm_dddr")
-MOST_CODE, MOST_LINES, MOST_PARAMETERS = 10_325, 300, 7  # of code: three systems took 7,300, five 9,300
+MOST_CODE, MOST_LINES, MOST_PARAMETERS = 10_300, 300, 7  # of code: three systems took 7,300, five 9,300
 MOST_METHODS = {Learner: 20, ReplaySource: 12}
 
 

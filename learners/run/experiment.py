@@ -182,8 +182,7 @@ class Experiment:
         """Judge what was replayed, where the config asks for it and no task comes after this one."""
         if self.config.evaluate_replay and task.num_seen == self.data.num_classes:
             with self.run.timed("evaluate"):
-                rows = self.results.class_accuracies
-                self.results.replay_quality = replay_quality(self.learner, self.dataset, rows)
+                self.results.replay_quality = replay_quality(self.learner, self.dataset, self.results.class_accuracies)
 
     def _save(self, task: Task) -> None:
         """Write everything that the next task needs, then the results so far."""

@@ -85,5 +85,4 @@ def describe_replay(learner: Learner, name: str) -> list[str]:
     config, drawn = learner.config, learner.replay.expected()
     what = "to draw per seed" if config.synth.need_syn_imgs else "that must be there"
     samples = f"about {drawn} {learner.replay.source.samples} {what}, {unit_bytes(learner.data) * drawn / 1e6:.1f} MB"
-    folder = replay_folder(config, name, config.seed[0])
-    return [f"Replay: {config.synth.name}: {samples} as pixels", f"  in {folder}"]
+    return [f"Replay: {config.synth.name}: {samples} as pixels", f"  in {replay_folder(config, name, config.seed[0])}"]

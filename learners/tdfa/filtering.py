@@ -24,8 +24,7 @@ def distance_range(features: Tensor, low: float, high: float) -> Tensor:
     if len(unit) == 1:
         return torch.full((2,), torch.nan)
     prototypes = unit.mean(0) if len(unit) >= FEW else unit.sum(0) - unit  # (D,) or (N, D)
-    distances = 1 - F.cosine_similarity(unit, prototypes.expand_as(unit), dim=1)
-    return distances.quantile(torch.tensor([low, high]))
+    return (1 - F.cosine_similarity(unit, prototypes.expand_as(unit), dim=1)).quantile(torch.tensor([low, high]))
 
 
 def class_ranges(features: Tensor, labels: Tensor, classes: range, low: float, high: float) -> Tensor:
@@ -50,8 +49,7 @@ def believable(features: Tensor, labels: Tensor, prototypes: Tensor, ranges: Ten
     """
     distances = (1 - F.normalize(features, dim=1) @ prototypes.T).clamp(0, 2)  # (N, K); without rounding's excess
     own = distances.gather(1, labels[:, None])[:, 0]
-    inside = (own >= ranges[labels, 0]) & (own <= ranges[labels, 1])
-    return inside & (distances.min(1).values >= (1 - margin) * own)
+    return (own >= ranges[labels, 0]) & (own <= ranges[labels, 1]) & (distances.min(1).values >= (1 - margin) * own)
 
 
 def prototypes_of(features: Tensor, labels: Tensor, classes: range) -> dict[int, Tensor]:

@@ -43,8 +43,7 @@ class TDFA(PyCILLearner):
         made_weight: float = Field(0.5, gt=0, le=1, description="of a made feature in its class, beside a real 1")
         # The card's range leaves out nearly all that helps: training features stand closer together than unseen ones.
         filter: Literal["none", "nearest", "range"] = Field(
-            "nearest",
-            description="which made features stay: all; those near their class; and as real ones are",
+            "nearest", description="which made features stay: all; those near their class; and as real ones are"
         )
         filter_low: float = Field(0.05, ge=0, le=1, description="of real distances: what is nearer leaves a range")
         filter_high: float = Field(0.95, ge=0, le=1, description="of real distances: what is farther leaves a range")

@@ -65,8 +65,7 @@ class Filled(Stored):
         key, lacking = (self.run.seed, self.config.name, task.index, "fill"), self.lacking(task)
         place = self.bank.place(self.folder / f"task_{task.index}" / "fill", task.index, key)
         place.claim()
-        counts = torch.tensor(list(lacking.values()))
-        labels = torch.tensor(list(lacking)).repeat_interleave(counts)
+        labels = torch.tensor(list(lacking)).repeat_interleave(torch.tensor(list(lacking.values())))
         copies = torch.cat([torch.arange(count) for count in lacking.values()])
         place.draw(self.source, [Requests(labels, torch.full_like(labels, -1), copies, key)])
         if not place.preview.exists():

@@ -96,8 +96,7 @@ class Teacher:
 
     def draw_labels(self, count: int) -> Tensor:
         """Draw one of its classes for each row, int64 (count,)."""
-        chosen = torch.randint(len(self.classes), (count,))
-        return torch.tensor(self.classes)[chosen].to(self.alpha_bar.device)
+        return torch.tensor(self.classes)[torch.randint(len(self.classes), (count,))].to(self.alpha_bar.device)
 
     def draw(self, labels: Tensor, seen: list[Noised]) -> Tensor:
         """Draw an image of each label; the states on the way to them go into ``seen``."""

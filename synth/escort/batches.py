@@ -72,8 +72,7 @@ class CopiedBatches(ImageBatches):
 
     def _draw(self, samples: Tensor, numbers: Tensor) -> ImageSet:
         """Return the copies of these numbers, int64 (M,), of these samples, int64 (M,), in their order."""
-        asked = self.replay.source.ask(self.labels.cpu()[samples], self.items[samples], numbers)
-        return self.replay.copies(asked)
+        return self.replay.copies(self.replay.source.ask(self.labels.cpu()[samples], self.items[samples], numbers))
 
     def _add(self, samples: Tensor, numbers: Tensor) -> None:
         drawn = self._draw(samples, numbers)

@@ -128,6 +128,5 @@ def unpack(stored: dict[str, Tensor]) -> dict[int, list[EdgeMap]]:
     sizes = stored["sizes"].expand(sum(counts), 4).tolist()
     maps: dict[int, list[EdgeMap]] = {label: [] for label in stored["labels"].tolist()}
     for label, (tall, wide, *size) in zip(np.repeat(list(maps), counts).tolist(), sizes):
-        packed = bits.read(math.ceil(tall * wide / 8))
-        maps[label].append(EdgeMap(packed, (tall, wide), tuple(size)))
+        maps[label].append(EdgeMap(bits.read(math.ceil(tall * wide / 8)), (tall, wide), tuple(size)))
     return maps

@@ -137,8 +137,7 @@ class FeatureDiffusion(ReplaySource):
     def loss(self, network: FeatureDenoiser, batch: Batch) -> dict[str, Tensor]:
         """Compute the noise prediction error of one batch, with some labels hidden one by one."""
         hidden = torch.rand(len(batch)) < self.config.label_dropout
-        labels = batch.labels.masked_fill(hidden.to(batch.labels.device), -1)
-        model = self._model(network, labels)
+        model = self._model(network, batch.labels.masked_fill(hidden.to(batch.labels.device), -1))
         return {"mse": noise_prediction_loss(model, self.process, batch.images.features)}
 
     def _model(self, network: FeatureDenoiser, labels: Tensor) -> Model:
@@ -201,8 +200,7 @@ class FeatureDiffusion(ReplaySource):
             NotFittedError: if a label was never learned, or nothing was translated to it.
         """
         self.require_fitted(requests.labels)
-        made = self.in_chunks(requests, self._make)
-        return FeatureSet.of(torch.stack(made), requests.labels)
+        return FeatureSet.of(torch.stack(self.in_chunks(requests, self._make)), requests.labels)
 
     def _make(self, requests: Requests) -> list[Tensor]:
         made: dict[int, Tensor] = {}

@@ -66,8 +66,7 @@ def rotate(images: Tensor, degrees: float, p: float, generator: torch.Generator)
     x = torch.arange(width, device=images.device) - (width - 1) / 2  # pixels right of it
     # Built by hand: `affine_grid` is a matrix product, which half precision would move by parts of a pixel.
     grid = torch.stack([(cos * x - sin * y) * 2 / width, (sin * x + cos * y) * 2 / height], dim=-1)  # (B, H, W, 2)
-    turned = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return turned.where(chosen, images)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).where(chosen, images)
 
 
 def jiggle(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
@@ -175,8 +174,7 @@ def hsv_to_rgb(images: Tensor) -> Tensor:
     place = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
     # A colour is absent for a third of the circle, full for another, and rises and falls by a straight line between.
     sixths = (place + 6 * hue) % 6
-    absent = torch.minimum(sixths, 4 - sixths).clamp(0, 1)
-    return value * (1 - saturation * absent)
+    return value * (1 - saturation * torch.minimum(sixths, 4 - sixths).clamp(0, 1))
 
 
 def _recolour(images: Tensor, saturation: Tensor | float = 1.0, turns: Tensor | float = 0.0) -> Tensor:

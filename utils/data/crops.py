@@ -33,8 +33,7 @@ def shift_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Ge
     rows, columns = rows.to(images.device), columns.to(images.device)
     batch = torch.arange(count, device=images.device)
     # Channels move last so that one index fetches a whole pixel; the result is in channels_last order.
-    picked = padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def crop_boxes(count: int, height: int, width: int, scale: Range, generator: torch.Generator) -> tuple[Tensor, ...]:

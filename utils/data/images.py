@@ -193,8 +193,7 @@ class Samples:
 
     def select(self, classes: Iterable[int]) -> Self:
         """Return the samples of these classes, in their stored order."""
-        wanted = torch.isin(self.labels, torch.tensor(list(classes), dtype=torch.int64))
-        return self.take(wanted.nonzero().flatten())
+        return self.take(torch.isin(self.labels, torch.tensor(list(classes), dtype=torch.int64)).nonzero().flatten())
 
     def first_of_each(self, per_class: int) -> Self:
         """Return the first samples of every class, as they are stored."""

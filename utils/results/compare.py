@@ -143,8 +143,7 @@ def read_run(folder: Path) -> Row | None:
     learner = (config.model_name or "-") + " (upper bound)" * bool(first and first.upper_bound)
     source, dataset = (config.synth or {}).get("name", "-"), (first and first.dataset) or config.dataset or "-"
     shown = ", ".join([*finished, *(f"{seed}*" for seed in unfinished)])
-    words = [folder.resolve().name, learner, source, dataset, shown]
-    return Row(words, finished, unfinished)
+    return Row([folder.resolve().name, learner, source, dataset, shown], finished, unfinished)
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Row]:

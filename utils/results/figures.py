@@ -62,12 +62,10 @@ class Chart:
         self.lowest = min(int(min(known, default=0) // 20) * 20, 80)
 
     def across(self, x: float) -> float:
-        share = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
-        return round(self.left + share * (self.end - self.left), 1)
+        return round(self.left + (x - self.xs[0]) / (self.xs[-1] - self.xs[0]) * (self.end - self.left), 1)
 
     def down(self, value: float) -> float:
-        share = (value - self.lowest) / (100 - self.lowest)
-        return round(self.floor - share * (self.floor - self.top), 1)
+        return round(self.floor - (value - self.lowest) / (100 - self.lowest) * (self.floor - self.top), 1)
 
     def y_ticks(self) -> range:
         return range(self.lowest, 101, 20 if self.lowest < 60 else 10)

@@ -243,5 +243,4 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _weighted(values: Sequence[float], counts: Sequence[int]) -> float | None:
     """Mean of the values by their counts, of which there may be more."""
-    total = sum(value * count for value, count in zip(values, counts))
-    return total / sum(counts[: len(values)]) if values else None
+    return sum(value * count for value, count in zip(values, counts)) / sum(counts[: len(values)]) if values else None

@@ -171,8 +171,7 @@ def _units(units: dict[str, float]) -> list[Column]:
     if not units.get("nominal"):
         return []
     numbers = [f"{units[key]:,.2f}".removesuffix(".00") for key in UNITS]
-    title = f"in raw images of {human_bytes(units['unit_bytes'])}"
-    return [Column(title, "unit", UNITS), Column("", "n", numbers)]
+    return [Column(f"in raw images of {human_bytes(units['unit_bytes'])}", "unit", UNITS), Column("", "n", numbers)]
 
 
 def _seconds(seconds: dict[str, float]) -> list[Column]:

@@ -60,8 +60,7 @@ class Results:
         self.class_accuracies.append(metrics.per_class_accuracy(predictions, labels, task.num_seen))
         self.test_counts = torch.bincount(labels, minlength=task.num_seen).tolist()
         for kind, values in scores.items():
-            table = metrics.group_accuracies(values.argmax(1), labels, task.num_old, sizes)
-            log.info("%s: %s", kind.upper(), table)
+            log.info("%s: %s", kind.upper(), metrics.group_accuracies(values.argmax(1), labels, task.num_old, sizes))
         if "nme" not in scores:
             log.info("No NME accuracy.")
         for kind, k in product(scores, (1, 5)):

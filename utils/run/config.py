@@ -268,8 +268,7 @@ class RunConfig(BaseConfig):
     @property
     def data_name(self) -> str:
         """Return the data set's name in `utils.data.datasets`: splits of one data set are data sets of their own."""
-        official = self.dataset.lower() == "cub" and self.cub_split == "official"
-        return "cub_official" if official else self.dataset
+        return "cub_official" if self.dataset.lower() == "cub" and self.cub_split == "official" else self.dataset
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two runs the same experiment: every resolved key that names no place and no machine."""

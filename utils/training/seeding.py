@@ -16,8 +16,7 @@ import torch
 def derive(*key: int | str) -> int:
     """Compute an integer in [0, 2**63) that depends on every part of the key and on nothing else."""
     plain = tuple(part if isinstance(part, str) else index(part) for part in key)  # a NumPy integer is its number
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(*key: int | str) -> torch.Generator:
