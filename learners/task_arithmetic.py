@@ -73,9 +73,7 @@ class TaskArithmetic(PyCILLearner):
         merge: Literal["sum", "average", "ties"] = Field("sum", description="how task vectors become one")
         scaling: Factor | Literal["val"] = Field(0.25, description="lambda; val: the best of 0 to 1 on val_share")
         ties_keep: float = Field(0.2, gt=0, le=1, description="share of a vector that ties keeps, its largest entries")
-        own_classes: bool = Field(
-            True, description="train a task without replay among its own classes; false: all seen"
-        )
+        own_classes: bool = Field(True, description="train without replay among a task's own classes; false: all seen")
         reestimate_bn: bool = Field(True, description="BatchNorm's statistics anew for the merged network")
 
     accepts = frozenset({"images"})  # a merged backbone is shown them again, and its features are others

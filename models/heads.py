@@ -84,11 +84,16 @@ class LinearHead(Head):
 
 
 class CosineHead(Head):
-    """logits = s * cos(w, f) with a learned scale s (Hou et al., LUCIR, CVPR 2019, Eq. 4); rows start as in PyCIL."""
+    """logits = s * cos(w, f) with a learned scale s (Hou et al., LUCIR, CVPR 2019, Eq. 4); rows start as in PyCIL.
 
-    def __init__(self, num_features: int):
+    Args:
+        num_features: D.
+        scale: where s starts.
+    """
+
+    def __init__(self, num_features: int, scale: float = 1.0):
         super().__init__(num_features)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, D) of any length to logits (B, num_classes) in [-s, s]."""

@@ -167,8 +167,11 @@ def _build_timm(name: str, options: BackboneOptions) -> nn.Module:
     except (AssertionError, *UNREADABLE) as error:
         given, reason = f"backbone_args={options.args!r}", error or type(error).__name__
         raise ConfigError(f"timm cannot build {name} for {images} with {given}: {reason}") from error
-    if 0 in getattr(getattr(network, "patch_embed", None), "grid_size", ()):
-        raise ConfigError(f"{images} are smaller than one patch of {name}: use larger images or a ResNet")
+    embed = getattr(network, "patch_embed", None)
+    # What is left over would be cut off in silence.
+    patch = embed.patch_size[0] if isinstance(embed, timm.layers.PatchEmbed) and not embed.dynamic_img_pad else 1
+    if options.image_size % patch or 0 in getattr(embed, "grid_size", ()):
+        raise ConfigError(f"{images} are no whole patches of {name}: set image_size to a multiple of {patch}")
     return network
 
 

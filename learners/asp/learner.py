@@ -16,6 +16,7 @@ from learners.dddr.separate_replay import SeparateReplay
 from learners.frozen_backbone import FrozenBackboneLearner
 from learners.losses import anchor_loss, standard_normal_kl
 from models.frozen import Frozen
+from models.heads import CosineHead
 from utils.data.batches import Batch, test_batches
 from utils.data.images import ImageSet
 from utils.data.manager import Task
@@ -45,6 +46,8 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
         anchor_lambda: Factor = Field(0.1, description="weight of the anchor loss")
         kl_weight: Factor = Field(1e-3, description="weight of the prompts' KL divergence, a sum over dimensions")
         deduplicate_anchors: bool = Field(False, description="one anchor per class of a batch, not one per image")
+        head_start: Literal["random", "means"] = Field("random", description="class vectors before the base session")
+        head_scale: float = Field(1.0, gt=0, le=1000, description="start of the learned scale of cosines")
         optimizer: Literal["sgd", "adam"] = Field("sgd", description="adam means AdamW, as in the original")
         momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
         init_lr: Rate = Field(0.01, description="rate of the base session, with cosine decay per epoch")
@@ -72,6 +75,9 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
         self.backbone = PromptViT(frozen, self.config.prompt_token_num, self.config.avg_alpha, self.config.TIP_init)
         return self.backbone
 
+    def build_head(self, num_features: int) -> CosineHead:
+        return CosineHead(num_features, self.config.head_scale)
+
     def train_config(self, task: Task) -> TrainConfig:
         """Return a cosine that moves once per epoch."""
         config, optimizer = self.config, "adamw" if self.config.optimizer == "adam" else "sgd"
@@ -92,6 +98,11 @@ class ASP(FrozenBackboneLearner, SeparateReplay):
             if self.replay.source is not None and self.config.fs_epoch == 0:
                 log.warning("Replay is on, but fs_epoch is 0: later sessions train nothing, so replay changes nothing")
             self.base_images, self.base_queries = self.present, queries
+            if self.config.head_start == "means":
+                average.copy_(self.backbone.mean_prompt(queries))
+                self.set_prototypes(self.present)
+                # About as long as drawn rows are, so that a step of AdamW turns them as far.
+                self.network.head.weight.data = F.normalize(self.network.head.weight.data)
             return
         average.copy_(beta * average + (1 - beta) * self.backbone.mean_prompt(queries))
         self.set_prototypes(self.present)  # old rows keep the average prompt of their own session

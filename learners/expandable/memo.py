@@ -27,9 +27,7 @@ class MEMO(DynamicallyExpandableRepresentation):
     class Config(DynamicallyExpandableRepresentation.Config):
         train_base: bool = Field(True, description="the trunk learns on after the first task")
         train_adaptive: bool = Field(False, description="the last stages of earlier tasks learn on, too")
-        t_max: int | None = Field(
-            None, ge=1, description="of later tasks: epochs until a cosine is at 0, then it rises"
-        )
+        t_max: int | None = Field(None, ge=1, description="epochs until a later task's cosine is at 0, then it rises")
 
         @classmethod
         def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:

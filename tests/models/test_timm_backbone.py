@@ -81,8 +81,14 @@ def test_arguments_that_cannot_be_given_are_refused_before_anything_is_built(act
 def test_arguments_that_timm_refuses_are_named_with_its_reason(args, said):
     with pytest.raises(ConfigError, match=f"test_vit for images of 32 px with backbone_args=.*{said}"):
         build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=32, args=args))
-    with pytest.raises(ConfigError, match="images of 8 px are smaller than one patch of test_vit"):
-        build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=8))
+
+
+@pytest.mark.parametrize("side", [8, 40])
+def test_images_that_are_no_whole_patches_are_refused_unless_the_rest_is_padded(side):
+    with pytest.raises(ConfigError, match=f"images of {side} px are no whole patches of test_vit: .* multiple of 16"):
+        build_backbone("test_vit", BackboneOptions(pretrained=False, image_size=side))
+    padding = BackboneOptions(pretrained=False, image_size=40, args={"dynamic_img_pad": True})
+    assert build_backbone("test_vit", padding)(torch.zeros(1, 3, 40, 40)).shape == (1, 64)
 
 
 @torch.no_grad()

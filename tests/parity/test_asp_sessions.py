@@ -166,6 +166,17 @@ def test_check_12_each_term_moves_its_own_parameters(tmp_path):
         assert {name.split(".")[1] if ".f_" in name else name for name in found} == moved[term]
 
 
+def test_the_base_session_may_start_from_class_means_under_the_first_prompts(tmp_path):
+    learner, task, images = start(tmp_path, head_start="means", head_scale=16.0)
+    learner.before_training(task)
+    features, mu = oracle(learner, images)
+    means = torch.stack([features[images.labels == label].mean(0) for label in task.classes])
+    assert_close(learner.network.head.weight.data, F.normalize(means), **CLOSE)
+    assert_close(learner.backbone.average_prompt, mu.mean(0), **CLOSE)
+    assert learner.network.head.scale.item() == 16
+    assert make_learner(tmp_path / "published").network.head.scale.item() == 1
+
+
 def test_training_noise_is_scaled_by_perturb_var(tmp_path):
     for perturb_var in (0.0, 1.0, 2.0):
         noise = make_learner(tmp_path / str(perturb_var), perturb_var=perturb_var).noise(50)

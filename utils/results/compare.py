@@ -184,8 +184,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     numbers = _numbers(rows)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    head = ["run", "learner", "source", "dataset", "seeds", "unfinished_seeds"]
-    head += ["part"] * _by_part(rows)
+    head = ["run", "learner", "source", "dataset", "seeds", "unfinished_seeds", *["part"] * _by_part(rows)]
     writer.writerow(head + [f"{name}_{part}" for name in numbers for part in ("mean", "std")])
     for row in rows:
         words = [*row.words[:-1], " ".join(row.finished), " ".join(row.unfinished), *[row.part] * _by_part(rows)]

@@ -10,11 +10,8 @@ NARROW_UP_TO = 12  # points; a chart of more takes the whole width of the page
 
 def human_bytes(count: float) -> str:
     """Write bytes as `512 B`, `1.5 KiB`, `20.3 MiB`, ..."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    power = min(max(int(count).bit_length() - 1, 0) // 10, 4)  # of 1024
+    return f"{count / 1024**power:.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def human_count(count: float) -> str:
@@ -76,11 +73,8 @@ class Chart:
 
     def lines(self) -> list[list[tuple[float, float, float]]]:
         """Return the points of every series as (x, y, percentage)."""
-
-        def points(values: Sequence[float | None]) -> list[tuple[float, float, float]]:
-            return [(self.across(x), self.down(value), value) for x, value in zip(self.xs, values) if value is not None]
-
-        return list(map(points, self.series.values()))
+        known = [[(x, value) for x, value in zip(self.xs, ys) if value is not None] for ys in self.series.values()]
+        return [[(self.across(x), self.down(value), value) for x, value in line] for line in known]
 
     def end_labels(self) -> list[tuple[int, str, float, float, float]]:
         """Return (number, name, last value, x, y) of every line from top to bottom, at least a text line apart."""
